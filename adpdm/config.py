@@ -1,0 +1,150 @@
+"""The settings of a quantization: frozen dataclasses, checked when they are made, JSON in and out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+Grouping = Literal["shared", "uniform", "per_step", "dp", "search"]
+Selection = Literal["srm", "uniform", "normal", "random"]
+TimestepPolicy = Literal["nearest", "error"]
+Objective = Literal["teacher", "noise"]
+
+MIN_BITS, MAX_BITS = 2, 8
+MAX_GROUPS = 256  # the table of group indices is stored as bytes
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Differentiable search over group importance weights (method.md section 4).
+
+    Args:
+        num_steps: optimizer steps in total, spread evenly over the selection rounds.
+        batch_size: images per optimizer step.
+        learning_rate: of the quantizers (log scale and lower bound); None takes 3e-3 at 8 bits, 5e-3 below.
+        logits_learning_rate: of the group logits, which must travel further than a scale does.
+        entropy_weight: lambda of J = J_d + lambda * J_e, J_d relative to the energy of the target.
+        initial_logit: how far the logits start towards the dynamic-programming group.
+        replay: share of optimizer steps on uniformly drawn steps of the cached trajectories, so that every
+            row of the logits is trained, not only the selected ones.
+        objective: `teacher` (the full-precision noise prediction) or `noise` (the paper's form).
+    """
+
+    num_steps: int = 240
+    batch_size: int = 8
+    learning_rate: float | None = None
+    logits_learning_rate: float = 5e-2
+    entropy_weight: float = 0.1
+    initial_logit: float = 1.5
+    replay: float = 0.75
+    objective: Objective = "teacher"
+
+    def __post_init__(self) -> None:
+        _at_least("search.num_steps", self.num_steps, 1)
+        _at_least("search.batch_size", self.batch_size, 1)
+        _within("search.replay", self.replay, 0.0, 1.0)
+        _at_least("search.entropy_weight", self.entropy_weight, 0.0)
+        _one_of("search.objective", self.objective, get_args(Objective))
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What to quantize, how finely, and how to find the groups (method.md sections 2 to 6).
+
+    Args:
+        weight_bits: 2 to 8, per output channel, symmetric.
+        activation_bits: 2 to 8, per tensor and group, asymmetric.
+        num_groups: G, quantization functions per layer; at most the number of inference steps.
+        grouping: how timesteps are partitioned; `search` is the paper's method.
+        shared_groups: one partition for the whole network instead of one per layer.
+        num_inference_steps: T, steps of the sampler that is calibrated for.
+        selection: how timesteps of calibration images are chosen.
+        calibration_images: images generated for the search in total, in rounds of `round_size`.
+        histogram_images: full trajectories whose activations fill the histograms.
+        exclude_first: fraction of the trajectory, from the noisy end, that is never selected.
+        input_output_bits: 8 quantizes the first and last layer too; None keeps them in full precision.
+        split_skip_connections: quantize the two halves of a skip concatenation separately.
+        modules_to_not_convert: shell patterns of layer names that stay in full precision.
+        timestep_policy: for timesteps that were not calibrated: the group of the `nearest`, or an `error`.
+        seed: of every random draw.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    num_groups: int = 8
+    grouping: Grouping = "search"
+    shared_groups: bool = False
+    num_inference_steps: int = 50
+    selection: Selection = "srm"
+    calibration_images: int = 128
+    round_size: int = 16
+    histogram_images: int = 16
+    exclude_first: float = 0.0
+    input_output_bits: Literal[8] | None = None
+    split_skip_connections: bool = True
+    modules_to_not_convert: tuple[str, ...] = ()
+    timestep_policy: TimestepPolicy = "nearest"
+    seed: int = 0
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
+        _within("weight_bits", self.weight_bits, MIN_BITS, MAX_BITS)
+        _within("activation_bits", self.activation_bits, MIN_BITS, MAX_BITS)
+        _within("num_groups", self.num_groups, 1, MAX_GROUPS)
+        for name in ("num_inference_steps", "calibration_images", "round_size", "histogram_images"):
+            _at_least(name, getattr(self, name), 1)
+        _within("exclude_first", self.exclude_first, 0.0, 0.9)
+        _one_of("grouping", self.grouping, get_args(Grouping))
+        _one_of("selection", self.selection, get_args(Selection))
+        _one_of("timestep_policy", self.timestep_policy, get_args(TimestepPolicy))
+        _one_of("input_output_bits", self.input_output_bits, (8, None))
+        if self.num_groups > self.num_inference_steps:
+            raise ValueError(
+                f"num_groups must be at most num_inference_steps={self.num_inference_steps}, "
+                f"got {self.num_groups}"
+            )
+
+    @property
+    def groups_per_layer(self) -> int:
+        """G after the grouping has had its say: 1 for `shared`, T for `per_step`."""
+        if self.grouping == "shared":
+            return 1
+        return self.num_inference_steps if self.grouping == "per_step" else self.num_groups
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        values = asdict(self)
+        values["modules_to_not_convert"] = list(self.modules_to_not_convert)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
+        """Inverse of `to_dict`; an unknown key is an error."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"QuantConfig: unknown settings {unknown}; known are {sorted(known)}")
+        values = dict(values)
+        if isinstance(values.get("search"), dict):
+            values["search"] = SearchConfig(**values["search"])
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> QuantConfig:
+        """Return a copy with some settings changed, checked again."""
+        return replace(self, **changes)
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")

@@ -1,0 +1,289 @@
+"""The bridge to the native operators: thin typed wrappers, autograd formulas and shape-only (fake) kernels.
+
+Shapes, dtypes and formulas of every operator stand in `reference.py`; this is the only Python file that touches
+`torch.ops.adpdm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native as _native  # loads the extension, which registers torch.ops.adpdm
+from .reference import INT4_BLOCK
+
+_ops = torch.ops.adpdm
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One input of an integer layer with its quantizer and the weight columns it meets."""
+
+    codes: Tensor  # [N, C, H, W] channels_last or [*, K], i8
+    scale: Tensor  # [G] f32
+    zero_point: Tensor  # [G] i32
+    group_index: Tensor  # [1] i32
+    weight: Tensor  # packed by pack_weight
+    weight_scale: Tensor  # [O] f32
+    weight_sum: Tensor  # [O] i32
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor, num_bits: int) -> Tensor:
+    """Return int8 codes of x under the current group; see `reference.quantize`."""
+    return _ops.quantize(x, scale, zero_point, group_index, num_bits)  # type: ignore[no-any-return]
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return the real values of int8 codes; see `reference.dequantize`."""
+    return _ops.dequantize(codes, scale, zero_point, group_index, dtype)  # type: ignore[no-any-return]
+
+
+def quantize_int4(x: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor) -> Tensor:
+    """Return packed 4-bit codes; see `reference.quantize_int4`."""
+    return _ops.quantize_int4(x, scale, zero_point, group_index)  # type: ignore[no-any-return]
+
+
+def dequantize_int4(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_index: Tensor,
+    num_columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the real values of packed 4-bit codes; see `reference.dequantize_int4`."""
+    return _ops.dequantize_int4(  # type: ignore[no-any-return]
+        packed, scale, zero_point, group_index, num_columns, dtype
+    )
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack codes in [-8, 7] two to a byte; see `reference.pack_int4`."""
+    return _ops.pack_int4(codes)  # type: ignore[no-any-return]
+
+
+def unpack_int4(packed: Tensor, num_columns: int) -> Tensor:
+    """Inverse of `pack_int4`."""
+    return _ops.unpack_int4(packed, num_columns)  # type: ignore[no-any-return]
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_index: Tensor,
+    quant_min: int,
+    quant_max: int,
+    channel_axis: int = -1,
+) -> Tensor:
+    """Quantize and dequantize x, differentiable in x, scale and zero_point; see `reference.fake_quantize`."""
+    return _ops.fake_quantize(  # type: ignore[no-any-return]
+        x, scale, zero_point, group_index, quant_min, quant_max, channel_axis
+    )
+
+
+def fake_quantize_mixture(
+    x: Tensor, scale: Tensor, zero_point: Tensor, importance: Tensor, quant_min: int, quant_max: int
+) -> Tensor:
+    """Mix G fake quantizers, differentiable in all four tensors; see `reference.fake_quantize_mixture`."""
+    return _ops.fake_quantize_mixture(  # type: ignore[no-any-return]
+        x, scale, zero_point, importance, quant_min, quant_max
+    )
+
+
+def observe(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> None:
+    """Add x to one step's histogram and extrema in place; see `reference.observe`."""
+    _ops.observe(x, counts, extrema, step_index)
+
+
+def pack_weight(codes: Tensor, num_bits: int, groups: int = 1) -> Tensor:
+    """Rearrange weight codes [O, C/groups, kh, kw] or [O, K] i8 for the kernels of their device (opaque u8)."""
+    return _ops.pack_weight(codes, num_bits, groups)  # type: ignore[no-any-return]
+
+
+def linear(
+    segments: Sequence[Segment], bias: Tensor | None, out_features: int, weight_bits: int, dtype: torch.dtype
+) -> Tensor:
+    """Integer linear layer over one or two segments, [*, out_features] dtype; see `reference.linear`."""
+    return _ops.linear(  # type: ignore[no-any-return]
+        *_columns(segments), bias, out_features, weight_bits, dtype
+    )
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """The numbers that describe a convolution, as in torch.nn.Conv2d."""
+
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+def conv2d(
+    segments: Sequence[Segment],
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    weight_bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Integer convolution over one or two segments, [N, O, Ho, Wo] dtype channels_last; see `reference.conv2d`."""
+    g = geometry
+    return _ops.conv2d(  # type: ignore[no-any-return]
+        *_columns(segments),
+        bias,
+        g.out_channels,
+        g.kernel_size,
+        g.stride,
+        g.padding,
+        g.dilation,
+        g.groups,
+        weight_bits,
+        dtype,
+    )
+
+
+def _columns(segments: Sequence[Segment]) -> tuple[list[Tensor], ...]:
+    """Transpose segments into the parallel lists that the schema wants."""
+    return (
+        [s.codes for s in segments],
+        [s.scale for s in segments],
+        [s.zero_point for s in segments],
+        [s.group_index for s in segments],
+        [s.weight for s in segments],
+        [s.weight_scale for s in segments],
+        [s.weight_sum for s in segments],
+    )
+
+
+# ---- autograd -----------------------------------------------------------------------------------------------
+
+
+def _save_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, zero_point, group_index, *rest = inputs
+    ctx.save_for_backward(x, scale, zero_point, group_index)
+    ctx.rest = rest
+
+
+def _fake_quantize_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grads = _ops.fake_quantize_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return (*grads, None, None, None, None)
+
+
+def _save_mixture(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
+
+
+def _mixture_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grads = _ops.fake_quantize_mixture_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return (*grads, None, None)
+
+
+torch.library.register_autograd("adpdm::fake_quantize", _fake_quantize_grad, setup_context=_save_fake_quantize)
+torch.library.register_autograd("adpdm::fake_quantize_mixture", _mixture_grad, setup_context=_save_mixture)
+
+
+# ---- fake kernels: shapes, dtypes and strides only, for torch.compile and opcheck -----------------------------
+
+
+def _packed_shape(x: Tensor) -> list[int]:
+    return [*x.shape[:-1], (x.shape[-1] + INT4_BLOCK - 1) // INT4_BLOCK * (INT4_BLOCK // 2)]
+
+
+def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty tensor of x's shape, dense, in channels_last where x is (also a channel slice of such)."""
+    channels_last = x.dim() == 4 and x.stride(1) == 1 and (x.shape[1] > 1 or x.stride(3) == x.shape[1])
+    layout = torch.channels_last if channels_last and not x.is_contiguous() else torch.contiguous_format
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
+
+
+@torch.library.register_fake("adpdm::quantize")
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor, num_bits: int) -> Tensor:
+    return _dense_like(x, torch.int8)
+
+
+@torch.library.register_fake("adpdm::dequantize")
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor, dtype: torch.dtype) -> Tensor:
+    return _dense_like(codes, dtype)
+
+
+@torch.library.register_fake("adpdm::quantize_int4")
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor) -> Tensor:
+    return x.new_empty(_packed_shape(x), dtype=torch.uint8)
+
+
+@torch.library.register_fake("adpdm::dequantize_int4")
+def _(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_index: Tensor,
+    num_columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty([*packed.shape[:-1], num_columns], dtype=dtype)
+
+
+@torch.library.register_fake("adpdm::pack_int4")
+def _(codes: Tensor) -> Tensor:
+    return codes.new_empty(_packed_shape(codes), dtype=torch.uint8)
+
+
+@torch.library.register_fake("adpdm::unpack_int4")
+def _(packed: Tensor, num_columns: int) -> Tensor:
+    return packed.new_empty([*packed.shape[:-1], num_columns], dtype=torch.int8)
+
+
+@torch.library.register_fake("adpdm::fake_quantize")
+def _(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    return _dense_like(x, x.dtype)
+
+
+@torch.library.register_fake("adpdm::fake_quantize_backward")
+def _(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _dense_like(x, x.dtype), torch.empty_like(scale), torch.empty_like(zero_point)
+
+
+@torch.library.register_fake("adpdm::fake_quantize_mixture")
+def _(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    return _dense_like(x, x.dtype)
+
+
+@torch.library.register_fake("adpdm::fake_quantize_mixture_backward")
+def _(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, importance: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = (torch.empty_like(scale), torch.empty_like(zero_point), torch.empty_like(importance))
+    return (_dense_like(x, x.dtype), *rows)
+
+
+@torch.library.register_fake("adpdm::observe")
+def _(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("adpdm::linear")
+def _(inputs: list[Tensor], *rest: Any) -> Tensor:
+    out_features, dtype = rest[-3], rest[-1]
+    return inputs[0].new_empty([*inputs[0].shape[:-1], out_features], dtype=dtype)
+
+
+@torch.library.register_fake("adpdm::conv2d")
+def _(inputs: list[Tensor], *rest: Any) -> Tensor:
+    out_channels, kernel, stride, padding, dilation, _, _, dtype = rest[-8:]
+    batch, _, *size = inputs[0].shape
+    height, width = (
+        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    shape = [batch, out_channels, height, width]
+    empty = torch.empty(shape, dtype=dtype, device=inputs[0].device, memory_format=torch.channels_last)
+    return empty
