@@ -1,0 +1,56 @@
+// The Python module adpdm._C: loading it registers the operators and lends torch's thread pool to the core.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include <atomic>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace {
+
+namespace py = pybind11;
+
+void run_on_torch_threads(int64_t begin, int64_t end, int64_t grain, void* context,
+                          adpdm::cpu::ParallelBody body) {
+  at::parallel_for(begin, end, grain, [=](int64_t first, int64_t last) { body(context, first, last); });
+}
+
+// Threads a large enough parallel_for is spread over: torch.get_num_threads(), or 1 if this module lacks
+// OpenMP.
+int64_t worker_threads() {
+  std::atomic<int64_t> ranges{0};
+  adpdm::cpu::parallel_for(0, int64_t{1} << 20, 1, [&](int64_t, int64_t) { ++ranges; });
+  return ranges;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = ADPDM_VERSION;
+  info["isa"] = adpdm::cpu::isa_name(adpdm::cpu::active_isa());
+  info["cpu_features"] = adpdm::cpu::cpu_features();
+#ifdef ADPDM_WITH_CUDA
+  info["cuda_built"] = true;
+  info["cuda_archs"] = ADPDM_CUDA_ARCHS;
+#else
+  info["cuda_built"] = false;
+  info["cuda_archs"] = "";
+#endif
+#ifdef __clang__
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "g++ " __VERSION__;
+#endif
+  info["torch_version_built"] = TORCH_VERSION;
+  info["worker_threads"] = worker_threads();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  adpdm::cpu::set_parallel_backend(run_on_torch_threads);
+  module.def("build_info", &build_info, "Facts about this build and this CPU.");
+}

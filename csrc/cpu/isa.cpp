@@ -1,0 +1,117 @@
+// Detection and choice of the CPU instruction set.
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace adpdm::cpu {
+namespace {
+
+constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};
+constexpr int kNotForced = -1;
+std::atomic<int> forced_isa{kNotForced};
+
+struct Feature {
+  const char* name;
+  bool present;
+};
+
+// __builtin_cpu_supports reads CPUID and, for AVX and AVX-512, asks XGETBV whether the OS saves the
+// registers.
+std::vector<Feature> probe_features() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return {{"avx2", __builtin_cpu_supports("avx2") != 0},
+          {"fma", __builtin_cpu_supports("fma") != 0},
+          {"f16c", __builtin_cpu_supports("f16c") != 0},
+          {"avx512f", __builtin_cpu_supports("avx512f") != 0},
+          {"avx512bw", __builtin_cpu_supports("avx512bw") != 0},
+          {"avx512vl", __builtin_cpu_supports("avx512vl") != 0},
+          {"avx512dq", __builtin_cpu_supports("avx512dq") != 0},
+          {"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0},
+          {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0}};
+#else
+  return {};
+#endif
+}
+
+bool has_all(const std::vector<std::string>& wanted) {
+  for (const std::string& name : wanted) {
+    bool present = false;
+    for (const Feature& feature : probe_features())
+      present = present || (feature.name == name && feature.present);
+    if (!present) return false;
+  }
+  return true;
+}
+
+std::string requested_isa() {
+  const char* value = std::getenv("ADPDM_CPU");
+  return value == nullptr ? "" : value;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kPortable:
+      break;
+  }
+  return "portable";
+}
+
+bool cpu_supports(Isa isa) {
+  if (isa == Isa::kPortable) return true;
+  const bool avx2 = has_all({"avx2", "fma", "f16c"});
+  if (isa == Isa::kAvx2) return avx2;
+  return avx2 && has_all({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"});
+}
+
+Isa best_isa() {
+  Isa best = Isa::kPortable;
+  for (Isa isa : kLevels) {
+    if (cpu_supports(isa)) best = isa;
+  }
+  return best;
+}
+
+Isa resolve_isa(const std::string& request) {
+  if (request.empty()) return best_isa();
+  for (Isa isa : kLevels) {
+    if (request != isa_name(isa)) continue;
+    if (!cpu_supports(isa)) {
+      throw std::runtime_error("ADPDM_CPU: wanted " + request + ", but the best this CPU supports is " +
+                               isa_name(best_isa()));
+    }
+    return isa;
+  }
+  throw std::runtime_error("ADPDM_CPU: wanted portable, avx2 or avx512, got '" + request + "'");
+}
+
+Isa active_isa() {
+  const int forced = forced_isa.load(std::memory_order_relaxed);
+  if (forced != kNotForced) return static_cast<Isa>(forced);
+  static const Isa chosen = resolve_isa(requested_isa());
+  return chosen;
+}
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> names;
+  for (const Feature& feature : probe_features()) {
+    if (feature.present) names.emplace_back(feature.name);
+  }
+  return names;
+}
+
+ScopedIsa::ScopedIsa(Isa isa) : previous_(forced_isa.load()) {
+  forced_isa.store(static_cast<int>(resolve_isa(isa_name(isa))));
+}
+
+ScopedIsa::~ScopedIsa() { forced_isa.store(previous_); }
+
+}  // namespace adpdm::cpu

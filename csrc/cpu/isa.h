@@ -1,0 +1,77 @@
+// Which instruction set the CPU kernels use: detected once, overridable with ADPDM_CPU, switchable in tests.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace adpdm::cpu {
+
+// Ordered: a CPU that has a level has all levels before it. 3 is kept for AMX (int8 tiles), which no kernel
+// uses yet.
+enum class Isa {
+  kPortable = 0,  // the compiler's baseline for the architecture
+  kAvx2 = 1,      // AVX2, FMA, F16C
+  kAvx512 = 2,    // AVX-512 F, BW, VL, DQ and VNNI
+};
+
+// "portable", "avx2", "avx512": the names ADPDM_CPU takes.
+const char* isa_name(Isa isa);
+
+// Whether this CPU and its operating system can run code of that level.
+bool cpu_supports(Isa isa);
+
+// The highest level cpu_supports().
+Isa best_isa();
+
+// The level a request means; an empty request means best_isa(). Throws std::runtime_error for a name that is
+// not a level and for a level this CPU lacks, because running something slower than was asked for would
+// falsify measurements.
+Isa resolve_isa(const std::string& request);
+
+// The level kernels must use now: that of the innermost ScopedIsa, else resolve_isa(ADPDM_CPU) as read at the
+// first call.
+Isa active_isa();
+
+// Instruction set extensions of this CPU which the kernels can use or will, by their /proc/cpuinfo names.
+std::vector<std::string> cpu_features();
+
+// Forces a level for its lifetime, in all threads, so that a test can compare kernels. Throws as resolve_isa.
+// Not meant for product code; scopes must nest and must not begin or end while kernels run in other threads.
+class ScopedIsa {
+ public:
+  explicit ScopedIsa(Isa isa);
+  ~ScopedIsa();
+  ScopedIsa(const ScopedIsa&) = delete;
+  ScopedIsa& operator=(const ScopedIsa&) = delete;
+
+ private:
+  int previous_;
+};
+
+}  // namespace adpdm::cpu
+
+// Declares one function per instruction set, e.g. ADPDM_DECLARE_PER_ISA(void negate(const float* x, float* y,
+// int64_t n)). Use inside namespace adpdm::cpu. How such functions are built: top of CMakeLists.txt.
+#if defined(__x86_64__)
+#define ADPDM_DECLARE_PER_ISA(...) \
+  namespace portable {             \
+  __VA_ARGS__;                     \
+  }                                \
+  namespace avx2 {                 \
+  __VA_ARGS__;                     \
+  }                                \
+  namespace avx512 {               \
+  __VA_ARGS__;                     \
+  }
+// The function of that name for active_isa().
+#define ADPDM_SELECT_ISA(function)                                             \
+  (::adpdm::cpu::active_isa() == ::adpdm::cpu::Isa::kAvx512 ? avx512::function \
+   : ::adpdm::cpu::active_isa() == ::adpdm::cpu::Isa::kAvx2 ? avx2::function   \
+                                                            : portable::function)
+#else
+#define ADPDM_DECLARE_PER_ISA(...) \
+  namespace portable {             \
+  __VA_ARGS__;                     \
+  }
+#define ADPDM_SELECT_ISA(function) (portable::function)
+#endif

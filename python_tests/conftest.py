@@ -1,0 +1,25 @@
+"""Fixtures and settings shared by all Python tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Timings on shared machines vary too much for a deadline; the same examples on every machine make a failure repeatable.
+settings.register_profile("adpdm", deadline=None, derandomize=True, max_examples=50, print_blob=True)
+settings.load_profile("adpdm")
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device this machine has."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator with a fixed seed; tests draw on the CPU and move, so that devices see the same numbers."""
+    return torch.Generator().manual_seed(0)
