@@ -73,7 +73,7 @@ def extension() -> CppExtension:
     if os.environ.get("ADPDM_WERROR", "0") == "1":
         flags.append("-Werror")
     if torch.backends.openmp.is_available():
-        # For compiling only: at::parallel_for needs the pragmas, but linking would load a second OpenMP beside torch's.
+        # Compiled, not linked: at::parallel_for needs the pragmas; linking could load a second OpenMP.
         flags.append("-fopenmp")
     headers = sorted(glob.glob("csrc/**/*.h", recursive=True))
     return CppExtension(
@@ -93,13 +93,15 @@ class BuildAdpdm(BuildExtension):
     def finalize_options(self) -> None:
         super().finalize_options()
         # pip's editable build would put the objects in a new temporary folder and compile everything again.
-        self.build_temp = str(Path("build", f"bindings-{sys.implementation.cache_tag}-torch{torch.__version__}"))
+        environment = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+        self.build_temp = str(Path("build", f"bindings-{environment}"))
 
     def run(self) -> None:
         core = build_core()
         if core["cuda_archs"]:
+            archs = f'"{core["cuda_archs"]}"'
             for module in self.extensions:
-                module.define_macros += [("ADPDM_WITH_CUDA", None), ("ADPDM_CUDA_ARCHS", f'"{core["cuda_archs"]}"')]
+                module.define_macros += [("ADPDM_WITH_CUDA", None), ("ADPDM_CUDA_ARCHS", archs)]
                 module.extra_link_args += [*core["cuda_libraries"].split(";"), "-lrt", "-ldl", "-lpthread"]
         super().run()
 

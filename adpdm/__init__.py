@@ -4,6 +4,5 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from adpdm.info import build_info
-
-__all__ = ["__version__", "build_info"]
+# First: without the extension nothing here works, and it says so in one sentence.
+from . import _native as _native

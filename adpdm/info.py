@@ -1,38 +1,46 @@
-"""Loads the compiled module adpdm._C and tells what it, this CPU and this torch are."""
+"""What this build of adpdm, this CPU and this torch are: the facts `adpdm info` prints and reports quote."""
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-from typing import Any
+import os
+import platform
+from pathlib import Path
 
 import torch
 
-BUILD_COMMAND = "pip install -e ."
+from . import __version__, _native
 
 
-def load_native() -> ModuleType:
-    """Imports adpdm._C, whose loading registers torch.ops.adpdm.
-
-    Raises:
-        ImportError: it is not built, or was built against another torch; the sentence names the command that mends it.
-    """
-    try:
-        return importlib.import_module("adpdm._C")
-    except ModuleNotFoundError as error:
-        raise ImportError(f"adpdm._C is not built for this Python: run `{BUILD_COMMAND}` in the repository.") from error
-    except ImportError as error:
-        raise ImportError(
-            f"adpdm._C does not load with torch {torch.__version__}, so it was built against another torch: "
-            f"run `{BUILD_COMMAND}` again ({error})."
-        ) from error
-
-
-def build_info() -> dict[str, Any]:
-    """Facts about the compiled module, the CPU and the running torch."""
-    info: dict[str, Any] = dict(load_native().build_info())
-    info["torch_version"] = torch.__version__
-    return info
+def gather_info() -> dict[str, str]:
+    """Return the facts, from label to text, in the order to print them."""
+    build = _native.build_info()
+    threads = _native.worker_threads()
+    return {
+        "adpdm": __version__,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__} (extension built against {build['torch_version_built']})",
+        "compiler": build["compiler"],
+        "processor": processor_name(),
+        "logical CPUs": str(os.cpu_count()),
+        "instruction set": build["isa"],
+        "CPU features": " ".join(build["cpu_features"]) or "none of those adpdm uses",
+        "worker threads": f"{threads} of torch.get_num_threads() = {torch.get_num_threads()}",
+        "CUDA kernels": build["cuda_archs"] if build["cuda_built"] else "not built",
+        "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
 
 
-load_native()
+def render_info(info: dict[str, str]) -> str:
+    """Return the facts as aligned lines of text."""
+    width = max(len(label) for label in info)
+    return "\n".join(f"{label:<{width}}  {text}" for label, text in info.items())
+
+
+def processor_name() -> str:
+    """Return the processor's marketing name, or the architecture where the system does not tell it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

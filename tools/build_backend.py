@@ -1,6 +1,6 @@
 """setuptools' build backend, made to see the torch that is already installed in the target environment.
 
-pip builds in an isolated environment; naming torch there would download a second one, gigabytes, with another ABI.
+pip builds in an isolated environment; naming torch there would download a second one: gigabytes, another ABI.
 """
 
 from __future__ import annotations

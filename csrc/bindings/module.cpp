@@ -44,7 +44,6 @@ py::dict build_info() {
   info["compiler"] = "g++ " __VERSION__;
 #endif
   info["torch_version_built"] = TORCH_VERSION;
-  info["worker_threads"] = worker_threads();
   return info;
 }
 
@@ -53,4 +52,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   adpdm::cpu::set_parallel_backend(run_on_torch_threads);
   module.def("build_info", &build_info, "Facts about this build and this CPU.");
+  module.def("worker_threads", &worker_threads, "Threads the CPU kernels are spread over; starts torch's pool.");
 }

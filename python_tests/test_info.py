@@ -1,0 +1,78 @@
+"""Tests of the facts about the build: right, complete, and errors for wishes the CPU cannot meet."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import adpdm
+from adpdm import _native, info
+
+ROOT = Path(adpdm.__file__).parents[1]
+FEATURES_OF = {
+    "portable": set(),
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+}
+
+
+def import_with_cpu(level: str) -> subprocess.CompletedProcess[str]:
+    """Import adpdm in a new process with ADPDM_CPU=level and print the instruction set in use."""
+    code = "from adpdm import _native; print(_native.build_info()['isa'])"
+    env = {**os.environ, "ADPDM_CPU": level}
+    return subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_build_info_agrees_with_python() -> None:
+    build = _native.build_info()
+    assert build["version"] == adpdm.__version__
+    assert torch.__version__.startswith(build["torch_version_built"])
+    assert build["cuda_built"] == bool(build["cuda_archs"])
+    assert build["isa"] in FEATURES_OF
+    assert set(build["cpu_features"]) >= FEATURES_OF[build["isa"]]
+
+
+def test_cpu_features_are_those_the_kernel_reports() -> None:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    reported = set(next((line for line in lines if line.startswith("flags")), "").split())
+    known = FEATURES_OF["avx512"] | {"avx512_bf16"}
+    assert set(_native.build_info()["cpu_features"]) == known & reported
+
+
+@pytest.mark.parametrize("level", FEATURES_OF)
+def test_adpdm_cpu_chooses_the_level_or_says_that_the_cpu_lacks_it(level: str) -> None:
+    result = import_with_cpu(level)
+    if set(_native.build_info()["cpu_features"]) >= FEATURES_OF[level]:
+        assert result.stdout.strip() == level, result.stderr
+    else:
+        assert result.returncode != 0
+        assert f"ADPDM_CPU: wanted {level}, but the best this CPU supports is" in result.stderr
+
+
+def test_unknown_adpdm_cpu_fails_at_import() -> None:
+    result = import_with_cpu("fastest")
+    assert result.returncode != 0
+    assert "ADPDM_CPU: wanted portable, avx2 or avx512, got 'fastest'" in result.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_kernels_use_as_many_threads_as_torch(count: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        assert _native.worker_threads() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_render_info_names_every_fact_once() -> None:
+    facts = info.gather_info()
+    lines = info.render_info(facts).splitlines()
+    assert [line.split("  ")[0] for line in lines] == list(facts)
+    assert facts["adpdm"] == adpdm.__version__
+    assert all(facts.values())
