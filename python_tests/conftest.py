@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Timings on shared machines vary too much for a deadline; the same examples everywhere make a failure repeatable.
+# Timings on shared machines vary too much for a deadline; equal examples everywhere make failures repeatable.
 settings.register_profile("adpdm", deadline=None, derandomize=True, max_examples=50, print_blob=True)
 settings.load_profile("adpdm")
 
@@ -21,5 +21,5 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """A CPU generator with a fixed seed; tests draw on the CPU and move, so all devices see the same numbers."""
+    """A CPU generator with a fixed seed; tests draw on the CPU and move, so devices see equal numbers."""
     return torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Tests of building and loading: what a user sees when torch, a tool or the extension is missing or misfits."""
+"""Tests of building and loading: what a user sees when torch, a tool or the extension is missing."""
 
 from __future__ import annotations
 

@@ -52,5 +52,6 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, module) {
   adpdm::cpu::set_parallel_backend(run_on_torch_threads);
   module.def("build_info", &build_info, "Facts about this build and this CPU.");
-  module.def("worker_threads", &worker_threads, "Threads the CPU kernels are spread over; starts torch's pool.");
+  module.def("worker_threads", &worker_threads,
+             "Threads the CPU kernels are spread over; starts torch's pool.");
 }

@@ -1,0 +1,71 @@
+# The commands of a working day: demo, test, lint, sanitize, bench, clean. Needs python3 >= 3.10, g++ and make; fetches
+# the rest from PyPI into $(VENV) and googletest from the system's packages.
+#
+#   VENV=.venv            environment to create and use
+#   PYTHON=python3        the Python that creates it
+#   MAX_JOBS=<cores>      parallel compilations
+#   PIP_FLAGS=            for example --extra-index-url https://download.pytorch.org/whl/cpu (torch without CUDA: 200 MB)
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+export MAX_JOBS ?= $(shell nproc)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+CMAKE_TESTS := cmake -G Ninja -S . -DADPDM_TESTS=ON -DADPDM_WERROR=ON
+DEPENDENCIES := $(VENV)/.adpdm-dependencies
+INSTALLED := $(VENV)/.adpdm-installed
+# adpdm/__init__.py holds the version; the other Python files of an editable install need no new one.
+BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt adpdm/__init__.py $(wildcard tools/*.py csrc/*/*)
+
+.PHONY: demo test test-cpp test-python lint sanitize bench clean googletest
+
+demo: $(INSTALLED)
+	adpdm demo
+
+test: test-cpp test-python
+
+test-cpp: $(DEPENDENCIES) googletest
+	$(CMAKE_TESTS) -B build/tests > build/tests-configure.log || { cat build/tests-configure.log; exit 1; }
+	cmake --build build/tests -j $(MAX_JOBS)
+	ctest --test-dir build/tests --verbose
+
+test-python: $(INSTALLED)
+	python -m pytest -q
+
+lint: $(INSTALLED) googletest
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run -Werror $$(git ls-files '*.h' '*.inc' '*.cpp' '*.cu' '*.cuh')
+	$(CMAKE_TESTS) -B build/tests > build/tests-configure.log || { cat build/tests-configure.log; exit 1; }
+	cmake --build build/tests -j $(MAX_JOBS)
+	ADPDM_WERROR=1 python setup.py -q build_ext --inplace
+
+sanitize: $(DEPENDENCIES) googletest
+	$(CMAKE_TESTS) -B build/sanitize -DADPDM_SANITIZE=address,undefined > build/sanitize-configure.log || \
+	  { cat build/sanitize-configure.log; exit 1; }
+	cmake --build build/sanitize -j $(MAX_JOBS)
+	ctest --test-dir build/sanitize --verbose
+
+bench: $(INSTALLED)
+	@ls benchmarks/bench_*.py > /dev/null || { echo "bench: wanted benchmarks/bench_*.py, found none"; exit 1; }
+	@set -e; for script in benchmarks/bench_*.py; do echo "python $$script"; python $$script; done
+
+clean:
+	rm -rf build *.egg-info adpdm/_C.*.so $(INSTALLED)
+
+$(DEPENDENCIES): constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel cmake ninja
+	touch $@
+
+$(INSTALLED): $(DEPENDENCIES) $(BUILD_INPUTS)
+	$(PIP) --no-build-isolation -e '.[dev]'
+	touch $@
+
+# CMake names the package to install where apt-get cannot.
+googletest:
+	@mkdir -p build
+	@if [ ! -f /usr/include/gtest/gtest.h ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  apt-get update -q && apt-get install -q -y --no-install-recommends libgtest-dev; fi

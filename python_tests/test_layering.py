@@ -1,0 +1,150 @@
+"""Enforces the direction of dependencies: which Python module and which C++ folder may know which others."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module may import modules of earlier lines only. A folder (quantizers, nn) is one module, free inside.
+LAYERS: list[set[str]] = [
+    {"config", "_native", "reference"},
+    {"qparams", "info"},
+    {"ops", "step"},
+    {"quantizers"},
+    {"nn"},
+    {"search", "timesteps", "partition", "trajectory", "reconstruct", "io", "evaluate", "report"},
+    {"calibrate"},
+    {"diffusers_quantizer"},
+    {"pipeline"},
+    {"testing"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
+MAY_IMPORT_DIFFUSERS = {"pipeline", "diffusers_quantizer", "testing"}
+
+# A C++ folder may include these folders, the standard library, and of other headers what the pattern names.
+CPP_FOLDERS: dict[str, tuple[set[str], str]] = {
+    "core": ({"core"}, r"(cuda_fp16|cuda_bf16)\.h"),
+    "cpu": ({"core", "cpu"}, r"(immintrin|sys/syscall|unistd)\.h"),
+    "cuda": ({"core", "cuda"}, r"cuda\w*\.h|mma\.h"),
+    "bindings": ({"core", "cpu", "cuda", "bindings"}, r"(torch|ATen|c10|pybind11)/.*"),
+}
+STANDARD_HEADER = r"[a-z_]+"
+
+
+def module_of(path: Path) -> str:
+    """The layer name of a file below adpdm/: its stem, or the folder it is in."""
+    parts = path.relative_to(ROOT / "adpdm").with_suffix("").parts
+    return parts[0]
+
+
+def imported_names(tree: ast.AST, package: tuple[str, ...]) -> Iterator[str]:
+    """Every absolute dotted name a file of `package` (('adpdm', 'nn') for adpdm/nn/x.py) imports anywhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+def python_faults(module: str, package: tuple[str, ...], source: str) -> list[str]:
+    """Sentences on what the source of `module` may not do."""
+    if module not in RANK:
+        return [f"adpdm.{module} has no layer: add it to LAYERS in python_tests/test_layering.py"]
+    tree = ast.parse(source)
+    faults = []
+    for name in imported_names(tree, package):
+        top, _, rest = name.partition(".")
+        target = rest.partition(".")[0]
+        if top == "adpdm" and target != module and RANK.get(target, -1) >= RANK[module]:
+            faults.append(f"adpdm.{module} imports adpdm.{target}, which is not in an earlier layer")
+        if top == "diffusers" and module not in MAY_IMPORT_DIFFUSERS:
+            faults.append(f"adpdm.{module} imports diffusers; only {sorted(MAY_IMPORT_DIFFUSERS)} may")
+    if module != "ops" and any(ast.unparse(node) == "torch.ops.adpdm" for node in ast.walk(tree)):
+        faults.append(f"adpdm.{module} uses torch.ops.adpdm; only adpdm.ops may")
+    return faults
+
+
+def cpp_faults(folder: str, source: str) -> list[str]:
+    """Sentences on what a file in csrc/<folder> may not include."""
+    if folder not in CPP_FOLDERS:
+        return [f"csrc/{folder} has no layer: add it to CPP_FOLDERS in python_tests/test_layering.py"]
+    folders, others = CPP_FOLDERS[folder]
+    faults = []
+    for kind, name in re.findall(r'^\s*#\s*include\s*(["<])([^">]+)[">]', source, re.MULTILINE):
+        if kind == '"' and name.partition("/")[0] not in folders:
+            faults.append(f'csrc/{folder} includes "{name}"; wanted a path below csrc in {sorted(folders)}')
+        if kind == "<" and not re.fullmatch(f"{STANDARD_HEADER}|{others}", name):
+            faults.append(f"csrc/{folder} includes <{name}>; wanted the standard library or {others}")
+    return faults
+
+
+PYTHON_FILES = sorted((ROOT / "adpdm").rglob("*.py"))
+CPP_FILES = sorted(
+    path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".inc", ".cpp", ".cu", ".cuh"}
+)
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_file_depends_on_earlier_layers_only(path: Path) -> None:
+    package = path.relative_to(ROOT).parent.parts
+    assert python_faults(module_of(path), package, path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", CPP_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_cpp_file_includes_allowed_folders_only(path: Path) -> None:
+    assert cpp_faults(path.relative_to(ROOT / "csrc").parts[0], path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "fault"),
+    [
+        ("ops", "from .nn import layers", "adpdm.ops imports adpdm.nn, which is not in an earlier layer"),
+        ("ops", "from . import step", "adpdm.ops imports adpdm.step, which is not in an earlier layer"),
+        ("step", "import adpdm.cli", "adpdm.step imports adpdm.cli, which is not in an earlier layer"),
+        ("io", "def f():\n    import diffusers.models", "adpdm.io imports diffusers; only "),
+        ("nn", "import torch\ntorch.ops.adpdm.linear", "adpdm.nn uses torch.ops.adpdm; only adpdm.ops may"),
+        ("helpers", "", "adpdm.helpers has no layer: add it to LAYERS"),
+    ],
+)
+def test_python_rule_finds_the_fault(module: str, source: str, fault: str) -> None:
+    (found,) = python_faults(module, ("adpdm",), source)
+    assert found.startswith(fault)
+
+
+def test_python_rule_resolves_relative_imports_of_a_subpackage() -> None:
+    package = ("adpdm", "nn")
+    assert (
+        python_faults("nn", package, "from .layers import A\nfrom ..ops import B\nfrom .. import step") == []
+    )
+    assert len(python_faults("nn", package, "from ..calibrate import C")) == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "source"),
+    [
+        ("core", '#include "cpu/isa.h"'),
+        ("core", "#include <immintrin.h>"),
+        ("cpu", "#  include <ATen/Parallel.h>"),
+        ("cpu", '#include "isa.h"'),
+        ("cuda", '#include "cpu/isa.h"'),
+        ("bindings", "#include <cuda_runtime.h>"),
+        ("metal", ""),
+    ],
+)
+def test_cpp_rule_finds_the_fault(folder: str, source: str) -> None:
+    assert len(cpp_faults(folder, source)) == 1
+
+
+def test_cpp_rule_allows_what_the_layers_allow() -> None:
+    assert cpp_faults("cpu", '#include "core/types.h"\n#include <immintrin.h>\n#include <vector>') == []
+    assert cpp_faults("bindings", '#include <torch/library.h>\n#include "cpu/isa.h"') == []
