@@ -1,0 +1,34 @@
+"""Measures a quantized denoiser against its original: same seeds, samples, noise, features, time."""
+
+from __future__ import annotations
+
+from adpdm.evaluate.comparison import EvaluationConfig, EvaluationResult, compare, file_bytes
+from adpdm.evaluate.extractors import INSTALL_SENTENCE, fetch_extractors, load_lite0, load_lpips
+from adpdm.evaluate.frechet import FrechetResult, frechet_distance
+from adpdm.evaluate.metrics import PEAK_TO_PEAK, pooled_sqnr, psnr, psnr_per_image, sqnr, sqnr_per_image
+from adpdm.evaluate.sampling import GenerationResult, generate, image_seeds
+from adpdm.evaluate.timing import PairTiming, time_pair
+
+__all__ = [
+    "INSTALL_SENTENCE",
+    "PEAK_TO_PEAK",
+    "EvaluationConfig",
+    "EvaluationResult",
+    "FrechetResult",
+    "GenerationResult",
+    "PairTiming",
+    "compare",
+    "fetch_extractors",
+    "file_bytes",
+    "frechet_distance",
+    "generate",
+    "image_seeds",
+    "load_lite0",
+    "load_lpips",
+    "pooled_sqnr",
+    "psnr",
+    "psnr_per_image",
+    "sqnr",
+    "sqnr_per_image",
+    "time_pair",
+]

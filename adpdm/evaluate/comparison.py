@@ -1,0 +1,357 @@
+"""Compares a quantized denoiser with its original on the same seeds, every figure in one result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adpdm.evaluate import metrics
+from adpdm.evaluate.extractors import INSTALL_SENTENCE, Lite0, Lpips, load_lite0, load_lpips
+from adpdm.evaluate.frechet import FrechetResult, frechet_distance
+from adpdm.evaluate.sampling import (
+    Progress,
+    Trajectory,
+    batches,
+    device_of,
+    image_seeds,
+    predict,
+    sample_shape,
+)
+from adpdm.evaluate.timing import PairTiming, time_pair
+
+FRECHET_NAME = "Frechet distance (EfficientNet-Lite0)"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What to measure.
+
+    Args:
+        num_images, num_inference_steps, seed, batch_size: of the sampling.
+        use_extractors: measure LPIPS and the Frechet distance where their networks are installed.
+        frechet_dimensions: principal components of the features; 1280 keeps all, given 5120 images or more.
+        bootstrap_resamples: of the interval of the Frechet distance.
+        timing_batch_sizes, timing_pairs: of the interleaved timing; an empty tuple times nothing.
+        kept_images: returned as uint8 for the report.
+        cache_dir: where the LPIPS weights lie; None is the platform's cache.
+    """
+
+    num_images: int = 16
+    num_inference_steps: int = 50
+    seed: int = 0
+    batch_size: int = 8
+    use_extractors: bool = True
+    frechet_dimensions: int = 32
+    bootstrap_resamples: int = 200
+    timing_batch_sizes: tuple[int, ...] = (1, 8)
+    timing_pairs: int = 20
+    kept_images: int = 16
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_inference_steps", "batch_size", "frechet_dimensions", "timing_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"EvaluationConfig: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("bootstrap_resamples", "kept_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"EvaluationConfig: {name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Everything `compare` measured; decibels are against the reference model, infinite where both are equal.
+
+    Args:
+        config: as given.
+        timesteps: [T] as given to the denoiser, noisiest first.
+        psnr_db, sqnr_db: final samples, all pixels of all images pooled.
+        psnr_per_image_db, sqnr_per_image_db: [N].
+        noise_sqnr_same_input_db: [T], noise predictions when both models see the reference model's samples
+            (teacher forced): the error one step makes.
+        noise_sqnr_own_trajectory_db: [T], noise predictions when each model follows its own samples: the
+            error that has accumulated.
+        lpips, lpips_per_image: mean and [N]; None without the network.
+        frechet: quantized against reference samples; None without the network.
+        frechet_reference_real, frechet_quantized_real: each model against real images; None without these.
+        missing: one sentence for everything that is None.
+        timings: per batch size.
+        reference_bytes, quantized_bytes: of the weight files; None without paths.
+        reference_images, quantized_images: [K, H, W, C] uint8.
+    """
+
+    config: EvaluationConfig
+    timesteps: np.ndarray
+    psnr_db: float
+    sqnr_db: float
+    psnr_per_image_db: np.ndarray
+    sqnr_per_image_db: np.ndarray
+    noise_sqnr_same_input_db: np.ndarray
+    noise_sqnr_own_trajectory_db: np.ndarray
+    lpips: float | None
+    lpips_per_image: np.ndarray | None
+    frechet: FrechetResult | None
+    frechet_reference_real: FrechetResult | None
+    frechet_quantized_real: FrechetResult | None
+    missing: tuple[str, ...]
+    timings: tuple[PairTiming, ...]
+    reference_bytes: int | None
+    quantized_bytes: int | None
+    reference_images: np.ndarray = field(repr=False)
+    quantized_images: np.ndarray = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types without the images; infinite decibels become the strings "inf" and "-inf"."""
+        values = asdict(self)
+        del values["reference_images"], values["quantized_images"]
+        plain: dict[str, Any] = _plain(values)
+        return plain
+
+
+def compare(
+    reference: Any,
+    quantized: Any,
+    scheduler: Any,
+    config: EvaluationConfig | None = None,
+    *,
+    shape: tuple[int, int, int] | None = None,
+    conditioning: Mapping[str, Tensor] | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    real_images: Tensor | None = None,  # [M, C, H, W] float in [-1, 1]
+    paths: tuple[Path, Path] | None = None,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Measures `quantized` against `reference` on the same seeds.
+
+    Args:
+        reference, quantized: denoisers, (sample, timestep, **conditioning) -> noise prediction.
+        scheduler: diffusers scheduler as it will be used; copied.
+        shape: (C, H, W) of a sample; None takes it from the reference's config.
+        conditioning: keyword tensors with `num_images` rows.
+        decode: final samples -> images in [-1, 1], for latent diffusion; None takes the samples themselves.
+        real_images: for the Frechet distance of each model to the data.
+        paths: folders or files of both models' weights, for their sizes.
+        progress: called with (done, total, what).
+
+    Raises:
+        ValueError: a setting or shape does not fit; before anything runs.
+    """
+    config, progress = config or EvaluationConfig(), progress or _no_progress
+    shape, conditioning = shape or sample_shape(reference), dict(conditioning or {})
+    for name, value in conditioning.items():
+        if len(value) != config.num_images:
+            raise ValueError(
+                f"compare: {name} must have num_images={config.num_images} rows, got {len(value)}"
+            )
+    sizes = tuple(file_bytes(path) for path in paths) if paths else (None, None)
+    pair = _PairedSampling(reference, quantized, scheduler, config, shape, conditioning)
+    samples = pair.run(progress)
+    if decode is not None:
+        with torch.no_grad():
+            samples = (decode(samples[0]), decode(samples[1]))
+    images = tuple(x.float().clamp(-1, 1).cpu() for x in samples)
+    features = _measure_features(images[0], images[1], real_images, config, progress)
+    timings = _measure_times(reference, quantized, pair, config, progress)
+    return EvaluationResult(
+        config=config,
+        timesteps=pair.timesteps,
+        psnr_db=metrics.psnr(images[0], images[1]),
+        sqnr_db=metrics.sqnr(images[0], images[1]),
+        psnr_per_image_db=metrics.psnr_per_image(images[0], images[1]),
+        sqnr_per_image_db=metrics.sqnr_per_image(images[0], images[1]),
+        noise_sqnr_same_input_db=metrics.pooled_sqnr(pair.signal, pair.error_same_input),
+        noise_sqnr_own_trajectory_db=metrics.pooled_sqnr(pair.signal, pair.error_own_trajectory),
+        timings=timings,
+        reference_bytes=sizes[0],
+        quantized_bytes=sizes[1],
+        reference_images=_to_uint8(images[0][: config.kept_images]),
+        quantized_images=_to_uint8(images[1][: config.kept_images]),
+        **features,
+    )
+
+
+def file_bytes(path: Path | str) -> int:
+    """Bytes of a weight file, or of all weight files below a folder."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in WEIGHT_SUFFIXES)
+    if not files:
+        raise ValueError(
+            f"file_bytes: wanted weight files ({', '.join(WEIGHT_SUFFIXES)}) at {path}, found none"
+        )
+    return sum(f.stat().st_size for f in files)
+
+
+class _PairedSampling:
+    """Steps both models side by side and adds up the energies of their noise predictions.
+
+    signal, error_same_input, error_own_trajectory: [T] float64, sums over all images.
+    """
+
+    def __init__(
+        self,
+        reference: Any,
+        quantized: Any,
+        scheduler: Any,
+        config: EvaluationConfig,
+        shape: tuple[int, int, int],
+        conditioning: dict[str, Tensor],
+    ) -> None:
+        self.reference, self.quantized, self.scheduler = reference, quantized, scheduler
+        self.config, self.shape, self.conditioning = config, shape, conditioning
+        self.device = device_of(reference)
+        self.timesteps = self.trajectory([0]).timesteps.cpu().numpy()
+        self.signal, self.error_same_input, self.error_own_trajectory = np.zeros((3, len(self.timesteps)))
+
+    def trajectory(self, seeds: list[int]) -> Trajectory:
+        """A batch at its beginning."""
+        return Trajectory(self.scheduler, self.config.num_inference_steps, seeds, self.shape, self.device)
+
+    @torch.no_grad()
+    def run(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        """Final samples of both models, [N, C, H, W]."""
+        config, steps = self.config, len(self.timesteps)
+        seeds, slices = (
+            image_seeds(config.seed, config.num_images),
+            list(batches(config.num_images, config.batch_size)),
+        )
+        finals: list[tuple[Tensor, Tensor]] = []
+        for number, rows in enumerate(slices):
+            ours, theirs = self.trajectory(seeds[rows]), self.trajectory(seeds[rows])
+            extra = {name: value[rows] for name, value in self.conditioning.items()}
+            for k in range(steps):
+                self._step(ours, theirs, k, extra)
+                progress(number * steps + k + 1, len(slices) * steps, "sampling both models")
+            finals.append((ours.sample, theirs.sample))
+        return torch.cat([f[0] for f in finals]), torch.cat([f[1] for f in finals])
+
+    def _step(self, ours: Trajectory, theirs: Trajectory, k: int, extra: dict[str, Tensor]) -> None:
+        timestep, inputs, own_inputs = ours.timesteps[k], ours.model_input(k), theirs.model_input(k)
+        wanted = predict(self.reference, inputs, timestep, extra)
+        same_input = predict(self.quantized, inputs, timestep, extra)
+        # at the first step both trajectories are still the same noise
+        own = same_input if k == 0 else predict(self.quantized, own_inputs, timestep, extra)
+        signal, error = metrics.energies(wanted, same_input)
+        self.signal[k] += signal
+        self.error_same_input[k] += error
+        self.error_own_trajectory[k] += metrics.energies(wanted, own)[1]
+        ours.advance(wanted, k)
+        theirs.advance(own, k)
+
+
+def _measure_features(
+    reference: Tensor, quantized: Tensor, real: Tensor | None, config: EvaluationConfig, progress: Progress
+) -> dict[str, Any]:
+    """LPIPS and Frechet distances, or None and the sentence that says why."""
+    values: dict[str, Any] = dict.fromkeys(
+        ("lpips", "lpips_per_image", "frechet", "frechet_reference_real", "frechet_quantized_real")
+    )
+    missing: list[str] = []
+    lpips, lite0 = (load_lpips(config.cache_dir), load_lite0()) if config.use_extractors else (None, None)
+    why = (
+        f"To measure it {INSTALL_SENTENCE}."
+        if config.use_extractors
+        else "It was switched off (use_extractors)."
+    )
+    if lpips is None:
+        missing.append(f"LPIPS (AlexNet) was not measured. {why}")
+    else:
+        distances = _lpips_in_batches(lpips, reference, quantized, config, progress)
+        values.update(lpips=float(distances.mean()), lpips_per_image=distances)
+    if lite0 is None:
+        missing.append(f"{FRECHET_NAME} was not measured. {why}")
+    elif config.num_images < 2:
+        missing.append(f"{FRECHET_NAME} was not measured: it needs at least 2 images.")
+    else:
+        sets = [_features_in_batches(lite0, x, config, progress) for x in (reference, quantized)]
+        values["frechet"] = _frechet(sets[0], sets[1], config, is_paired=True)
+        if real is not None:
+            data = _features_in_batches(lite0, real, config, progress)
+            values["frechet_reference_real"] = _frechet(data, sets[0], config)
+            values["frechet_quantized_real"] = _frechet(data, sets[1], config)
+    values["missing"] = tuple(missing)
+    return values
+
+
+def _frechet(
+    a: np.ndarray, b: np.ndarray, config: EvaluationConfig, is_paired: bool = False
+) -> FrechetResult:
+    return frechet_distance(
+        a,
+        b,
+        dimensions=config.frechet_dimensions,
+        resamples=config.bootstrap_resamples,
+        seed=config.seed,
+        is_paired=is_paired,
+    )
+
+
+def _lpips_in_batches(
+    lpips: Lpips, a: Tensor, b: Tensor, config: EvaluationConfig, progress: Progress
+) -> np.ndarray:
+    """[N] float64."""
+    parts = []
+    for rows in batches(len(a), config.batch_size):
+        parts.append(lpips.distance(a[rows], b[rows]).double().numpy())
+        progress(rows.stop, len(a), "LPIPS")
+    return np.concatenate(parts)
+
+
+def _features_in_batches(
+    lite0: Lite0, images: Tensor, config: EvaluationConfig, progress: Progress
+) -> np.ndarray:
+    """[N, 1280] f32."""
+    parts = []
+    for rows in batches(len(images), config.batch_size):
+        parts.append(lite0.features(images[rows]))
+        progress(rows.stop, len(images), "EfficientNet-Lite0 features")
+    return np.concatenate(parts)
+
+
+def _measure_times(
+    reference: Any, quantized: Any, pair: _PairedSampling, config: EvaluationConfig, progress: Progress
+) -> tuple[PairTiming, ...]:
+    """One paired timing per batch size, in the middle of the trajectory."""
+    timings, middle = [], len(pair.timesteps) // 2
+    for number, size in enumerate(config.timing_batch_sizes):
+        path = pair.trajectory(image_seeds(config.seed, size))
+        # conditioning has one row per image: cycle through them
+        extra = {n: v[torch.arange(size) % len(v)] for n, v in pair.conditioning.items()}
+        sample = path.sample
+        timings.append(
+            time_pair(reference, quantized, sample, path.timesteps[middle], config.timing_pairs, extra)
+        )
+        progress(number + 1, len(config.timing_batch_sizes), "timing")
+    return tuple(timings)
+
+
+def _to_uint8(
+    images: Tensor,  # [K, C, H, W] float in [-1, 1]
+) -> np.ndarray:
+    """[K, H, W, C] uint8."""
+    pixels: np.ndarray = (
+        ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    )
+    return pixels
+
+
+def _plain(value: Any) -> Any:
+    """Nested JSON types."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _no_progress(done: int, total: int, what: str) -> None:
+    """Tells nobody."""

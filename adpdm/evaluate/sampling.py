@@ -1,0 +1,173 @@
+"""Runs a diffusers scheduler with one random generator per image, so that the batch size changes no image."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Progress = Callable[[int, int, str], None]  # (done, total, what)
+StepObserver = Callable[[int, Tensor, Tensor, Tensor], None]  # (step_index, timestep, sample, noise_pred)
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What `generate` returns.
+
+    Args:
+        samples: [N, C, H, W] f32, clamped to [-1, 1].
+        timesteps: [T] values given to the denoiser, noisiest first.
+        seconds_per_step: [batches, T] wall time of one denoiser call and scheduler step of one batch.
+    """
+
+    samples: Tensor
+    timesteps: np.ndarray
+    seconds_per_step: np.ndarray
+
+
+def image_seeds(seed: int, num_images: int) -> list[int]:
+    """Returns one 32-bit seed per image, unrelated for different `seed`.
+
+    `pipe(batch_size=n, generator=[torch.Generator().manual_seed(s) for s in image_seeds(seed, n)])` draws the
+    same images. They are hashed, not counted up, because images 1..n of seed 0 would be images 0..n-1 of
+    seed 1, and 32 bits because torch's CPU generator ignores the rest.
+    """
+    return [int(np.random.SeedSequence((seed, i)).generate_state(1)[0]) for i in range(num_images)]
+
+
+class Trajectory:
+    """One batch on its way from noise to images; several denoisers can be stepped side by side.
+
+    Args:
+        scheduler: a diffusers scheduler, used as it is configured (`clip_sample` included); copied.
+        seeds: one per image.
+        shape: (C, H, W) of one image.
+        device: where the samples live.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        num_inference_steps: int,
+        seeds: list[int],
+        shape: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        # a fresh copy per batch: multistep schedulers remember earlier predictions
+        self.scheduler = copy.deepcopy(scheduler)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.timesteps: Tensor = self.scheduler.timesteps
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        noise = torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(device)
+        self.sample: Tensor = noise * self.scheduler.init_noise_sigma
+        accepted = inspect.signature(self.scheduler.step).parameters
+        self._step_arguments: dict[str, Any] = {}
+        if "eta" in accepted:
+            self._step_arguments["eta"] = 0.0
+        if "generator" in accepted:
+            self._step_arguments["generator"] = self.generators
+
+    def model_input(self, step_index: int) -> Tensor:
+        """The sample as the denoiser wants it at this step (sigma schedulers scale it)."""
+        scaled: Tensor = self.scheduler.scale_model_input(self.sample, self.timesteps[step_index])
+        return scaled
+
+    def advance(self, noise_pred: Tensor, step_index: int) -> None:
+        """Takes the scheduler's step in place."""
+        step = self.scheduler.step(
+            noise_pred, self.timesteps[step_index], self.sample, **self._step_arguments
+        )
+        self.sample = step.prev_sample
+
+
+def predict(denoiser: Any, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """Calls a denoiser that answers with a tensor, a tuple or an object with `.sample`."""
+    output = denoiser(sample, timestep, **conditioning)
+    if isinstance(output, tuple):
+        output = output[0]
+    noise_pred: Tensor = output if isinstance(output, Tensor) else output.sample
+    return noise_pred
+
+
+def sample_shape(denoiser: Any) -> tuple[int, int, int]:
+    """(C, H, W) from the denoiser's config."""
+    config = getattr(denoiser, "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if channels is None or size is None:
+        raise ValueError(
+            "generate: shape=(C, H, W) is needed, the denoiser has no config with in_channels and sample_size"
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(channels), int(height), int(width)
+
+
+def batches(total: int, batch_size: int) -> Iterator[slice]:
+    """Slices of at most `batch_size` that cover range(total)."""
+    if batch_size < 1:
+        raise ValueError(f"generate: batch_size must be at least 1, got {batch_size}")
+    return (slice(i, min(i + batch_size, total)) for i in range(0, total, batch_size))
+
+
+def device_of(denoiser: Any) -> torch.device:
+    """The device of the first parameter or buffer; the CPU when there is none."""
+    if isinstance(denoiser, torch.nn.Module):
+        for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+@torch.no_grad()
+def generate(
+    denoiser: Any,
+    scheduler: Any,
+    num_images: int,
+    num_inference_steps: int,
+    seed: int = 0,
+    batch_size: int = 8,
+    shape: tuple[int, int, int] | None = None,
+    *,
+    conditioning: Mapping[str, Tensor] | None = None,
+    on_step: StepObserver | None = None,
+    progress: Progress | None = None,
+) -> GenerationResult:
+    """Samples images, deterministic but for the seed (eta = 0; ancestral noise per image).
+
+    Args:
+        denoiser: UNet2DModel-like: (sample, timestep, **conditioning) -> noise prediction.
+        scheduler: diffusers scheduler; copied, so its state and settings are left alone.
+        shape: (C, H, W); None takes it from the denoiser's config.
+        conditioning: keyword tensors with one row per image, such as encoder_hidden_states.
+        on_step: sees (step_index, timestep, model input [B, C, H, W], noise_pred) of every step.
+
+    Returns:
+        Samples in image order. Another batch size gives the same images up to the denoiser's own rounding.
+    """
+    if num_images < 1:
+        raise ValueError(f"generate: num_images must be at least 1, got {num_images}")
+    shape, device = shape or sample_shape(denoiser), device_of(denoiser)
+    seeds, slices = image_seeds(seed, num_images), list(batches(num_images, batch_size))
+    samples, seconds, timesteps = [], [], np.zeros(0)
+    for number, rows in enumerate(slices):
+        path = Trajectory(scheduler, num_inference_steps, seeds[rows], shape, device)
+        extra = {name: value[rows] for name, value in (conditioning or {}).items()}
+        timesteps, row = path.timesteps.cpu().numpy(), []
+        for k, timestep in enumerate(path.timesteps):
+            start = time.perf_counter()
+            model_input = path.model_input(k)
+            noise_pred = predict(denoiser, model_input, timestep, extra)
+            path.advance(noise_pred, k)
+            row.append(time.perf_counter() - start)
+            if on_step is not None:
+                on_step(k, timestep, model_input, noise_pred)
+            if progress is not None:
+                progress(number * len(timesteps) + k + 1, len(slices) * len(timesteps), "sampling")
+        samples.append(path.sample.float().clamp(-1, 1))
+        seconds.append(row)
+    return GenerationResult(torch.cat(samples), timesteps, np.array(seconds))

