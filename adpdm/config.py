@@ -19,7 +19,8 @@ class SearchConfig:
     """Differentiable search over group importance weights (method.md section 4).
 
     Args:
-        num_steps: optimizer steps in total, spread evenly over the selection rounds.
+        num_steps: optimizer steps on mixtures, spread evenly over the selection rounds.
+        refit_steps: optimizer steps after hardening, which re-fit each group on its own steps.
         batch_size: images per optimizer step.
         learning_rate: of the quantizers (log scale and lower bound); None takes 3e-3 at 8 bits, 5e-3 below.
         logits_learning_rate: of the group logits, which must travel further than a scale does.
@@ -31,6 +32,7 @@ class SearchConfig:
     """
 
     num_steps: int = 240
+    refit_steps: int = 60
     batch_size: int = 8
     learning_rate: float | None = None
     logits_learning_rate: float = 5e-2
@@ -41,6 +43,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         _at_least("search.num_steps", self.num_steps, 1)
+        _at_least("search.refit_steps", self.refit_steps, 0)
         _at_least("search.batch_size", self.batch_size, 1)
         _within("search.replay", self.replay, 0.0, 1.0)
         _at_least("search.entropy_weight", self.entropy_weight, 0.0)

@@ -1,0 +1,303 @@
+"""Calibration: trajectories, histograms, partition, search, and the ranges that come out of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import QuantConfig
+from .nn import QuantLayer
+from .partition import all_step_errors, fit_ranges, initial_tables
+from .quantizers import ActivationQuantizer
+from .quantizers.activation import Mode
+from .search import WARN_BELOW_MAX_IMPORTANCE, Batch, GroupSearch, SearchOutcome
+from .step import StepState
+from .timesteps import TimestepSelector, fixed_visits, squared_mmd
+from .trajectory import Sampler, Trajectory
+
+Progress = Callable[[str, int, int], None]  # phase, done, total
+
+HOLDOUT_BATCHES = 16  # batches, spread over the steps, on which hardening is judged
+STATE_VERSION = 1
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass
+class CalibrationTrace:
+    """What calibration found out, for the report."""
+
+    histogram_bytes: int = 0
+    trajectory_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    visits: list[int] = field(default_factory=list)
+    squared_mmd: float | None = None
+    losses: list[float] = field(default_factory=list)
+    outcome: SearchOutcome | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dict(self.__dict__)
+        values["outcome"] = None if self.outcome is None else self.outcome.to_dict()
+        return values
+
+
+class Calibration:
+    """One calibration of a swapped denoiser; `run` does all of it.
+
+    Args:
+        sampler: runs the denoiser whose layers are the quantized twins, still in float.
+        layers: the twins by name.
+        step: state of the denoiser, with its table of timesteps filled.
+        state_file: where the search saves itself after every round, and resumes from; None does neither.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        layers: dict[str, QuantLayer],
+        step: StepState,
+        config: QuantConfig,
+        progress: Progress = silent,
+        state_file: Path | None = None,
+    ) -> None:
+        self.sampler, self.layers, self.step, self.config = sampler, layers, step, config
+        self.progress, self.state_file = progress, state_file
+        self.trace = CalibrationTrace()
+        self.quantizers: dict[str, ActivationQuantizer] = {
+            name if len(layer.quantizers) == 1 else f"{name}[{i}]": q
+            for name, layer in layers.items()
+            for i, q in enumerate(layer.quantizers)
+        }
+
+    @property
+    def num_rounds(self) -> int:
+        return -(-self.config.calibration_images // self.config.round_size)
+
+    def run(self) -> CalibrationTrace:
+        """Observe, partition, search; leaves every quantizer with its ranges and tables, in fake mode."""
+        trajectory = self._timed("trajectories", self._observe)
+        self._timed("partition", self._partition)
+        for layer in self.layers.values():
+            layer.quantize_weight()
+        for quantizer in self.quantizers.values():
+            quantizer.mode = Mode.FAKE
+        if self.config.grouping == "search" and self.config.num_groups > 1:
+            self._timed("search", lambda: self._search(trajectory))
+        for quantizer in self.quantizers.values():
+            quantizer.counts = None
+        return self.trace
+
+    def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        self.trace.seconds[phase] = time.perf_counter() - start
+        return result
+
+    # ---- histograms ----
+
+    def _observe(self) -> Trajectory:
+        config, quantizers = self.config, list(self.quantizers.values())
+        for quantizer in quantizers:
+            quantizer.start_observing(config.num_inference_steps)
+        self.trace.histogram_bytes = sum(q.counts.nbytes for q in quantizers if q.counts is not None)
+        batches = []
+        for first in range(0, config.histogram_images, config.round_size):
+            batch = min(config.round_size, config.histogram_images - first)
+
+            def watch(index: int, first: int = first, batch: int = batch) -> None:
+                self._check_finite(index - 1)
+                done = first * config.num_inference_steps + index * batch
+                self.progress("trajectories", done, config.histogram_images * config.num_inference_steps)
+
+            batches.append(self.sampler.run(config.seed, first, batch, on_step=watch))
+            self._check_finite(config.num_inference_steps - 1)
+        total = config.histogram_images * config.num_inference_steps
+        self.progress("trajectories", total, total)
+        trajectory = _join(batches)
+        self.trace.trajectory_bytes = trajectory.samples.nbytes + trajectory.noise_preds.nbytes
+        return trajectory
+
+    def _check_finite(self, step_index: int) -> None:
+        if step_index < 0:
+            return
+        for name, quantizer in self.quantizers.items():
+            assert quantizer.extrema is not None
+            low, high = quantizer.extrema[step_index].tolist()
+            if not (low > -float("inf") and high < float("inf")):  # false for NaN as well
+                raise ValueError(
+                    f"calibration: the input of layer {name!r} at timestep "
+                    f"{int(self.sampler.timesteps[step_index])} must be finite, got range [{low}, {high}]; "
+                    "the full-precision model itself produces it"
+                )
+
+    # ---- partition ----
+
+    def _partition(self) -> None:
+        config, quantizers = self.config, list(self.quantizers.values())
+        searched = config.grouping == "search"
+        visits = [1] * config.num_inference_steps if searched else fixed_visits(config, self.num_rounds)
+        self.trace.visits = list(visits)
+        errors = all_step_errors(quantizers, visits)
+        tables = initial_tables(quantizers, errors, config)
+        for i, (quantizer, error, table) in enumerate(zip(quantizers, errors, tables, strict=True)):
+            fit_ranges(quantizer, error, table, config.groups_per_layer, visits)
+            self.progress("partition", i + 1, len(quantizers))
+
+    # ---- search ----
+
+    def _search(self, trajectory: Trajectory) -> None:
+        config = self.config
+        search = GroupSearch(list(self.quantizers.values()), self.step, config, self._predict)
+        selector = TimestepSelector(config, self.num_rounds)
+        pool: list[Batch] = []
+        start_round = self._resume(search, selector, pool)
+        for round_index in range(start_round, self.num_rounds):
+            pool.append(self._selected_batch(search, selector, round_index))
+            for index in self._steps_of_round(round_index):
+                batch = self._draw(trajectory, pool, index)
+                self.trace.losses.append(search.train_step(batch))
+                self.progress("search", index + 1, config.search.num_steps + config.search.refit_steps)
+            self._save(search, selector, round_index + 1)
+        self._harden(search, trajectory, pool)
+        self.trace.rounds, self.trace.visits = selector.trace, selector.visits
+        chosen = [row["step_index"] for row in selector.trace]
+        self.trace.squared_mmd = squared_mmd(trajectory.samples, chosen)
+
+    def _steps_of_round(self, round_index: int) -> range:
+        total = self.config.search.num_steps
+        return range(total * round_index // self.num_rounds, total * (round_index + 1) // self.num_rounds)
+
+    def _predict(self, batch: Batch) -> Tensor:
+        return self.sampler.predict(batch.sample, batch.timestep, batch.conditioning)
+
+    def _selected_batch(self, search: GroupSearch, selector: TimestepSelector, round_index: int) -> Batch:
+        """Generate this round's calibration images at the step that the selector chooses."""
+        step_index = selector.choose(search.entropy().detach())
+        return self._generate(search, step_index, round_index)
+
+    def _generate(self, search: GroupSearch, step_index: int, round_index: int) -> Batch:
+        """Full-precision images at one step; image numbers go on where the histogram images ended."""
+        mode = search.quantizers[0].mode
+        search.set_mode(Mode.FLOAT)
+        first = self.config.histogram_images + round_index * self.config.round_size
+        count = min(self.config.round_size, self.config.calibration_images - round_index * self.config.round_size)
+        made = self.sampler.run(self.config.seed, first, count, stop=step_index)
+        search.set_mode(mode)
+        return self._batch(made, step_index, torch.arange(count), round_index)
+
+    def _draw(self, trajectory: Trajectory, pool: list[Batch], index: int) -> Batch:
+        """The batch of optimizer step `index`: a replayed step of the cached trajectories, or selected images."""
+        generator = torch.Generator().manual_seed(self.config.seed * 7_368_787 + index)
+        size = self.config.search.batch_size
+        if float(torch.rand(1, generator=generator)) < self.config.search.replay:
+            step_index = int(torch.randint(0, self.config.num_inference_steps, (1,), generator=generator))
+            images = torch.randint(0, trajectory.samples.shape[1], (size,), generator=generator)
+            return self._batch(trajectory, step_index, images, index)
+        chosen = pool[int(torch.randint(0, len(pool), (1,), generator=generator))]
+        images = torch.randint(0, chosen.sample.shape[0], (size,), generator=generator)
+        conditioning = {name: value[images] for name, value in chosen.conditioning.items()}
+        return Batch(
+            chosen.step_index, chosen.timestep, chosen.sample[images], chosen.target[images], conditioning
+        )
+
+    def _batch(self, trajectory: Trajectory, step_index: int, images: Tensor, draw: int) -> Batch:
+        """Images of a trajectory at one step, with the target of the objective."""
+        timestep = self.sampler.timesteps[step_index]
+        sample, target = trajectory.samples[step_index, images], trajectory.noise_preds[step_index, images]
+        if self.config.search.objective == "noise":
+            final = trajectory.final[images]
+            generator = torch.Generator().manual_seed(self.config.seed * 15_485_863 + draw)
+            target = torch.randn(final.shape, generator=generator)
+            sample = self.sampler.scheduler.add_noise(final, target, timestep.expand(len(images)))
+            sample = self.sampler.scheduler.scale_model_input(sample, timestep)
+        sample = sample.contiguous(memory_format=torch.channels_last)
+        conditioning = {name: value[images] for name, value in trajectory.conditioning.items()}
+        return Batch(step_index, timestep, sample, target, conditioning)
+
+    def _harden(self, search: GroupSearch, trajectory: Trajectory, pool: list[Batch]) -> None:
+        """Fix the groups, re-fit their ranges on their own steps, and report what that cost."""
+        settings = self.config.search
+        steps = torch.linspace(0, self.config.num_inference_steps - 1, HOLDOUT_BATCHES).round().long().tolist()
+        images = torch.arange(min(settings.batch_size, trajectory.samples.shape[1]))
+        held_out = [self._batch(trajectory, k, images, -1 - k) for k in steps]
+        peak = search.max_importance()
+        soft = search.mean_loss(held_out)
+        moved = search.harden()
+        for index in range(settings.num_steps, settings.num_steps + settings.refit_steps):
+            self.trace.losses.append(search.train_step(self._draw(trajectory, pool, index)))
+            self.progress("search", index + 1, settings.num_steps + settings.refit_steps)
+        search.finish()
+        hard = search.mean_loss(held_out)
+        self.trace.outcome = SearchOutcome(soft, hard, peak, moved)
+        if peak < WARN_BELOW_MAX_IMPORTANCE:
+            self.trace.warnings.append(
+                f"the search ended undecided: mean largest importance weight {peak:.2f}, wanted at least "
+                f"{WARN_BELOW_MAX_IMPORTANCE}; more search steps or a larger entropy_weight harden it"
+            )
+
+    # ---- resuming ----
+
+    def _fingerprint(self) -> str:
+        names = sorted((name, tuple(layer.weight_shape)) for name, layer in self.layers.items())
+        return json.dumps([self.config.to_dict(), names, [float(t) for t in self.sampler.timesteps]])
+
+    def _save(self, search: GroupSearch, selector: TimestepSelector, rounds_done: int) -> None:
+        if self.state_file is None:
+            return
+        header = {
+            "version": str(STATE_VERSION),
+            "fingerprint": self._fingerprint(),
+            "progress": json.dumps([rounds_done, search.steps_done]),
+            "trace": json.dumps([selector.trace, selector.visits, self.trace.losses]),
+        }
+        self.state_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.state_file.with_name(self.state_file.name + ".tmp")
+        save_file(search.state(), temporary, metadata=header)
+        os.replace(temporary, self.state_file)
+
+    def _resume(self, search: GroupSearch, selector: TimestepSelector, pool: list[Batch]) -> int:
+        """Continue a saved search; regenerates its calibration images, which are a function of the seed."""
+        if self.state_file is None or not self.state_file.exists():
+            return 0
+        with safe_open(self.state_file, "pt") as stored:
+            header = stored.metadata()
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        if header.get("version") != str(STATE_VERSION) or header.get("fingerprint") != self._fingerprint():
+            raise ValueError(
+                f"{self.state_file} belongs to another model, configuration or version; "
+                "quantize into another folder, or without resuming"
+            )
+        rounds_done, steps_done = json.loads(header["progress"])
+        selector.trace, selector.visits, self.trace.losses = json.loads(header["trace"])
+        search.load_state(tensors, steps_done)
+        for round_index, row in enumerate(selector.trace):
+            pool.append(self._generate(search, row["step_index"], round_index))
+            self.progress("resuming", round_index + 1, rounds_done)
+        return int(rounds_done)
+
+
+def _join(parts: list[Trajectory]) -> Trajectory:
+    """Concatenate trajectories along their images."""
+    conditioning = {
+        name: torch.cat([p.conditioning[name] for p in parts]) for name in parts[0].conditioning
+    }
+    return Trajectory(
+        torch.cat([p.samples for p in parts], 1),
+        torch.cat([p.noise_preds for p in parts], 1),
+        torch.cat([p.final for p in parts]),
+        conditioning,
+    )

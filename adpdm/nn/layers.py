@@ -1,0 +1,197 @@
+"""QuantConv2d and QuantLinear: float while calibrating, fake-quantized while searching, integer once frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..quantizers.activation import ActivationQuantizer, Mode
+from ..quantizers.weight import WeightQuantizer
+from ..step import StepState
+
+
+class QuantLayer(nn.Module):
+    """What both layers share: one activation quantizer per input segment, and the weight in two forms.
+
+    Until `freeze`, `weight` is the float original; after it, integer codes as saved (int8, or packed int4).
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_scale: Tensor  # [S, O] f32
+    groups = 1  # of a convolution
+
+    def setup(
+        self, bits: tuple[int, int], num_groups: int, slot: int, step: StepState, split: int | None
+    ) -> None:
+        """Add quantizers of bits (weight, activation); slots count up from `slot`, one per segment."""
+        self.weight_quantizer = WeightQuantizer(bits[0], split)
+        segments = 1 if split is None else 2
+        self.input_quantizers = nn.ModuleList(
+            ActivationQuantizer(bits[1], num_groups, slot + s, step) for s in range(segments)
+        )
+        self.register_buffer("weight_scale", torch.ones(segments, self.weight.shape[0]))
+        self.weight_shape = self.weight.shape
+        self.is_frozen = False
+        self._fake_weight: Tensor | None = None
+        self._packed: tuple[list[Tensor], list[Tensor], Tensor | None] | None = None
+
+    @property
+    def quantizers(self) -> list[ActivationQuantizer]:
+        return list(self.input_quantizers)  # type: ignore[arg-type]
+
+    @property
+    def channel_dim(self) -> int:
+        """Dimension of the input that holds the channels."""
+        raise AssertionError("a subclass says where its channels are")
+
+    def split_input(self, x: Tensor) -> list[Tensor]:
+        """The input segments of x, views."""
+        split = self.weight_quantizer.split
+        if split is None:
+            return [x]
+        return [x.narrow(self.channel_dim, 0, split), x.narrow(self.channel_dim, split, self._rest(x))]
+
+    def _rest(self, x: Tensor) -> int:
+        return x.shape[self.channel_dim] - (self.weight_quantizer.split or 0)
+
+    def quantize_weight(self) -> None:
+        """Derive the fake-quantized weight that the search runs on; the original stays."""
+        codes, scales = self.weight_quantizer.quantize(self.weight)
+        self.weight_scale = scales.to(self.weight.device)
+        self._fake_weight = self._like_weight(self.weight_quantizer.dequantize(codes, scales))
+
+    def _like_weight(self, value: Tensor) -> Tensor:
+        """Give a weight the dtype and memory format of the original."""
+        value = value.to(self.weight.dtype)
+        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+
+    def codes(self) -> Tensor:
+        """Weight codes [O, C, *] i8: of the frozen layer, or those that freezing would give."""
+        if self.is_frozen:
+            return self.weight_quantizer.restore(self.weight.data, self.weight_shape)
+        return self.weight_quantizer.quantize(self.weight)[0]
+
+    def freeze(self) -> None:
+        """Replace the float weight by integer codes; from here on `forward` runs in integers."""
+        codes, scales = self.weight_quantizer.quantize(self.weight)
+        self.weight_scale = scales.to(self.weight.device)
+        self._become_integer(self.weight_quantizer.store(codes))
+
+    def prepare_frozen(self) -> None:
+        """Take the shapes of a frozen layer, for loading a checkpoint into."""
+        shape, dtype = self.weight_quantizer.stored_shape(self.weight_shape)
+        self._become_integer(torch.empty(shape, dtype=dtype, device=self.weight.device))
+
+    def _become_integer(self, stored: Tensor) -> None:
+        self.weight = nn.Parameter(stored, requires_grad=False)
+        self._fake_weight = self._packed = None
+        self.is_frozen = True
+
+    def segments(self, x: Tensor) -> tuple[list[ops.Segment], Tensor | None]:
+        """Quantize x and pair its segments with the packed weights; also the bias [O] in float32."""
+        if self._packed is None or self._packed[0][0].device != x.device:
+            packed, sums = self.weight_quantizer.pack(self.codes(), self.groups)
+            self._packed = (packed, sums, None if self.bias is None else self.bias.detach().float())
+        packed, sums, bias = self._packed
+        segments = [
+            ops.Segment(q.codes(part), q.scale, q.zero_point, q.group_index, packed[s], self.weight_scale[s], sums[s])
+            for s, (q, part) in enumerate(zip(self.quantizers, self.split_input(x), strict=True))
+        ]
+        return segments, bias
+
+    def fake_input(self, x: Tensor) -> Tensor:
+        """Pass x through the activation quantizers in their current mode."""
+        quantizers = self.quantizers
+        if len(quantizers) == 1:
+            return quantizers[0](x)  # type: ignore[no-any-return]
+        parts = self.split_input(x)
+        if quantizers[0].mode in (Mode.FLOAT, Mode.OBSERVE):
+            for quantizer, part in zip(quantizers, parts, strict=True):
+                quantizer(part)
+            return x
+        return torch.cat([q(p) for q, p in zip(quantizers, parts, strict=True)], self.channel_dim)
+
+    def effective_weight(self) -> Tensor:
+        """The weight that the float path multiplies with, by the mode."""
+        quantized = self.quantizers[0].mode in (Mode.FAKE, Mode.MIXTURE)
+        if self.is_frozen:
+            values = self.weight_quantizer.dequantize(self.codes(), self.weight_scale)
+            return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
+        if not quantized:
+            return self.weight
+        assert self._fake_weight is not None, "quantize_weight comes before the fake-quantized forward"
+        return self._fake_weight
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow .to(): the packed copy is rebuilt on the new device when it is next needed."""
+        self._packed = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the packed copy behind: it is derived from the codes."""
+        return {**self.__dict__, "_packed": None}
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """Group-quantized twin of nn.Conv2d: [N, C, H, W] float to [N, O, Ho, Wo] of the same dtype."""
+
+    @classmethod
+    def of(
+        cls, layer: nn.Conv2d, bits: tuple[int, int], num_groups: int, slot: int, step: StepState, split: int | None
+    ) -> QuantConv2d:
+        """Take over a float convolution; its parameters are shared, not copied."""
+        twin = cls.__new__(cls)
+        nn.Module.__init__(twin)
+        twin.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_") or k in _CONV_KEEP})
+        twin.weight, twin.bias = layer.weight, layer.bias
+        twin.setup(bits, num_groups, slot, step, split)
+        return twin
+
+    @property
+    def channel_dim(self) -> int:
+        return 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_frozen or self.quantizers[0].mode is not Mode.FLOAT:
+            return self._conv_forward(self.fake_input(x), self.effective_weight(), self.bias)
+        return ops.conv2d(*self.segments(x), self._geometry(), self.weight_quantizer.num_bits, x.dtype)
+
+    def _geometry(self) -> ops.ConvGeometry:
+        assert not isinstance(self.padding, str)
+        return ops.ConvGeometry(
+            self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.groups  # type: ignore[arg-type]
+        )
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """Group-quantized twin of nn.Linear: [*, K] float to [*, O] of the same dtype."""
+
+    @classmethod
+    def of(
+        cls, layer: nn.Linear, bits: tuple[int, int], num_groups: int, slot: int, step: StepState, split: int | None
+    ) -> QuantLinear:
+        """Take over a float linear layer; its parameters are shared, not copied."""
+        twin = cls.__new__(cls)
+        nn.Module.__init__(twin)
+        twin.in_features, twin.out_features = layer.in_features, layer.out_features
+        twin.weight, twin.bias = layer.weight, layer.bias
+        twin.training = layer.training
+        twin.setup(bits, num_groups, slot, step, split)
+        return twin
+
+    @property
+    def channel_dim(self) -> int:
+        return -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_frozen or self.quantizers[0].mode is not Mode.FLOAT:
+            return F.linear(self.fake_input(x), self.effective_weight(), self.bias)
+        return ops.linear(*self.segments(x), self.out_features, self.weight_quantizer.num_bits, x.dtype)
+
+
+_CONV_KEEP = ("_reversed_padding_repeated_twice",)

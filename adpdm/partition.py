@@ -1,0 +1,108 @@
+"""Partitions the steps of a layer into groups: equal blocks, one each, or the dynamic-programming optimum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .config import QuantConfig
+from .qparams import StepErrors, best_range, step_errors
+from .quantizers import ActivationQuantizer
+
+UNCHOSEN_WEIGHT = 1e-6  # steps that the selection left out only decide where a group holds no chosen step
+
+
+def uniform_table(num_steps: int, num_groups: int) -> Tensor:
+    """Group of every step for equal blocks, [T] i32."""
+    return (torch.arange(num_steps) * num_groups // num_steps).to(torch.int32)
+
+
+def dynamic_programming_table(error: Tensor, num_groups: int) -> Tensor:
+    """Group of every step for the partition into contiguous groups with the least error, [T] i32.
+
+    Args: error [T, R], see `StepErrors`; each group pays for the one range that suits its steps best.
+    Exact in O(num_groups * T^2) after O(T^2 R) for the costs. Source: method.md section 4.
+    """
+    return tables_from_cost(_block_costs(error), num_groups)
+
+
+def _block_costs(error: Tensor) -> Tensor:
+    """cost[i, j] = min over ranges of the error of steps [i, j), [T + 1, T + 1] f64, infinite for j <= i."""
+    steps = error.shape[0]
+    prefix = torch.cat([torch.zeros(1, error.shape[1], dtype=error.dtype), error.cumsum(0)])
+    cost = torch.full((steps + 1, steps + 1), float("inf"), dtype=error.dtype)
+    for i in range(steps):
+        cost[i, i + 1 :] = (prefix[i + 1 :] - prefix[i]).amin(1)
+    return cost
+
+
+def tables_from_cost(cost: Tensor, num_groups: int) -> Tensor:
+    """The optimal table for block costs [T + 1, T + 1]."""
+    steps = cost.shape[0] - 1
+    best = cost[0].clone()  # best[j]: cheapest partition of [0, j) into the groups so far
+    cuts = []
+    for _ in range(num_groups - 1):
+        candidates = best[:, None] + cost
+        best, cut = candidates.min(0)
+        cuts.append(cut)
+    table = torch.zeros(steps, dtype=torch.int32)
+    end = steps
+    for group in range(num_groups - 1, -1, -1):
+        start = int(cuts[group - 1][end]) if group else 0
+        table[start:end] = group
+        end = start
+    return table
+
+
+def initial_tables(
+    quantizers: Sequence[ActivationQuantizer], errors: Sequence[StepErrors], config: QuantConfig
+) -> list[Tensor]:
+    """Starting table [T] i32 of every quantizer by the grouping of the config."""
+    steps, groups = config.num_inference_steps, config.groups_per_layer
+    if config.grouping in ("shared", "per_step", "uniform"):
+        return [uniform_table(steps, groups)] * len(quantizers)
+    if not config.shared_groups:
+        return [dynamic_programming_table(e.error, groups) for e in errors]
+    # One partition for the net: each layer counts by its error relative to the best single range.
+    cost = sum(_block_costs(e.error) / e.error.sum(0).min().clamp_min(1e-30) for e in errors)
+    assert isinstance(cost, Tensor)
+    return [tables_from_cost(cost, groups)] * len(quantizers)
+
+
+def all_step_errors(quantizers: Sequence[ActivationQuantizer], visits: Sequence[int]) -> list[StepErrors]:
+    """Weighted error tables of every quantizer; visits [T] weigh the steps."""
+    weight = torch.tensor(visits, dtype=torch.float64).clamp_min(UNCHOSEN_WEIGHT)[:, None]
+    result = []
+    for q in quantizers:
+        assert q.counts is not None and q.extrema is not None
+        raw = step_errors(q.counts, q.extrema, q.num_bits)
+        result.append(StepErrors(raw.low, raw.high, raw.error * weight))
+    return result
+
+
+def fit_ranges(
+    quantizer: ActivationQuantizer, errors: StepErrors, table: Tensor, num_groups: int, visits: Sequence[int]
+) -> None:
+    """Give each group the range that quantizes the histogram of its own steps with the least error.
+
+    A group without steps takes the range over all steps: unused at run time, finite, and a start for the search.
+    """
+    assert quantizer.counts is not None and quantizer.extrema is not None
+    weight = torch.tensor(visits, dtype=torch.float64).clamp_min(UNCHOSEN_WEIGHT)
+    shares = quantizer.counts.double() / quantizer.counts.sum(1, keepdim=True).clamp_min(1)
+    lows, highs = [], []
+    for group in range(num_groups):
+        mine = table == group
+        if not bool(mine.any()):
+            mine = torch.ones_like(mine)
+        extrema = quantizer.extrema[mine]
+        candidate = int(errors.error[mine].sum(0).argmin())
+        start = (float(errors.low[candidate]), float(errors.high[candidate]))
+        density = (shares[mine] * weight[mine, None]).sum(0)
+        outer = torch.stack([extrema[:, 0].min(), extrema[:, 1].max()])
+        low, high = best_range(density / density.sum(), outer, quantizer.num_bits, start)
+        lows.append(low)
+        highs.append(high)
+    quantizer.set_ranges(torch.tensor(lows), torch.tensor(highs), table)

@@ -1,0 +1,214 @@
+"""`quantize`: from a float pipeline or denoiser to an integer one, in place; the only public verb of the method."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+from .calibrate import Calibration, CalibrationTrace, Progress, silent
+from .config import QuantConfig
+from .diffusers_quantizer import mark_quantized
+from .nn import Coverage, LayerInfo, describe_layers, quant_layers, swap_layers
+from .quantizers.activation import Mode
+from .step import StepState, attach_step_hook
+from .trajectory import Sampler
+
+DENOISER_NAMES = ("unet", "transformer")
+
+
+@dataclass
+class QuantizationReport:
+    """What was quantized, how calibration went, and what it cost."""
+
+    config: QuantConfig
+    layers: list[LayerInfo]
+    coverage: Coverage
+    trace: CalibrationTrace
+    timesteps: list[float]  # calibrated, noisiest first
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "config": self.config.to_dict(),
+            "layers": [layer.to_dict() for layer in self.layers],
+            "coverage": dict(self.coverage.__dict__),
+            "trace": self.trace.to_dict(),
+            "timesteps": self.timesteps,
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+        }
+
+
+def find_denoiser(pipe_or_denoiser: Any) -> nn.Module:
+    """The network that predicts noise: the module itself, or a pipeline's unet or transformer."""
+    if isinstance(pipe_or_denoiser, nn.Module):
+        return pipe_or_denoiser
+    for name in DENOISER_NAMES:
+        component = getattr(pipe_or_denoiser, name, None)
+        if isinstance(component, nn.Module):
+            return component
+    raise TypeError(
+        "quantize: wanted a diffusers pipeline with a unet or transformer, or a denoiser module; "
+        f"got {type(pipe_or_denoiser).__name__}"
+    )
+
+
+def quantize(
+    pipe_or_denoiser: Any,
+    config: QuantConfig | None = None,
+    *,
+    scheduler: Any = None,
+    conditioning: dict[str, Tensor] | None = None,
+    prompts: Sequence[str] | None = None,
+    progress: Progress = silent,
+    state_file: Path | str | None = None,
+) -> QuantizationReport:
+    """Quantize a trained diffusion model by ADP-DM, in place, from nothing but the model itself.
+
+    Args:
+        pipe_or_denoiser: diffusers pipeline, or UNet2DModel / UNet2DConditionModel in float32 on the CPU.
+        config: bits, groups and search; see QuantConfig.
+        scheduler: to calibrate with; needed for a bare denoiser, otherwise the pipeline's own.
+        conditioning: tensors [N, ...] by argument name of the denoiser, e.g. encoder_hidden_states [N, L, D];
+            image i is generated under entry i modulo N.
+        prompts: texts to encode with the pipeline instead.
+        progress: called with (phase, done, total).
+        state_file: the search saves itself here after every round and resumes from it.
+
+    Returns: what was done; the model now samples with integer kernels.
+
+    Raises:
+        ValueError, TypeError: before anything is changed, for input that cannot work. On any error or interrupt
+            the model is put back as it was.
+    """
+    config = config or QuantConfig()
+    denoiser = find_denoiser(pipe_or_denoiser)
+    _check_denoiser(denoiser)
+    scheduler = _find_scheduler(pipe_or_denoiser, scheduler)
+    if prompts is not None:
+        conditioning = {**(conditioning or {}), **_encode(pipe_or_denoiser, prompts)}
+    _check_conditioning(denoiser, conditioning)
+    denoiser.eval().requires_grad_(False)
+    sampler = Sampler(denoiser, scheduler, _sample_shape(denoiser), config.num_inference_steps, conditioning)
+    layers = describe_layers(denoiser, config, lambda: _trace_forward(sampler))
+    originals = {info.name: denoiser.get_submodule(info.name) for info in layers if info.bits is not None}
+
+    def make_step(num_slots: int) -> StepState:
+        state = StepState(
+            num_slots, config.num_inference_steps, sampler.num_train_timesteps, config.timestep_policy
+        )
+        state.set_timesteps(sampler.timesteps)
+        return state
+
+    memory_format = torch.channels_last
+    denoiser.to(memory_format=memory_format)  # type: ignore[call-overload]
+    step = swap_layers(denoiser, layers, config.groups_per_layer, make_step)
+    hook = attach_step_hook(denoiser)
+    try:
+        path = None if state_file is None else Path(state_file)
+        trace = Calibration(sampler, quant_layers(denoiser), step, config, progress, path).run()
+    except BaseException:
+        hook.remove()
+        _restore(denoiser, originals)
+        raise
+    freeze(denoiser)
+    mark_quantized(denoiser, config, layers)
+    timesteps = [float(t) for t in sampler.timesteps]
+    return QuantizationReport(config, layers, Coverage.of(layers), trace, timesteps)
+
+
+def freeze(denoiser: nn.Module) -> None:
+    """Pack the weights of all layers; from here on they run in integers."""
+    for layer in quant_layers(denoiser).values():
+        layer.freeze()
+        for quantizer in layer.quantizers:
+            quantizer.mode = Mode.FLOAT
+
+
+def _restore(denoiser: nn.Module, originals: dict[str, nn.Module]) -> None:
+    """Put the float layers back."""
+    for name, layer in originals.items():
+        parent, _, child = name.rpartition(".")
+        setattr(denoiser.get_submodule(parent), child, layer)
+    del denoiser.adpdm_step
+
+
+def _check_denoiser(denoiser: nn.Module) -> None:
+    if quant_layers(denoiser):
+        raise ValueError(f"quantize: {type(denoiser).__name__} is quantized already; load the original again")
+    if not isinstance(denoiser, ModelMixin):
+        raise TypeError(f"quantize: wanted a diffusers model, got {type(denoiser).__name__}")
+    for name, parameter in denoiser.named_parameters():
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            raise ValueError(
+                f"quantize: wanted float32 parameters on the CPU to calibrate, got {name} as "
+                f"{parameter.dtype} on {parameter.device}; load with torch_dtype=torch.float32"
+            )
+
+
+def _find_scheduler(pipe_or_denoiser: Any, scheduler: Any) -> Any:
+    found = scheduler if scheduler is not None else getattr(pipe_or_denoiser, "scheduler", None)
+    if found is None:
+        raise ValueError("quantize: a bare denoiser needs scheduler=..., the sampler it will be used with; got None")
+    for name in ("set_timesteps", "scale_model_input", "step"):
+        if not hasattr(found, name):
+            raise TypeError(f"quantize: wanted a diffusers scheduler with {name}(), got {type(found).__name__}")
+    return found
+
+
+def _sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:
+    config: Any = denoiser.config
+    size = config.sample_size
+    if size is None:
+        raise ValueError(f"quantize: {type(denoiser).__name__}.config.sample_size must be set, got None")
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(config.in_channels), int(height), int(width)
+
+
+def _encode(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Text embeddings of prompts, and of the empty one that classifier-free guidance uses."""
+    if isinstance(pipe, nn.Module) or not hasattr(pipe, "encode_prompt"):
+        raise TypeError(f"quantize: prompts need a pipeline with encode_prompt, got {type(pipe).__name__}")
+    if not prompts:
+        raise ValueError("quantize: prompts must hold at least one text, got none")
+    with torch.no_grad():
+        embeddings = pipe.encode_prompt(["", *prompts], "cpu", 1, False)[0]
+    return {"encoder_hidden_states": embeddings.float()}
+
+
+def _check_conditioning(denoiser: nn.Module, conditioning: dict[str, Tensor] | None) -> None:
+    config: Any = denoiser.config
+    wants_text = getattr(config, "cross_attention_dim", None) is not None
+    given = set(conditioning or {})
+    if wants_text and "encoder_hidden_states" not in given:
+        raise ValueError(
+            f"quantize: {type(denoiser).__name__} needs conditioning={{'encoder_hidden_states': [N, L, D]}} or "
+            f"prompts=[...], got {sorted(given) or 'neither'}"
+        )
+
+
+def _trace_forward(sampler: Sampler) -> None:
+    """One forward pass on noise at the first timestep."""
+    sample = torch.zeros(1, *sampler.sample_shape)
+    sampler.predict(sample, sampler.timesteps[0], sampler.conditions(0, 1))
+
+
+def load_pipeline(path: Path | str, **kwargs: Any) -> Any:
+    """Load a diffusers pipeline, or a bare UNet2DModel with scheduler/ beside it as a DDIMPipeline."""
+    folder = Path(path)
+    if (folder / "model_index.json").exists() or not folder.exists():
+        return DiffusionPipeline.from_pretrained(str(path), **kwargs)
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    for part in ("unet", "scheduler"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder} must hold model_index.json, or unet/ and scheduler/; {part}/ is missing")
+    unet = UNet2DModel.from_pretrained(folder / "unet", **kwargs)
+    return DDIMPipeline(unet, DDIMScheduler.from_pretrained(folder / "scheduler"))

@@ -1,0 +1,185 @@
+"""From ranges and histograms to scales and zero-points: the arithmetic of calibration, no modules, no models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .reference import (
+    HISTOGRAM_BINS,
+    HISTOGRAM_MIN_EXPONENT,
+    HISTOGRAM_OCTAVE_BINS,
+    HISTOGRAM_SIDE_BINS,
+    signed_range,
+)
+
+MIN_SCALE = 2.0**-60  # keeps 1 / scale finite in float32 with room to spare
+CLIP_RATIOS = tuple(1.0 - 0.01 * i for i in range(61))  # 1.00 .. 0.40 of max|w|
+CANDIDATES_PER_SIDE = 16  # candidate bounds of a range, each side of zero
+TIGHTEST_CLIP = 0.3  # candidates go down to this fraction of the smallest step's extremum
+REFINEMENTS = 3  # rounds of a local 9 x 9 grid around the best candidate
+
+
+def range_to_qparams(low: Tensor, high: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+    """Scale [*] f32 and zero-point [*] i32 of an asymmetric quantizer that covers [low, high] and real 0.
+
+    A degenerate range (low == high == 0) gives scale 1: finite, positive, and exact for the zeros it saw.
+    """
+    quant_min, quant_max = signed_range(num_bits)
+    low, high = low.double().clamp(max=0.0), high.double().clamp(min=0.0)
+    width = high - low
+    scale = torch.where(width > 0, (width / (quant_max - quant_min)).clamp_min(MIN_SCALE), 1.0)
+    zero_point = (quant_min - low / scale).round().clamp(quant_min, quant_max)
+    return scale.float(), zero_point.to(torch.int32)
+
+
+def qparams_to_range(scale: Tensor, zero_point: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+    """Real values of the smallest and the largest code."""
+    quant_min, quant_max = signed_range(num_bits)
+    return (quant_min - zero_point) * scale, (quant_max - zero_point) * scale
+
+
+# ---- weights ------------------------------------------------------------------------------------------------
+
+
+def weight_scale_mse(weight: Tensor, num_bits: int) -> Tensor:
+    """Per-output-channel symmetric scale with the least squared error over clipping ratios of max|w|.
+
+    Args: weight [O, *] float. Returns scale [O] f32, finite and positive also for all-zero channels.
+    Source: method.md section 2.
+    """
+    flat = weight.detach().flatten(1).double()
+    bound = 2 ** (num_bits - 1) - 1
+    largest = flat.abs().amax(1)
+    best_error = torch.full_like(largest, float("inf"))
+    best_scale = torch.ones_like(largest)
+    for ratio in CLIP_RATIOS:
+        scale = torch.where(largest > 0, (largest * ratio / bound).clamp_min(MIN_SCALE), 1.0)
+        error = (_symmetric_codes(flat, scale, bound) * scale[:, None] - flat).square().sum(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+    return best_scale.float()
+
+
+def weight_codes(weight: Tensor, scale: Tensor, num_bits: int) -> Tensor:
+    """Codes of weight [O, *] under scale [O], int8 in [-(2^(b-1)-1), 2^(b-1)-1]."""
+    bound = 2 ** (num_bits - 1) - 1
+    codes = _symmetric_codes(weight.detach().flatten(1).double(), scale.double(), bound)
+    return codes.to(torch.int8).view(weight.shape)
+
+
+def _symmetric_codes(flat: Tensor, scale: Tensor, bound: int) -> Tensor:
+    return (flat / scale[:, None]).round().clamp(-bound, bound)
+
+
+# ---- activations: errors of candidate ranges from histograms ----------------------------------------------------
+
+
+def histogram_edges() -> tuple[Tensor, Tensor]:
+    """Lower and upper edge of every histogram bin, [HISTOGRAM_BINS] f64 each; the zero bin is [0, 0]."""
+    slot = torch.arange(HISTOGRAM_SIDE_BINS + 1, dtype=torch.float64)
+    octave = (slot / HISTOGRAM_OCTAVE_BINS).floor()
+    fraction = slot / HISTOGRAM_OCTAVE_BINS - octave
+    edge = torch.exp2(octave + HISTOGRAM_MIN_EXPONENT) * (1 + fraction)
+    zero = torch.zeros(1, dtype=torch.float64)
+    low = torch.cat([-edge[1:].flip(0), zero, edge[:-1]])
+    high = torch.cat([-edge[:-1].flip(0), zero, edge[1:]])
+    assert low.numel() == HISTOGRAM_BINS
+    return low, high
+
+
+def _rounding_integral(u: Tensor) -> Tensor:
+    """Integral of (v - rint(v))^2 from 0 to u: a unit holds 1/12, the rest e^3/3."""
+    nearest = u.round()
+    return nearest / 12 + (u - nearest) ** 3 / 3
+
+
+def bin_errors(
+    low: Tensor, high: Tensor, num_bits: int, extrema: tuple[float, float], bins: Tensor
+) -> Tensor:
+    """Mean squared quantization error within some bins for each candidate range, [R, len(bins)] f64.
+
+    The density inside a bin is taken as uniform, for which the error has a closed form, so that also bins wider
+    than a quantization step count rightly. Args: low, high [R] f64; extrema: true (min, max) of the data, which
+    trim the outermost bins; bins: indices i64, the occupied ones.
+    """
+    scale, zero_point = range_to_qparams(low, high, num_bits)
+    scale = scale.double()
+    bottom, top = qparams_to_range(scale, zero_point.double(), num_bits)
+    left, right = (edge[bins].clamp(*extrema) for edge in histogram_edges())
+
+    def integral(x: Tensor) -> Tensor:
+        inside = torch.minimum(torch.maximum(x, bottom[:, None]), top[:, None])
+        below, above = (x - bottom[:, None]).clamp(max=0), (x - top[:, None]).clamp(min=0)
+        rounding = _rounding_integral(inside / scale[:, None]) * scale[:, None] ** 3
+        return rounding + below**3 / 3 + above**3 / 3
+
+    width = right - left
+    mean = (integral(right) - integral(left)) / width.clamp_min(1e-300)
+    return torch.where(width > 0, mean.clamp_min(0.0), 0.0)
+
+
+def candidate_ranges(extrema: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidate (low, high) pairs of a layer from its per-step extrema [T, 2]: [R] f64 each, a geometric grid."""
+    lows, highs = extrema[:, 0].double().clamp(max=0).abs(), extrema[:, 1].double().clamp(min=0)
+    low, high = (_geometric_grid(side) for side in (lows, highs))
+    grid = torch.cartesian_prod(-low, high)
+    return grid[:, 0], grid[:, 1]
+
+
+def _geometric_grid(magnitudes: Tensor) -> Tensor:
+    largest = magnitudes.max()
+    if largest == 0:
+        return torch.zeros(1, dtype=torch.float64)
+    smallest = magnitudes[magnitudes > 0].min().clamp_min(largest * 2.0**-12) * TIGHTEST_CLIP
+    exponent = torch.linspace(0, 1, CANDIDATES_PER_SIDE, dtype=torch.float64)
+    return largest * (smallest / largest) ** exponent
+
+
+@dataclass(frozen=True)
+class StepErrors:
+    """Squared error of every step under every candidate range of one layer."""
+
+    low: Tensor  # [R] f64
+    high: Tensor  # [R] f64
+    error: Tensor  # [T, R] f64, sums over elements, divided by the number of elements of the step
+
+
+def step_errors(counts: Tensor, extrema: Tensor, num_bits: int) -> StepErrors:
+    """E[k][r] of method.md section 4 from histograms counts [T, HISTOGRAM_BINS] i64 and extrema [T, 2] f32."""
+    low, high = candidate_ranges(extrema)
+    bounds = (float(extrema[:, 0].min()), float(extrema[:, 1].max()))
+    occupied = _occupied(counts.sum(0))
+    errors = bin_errors(low, high, num_bits, bounds, occupied)
+    density = counts[:, occupied].double() / counts.sum(1, keepdim=True).clamp_min(1)
+    return StepErrors(low, high, density @ errors.t())
+
+
+def _occupied(counts: Tensor) -> Tensor:
+    """Indices of the bins [HISTOGRAM_BINS] that hold anything: a third of them, typically."""
+    return counts.nonzero().flatten()
+
+
+def best_range(counts: Tensor, extrema: Tensor, num_bits: int, start: tuple[float, float]) -> tuple[float, float]:
+    """Refine a range by local search on the histogram of the steps that share it.
+
+    Args: counts [HISTOGRAM_BINS], weighted sum over the steps; extrema [2]; start: the best candidate.
+    """
+    bounds = (float(extrema[0]), float(extrema[1]))
+    occupied = _occupied(counts)
+    density = counts[occupied].double()
+    low, high = start
+    spread = 0.2
+    for _ in range(REFINEMENTS):
+        factor = torch.linspace(1 - spread, 1 + spread, 9, dtype=torch.float64)
+        grid = torch.cartesian_prod(low * factor, high * factor) if high > 0 and low < 0 else None
+        lows = grid[:, 0] if grid is not None else low * factor
+        highs = grid[:, 1] if grid is not None else high * factor
+        error = bin_errors(lows, highs, num_bits, bounds, occupied) @ density
+        best = int(error.argmin())
+        low, high = float(lows[best]), float(highs[best])
+        spread /= 4
+    return low, high

@@ -1,0 +1,76 @@
+"""Weight quantizer: per-output-channel symmetric codes with a least-squares clip, stored as int8 or packed int4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..qparams import weight_codes, weight_scale_mse
+from ..reference import pack_int4, unpack_int4
+
+INT4_BITS = 4  # up to here two codes share a byte
+
+
+def stored_in_int4(num_bits: int) -> bool:
+    """Whether codes of this width are stored two to a byte."""
+    return num_bits <= INT4_BITS
+
+
+@dataclass(frozen=True)
+class WeightQuantizer:
+    """Quantizes the weight of one layer, each input segment with its own scales.
+
+    Args:
+        num_bits: 2 to 8.
+        split: input channels of the first segment, None for a single segment.
+    """
+
+    num_bits: int
+    split: int | None = None
+
+    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [O, C, *] i8 and scales [S, O] f32 of weight [O, C, *] float."""
+        codes, scales = [], []
+        for part in self.segments(weight):
+            scale = weight_scale_mse(part, self.num_bits)
+            codes.append(weight_codes(part, scale, self.num_bits))
+            scales.append(scale)
+        return torch.cat(codes, 1), torch.stack(scales)
+
+    def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """Weight values [O, C, *] f32 of codes [O, C, *] i8 and scales [S, O]."""
+        shape = (-1,) + (1,) * (codes.dim() - 1)
+        parts = [c.float() * s.view(shape) for c, s in zip(self.segments(codes), scales, strict=True)]
+        return torch.cat(parts, 1)
+
+    def store(self, codes: Tensor) -> Tensor:
+        """Codes as they are saved: int8 as they are, or packed [O, ceil(K/32) * 16] u8 at 4 bits and below."""
+        return pack_int4(codes.flatten(1)) if stored_in_int4(self.num_bits) else codes
+
+    def restore(self, stored: Tensor, shape: torch.Size) -> Tensor:
+        """Inverse of `store` for codes of `shape`."""
+        if not stored_in_int4(self.num_bits):
+            return stored
+        return unpack_int4(stored, int(torch.Size(shape[1:]).numel())).view(shape)
+
+    def stored_shape(self, shape: torch.Size) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype that `store` gives for codes of `shape`."""
+        if not stored_in_int4(self.num_bits):
+            return tuple(shape), torch.int8
+        columns = torch.Size(shape[1:]).numel()
+        return (shape[0], (columns + 31) // 32 * 16), torch.uint8
+
+    def segments(self, tensor: Tensor) -> list[Tensor]:
+        """Split along the input channels (dim 1)."""
+        if self.split is None:
+            return [tensor]
+        return [tensor[:, : self.split], tensor[:, self.split :]]
+
+    def pack(self, codes: Tensor, groups: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Kernel-ready weights and their sums [O] i32, one per segment."""
+        parts = [part.contiguous() for part in self.segments(codes)]
+        packed = [ops.pack_weight(part, self.num_bits, groups) for part in parts]
+        return packed, [part.flatten(1).sum(1, dtype=torch.int32) for part in parts]

@@ -1,0 +1,105 @@
+"""Chooses the timesteps at which calibration images are generated, and measures how well the choice covers all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import QuantConfig
+
+VISIT_BONUS_NATS = 1.5  # eta of method.md section 5, on the un-normalised entropy
+NORMAL_MEAN, NORMAL_SPREAD = 0.4, 0.4  # PTQ4DM's N(0.4 T, 0.4 T), counted from the noisy end
+
+
+@dataclass
+class TimestepSelector:
+    """Picks one step index per round by the selection of the config, and remembers why.
+
+    Source: method.md section 5. `srm` maximises mean normalised entropy + eta / (visits + 1).
+    """
+
+    config: QuantConfig
+    num_rounds: int
+    visits: list[int] = field(default_factory=list)  # [T]
+    trace: list[dict[str, Any]] = field(default_factory=list)  # one row per round
+
+    def __post_init__(self) -> None:
+        if not self.visits:
+            self.visits = [0] * self.num_steps
+
+    @property
+    def num_steps(self) -> int:
+        return self.config.num_inference_steps
+
+    @property
+    def first_allowed(self) -> int:
+        """First step index that `exclude_first` leaves selectable."""
+        return min(math.ceil(self.config.exclude_first * self.num_steps), self.num_steps - 1)
+
+    def choose(self, entropy: Tensor) -> int:
+        """Return the step index of the next round; entropy [T] is the mean over layers of H(pi_k) / ln G."""
+        round_index = len(self.trace)
+        bonus = VISIT_BONUS_NATS / math.log(max(self.config.num_groups, 2))
+        score = entropy.double() + bonus / (torch.tensor(self.visits, dtype=torch.float64) + 1)
+        if self.config.selection == "srm":
+            allowed = score[self.first_allowed :]
+            step = self.first_allowed + int(allowed.argmax())
+        else:
+            step = self._draw(round_index)
+        self.trace.append(
+            {
+                "round": round_index,
+                "step_index": step,
+                "entropy": [round(float(e), 6) for e in entropy],
+                "score": [round(float(s), 6) for s in score],
+                "visits": list(self.visits),
+            }
+        )
+        self.visits[step] += 1
+        return step
+
+    def _draw(self, round_index: int) -> int:
+        first, span = self.first_allowed, self.num_steps - self.first_allowed
+        if self.config.selection == "uniform":
+            return first + (round_index * span) // self.num_rounds
+        # A generator per round, so that a resumed run draws what the uninterrupted one would have.
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + round_index)
+        if self.config.selection == "random":
+            return first + int(torch.randint(0, span, (1,), generator=generator))
+        draw = NORMAL_MEAN * self.num_steps + NORMAL_SPREAD * self.num_steps * float(
+            torch.randn(1, generator=generator)
+        )
+        return min(max(round(draw), first), self.num_steps - 1)
+
+
+def fixed_visits(config: QuantConfig, num_rounds: int) -> list[int]:
+    """Visits per step [T] of a selection that needs no search; `srm` without a search means every step once."""
+    if config.selection == "srm":
+        return [1] * config.num_inference_steps
+    selector = TimestepSelector(config, num_rounds)
+    for _ in range(num_rounds):
+        selector.choose(torch.zeros(config.num_inference_steps))
+    return selector.visits
+
+
+def squared_mmd(samples: Tensor, chosen: Sequence[int]) -> float:
+    """Squared maximum mean discrepancy between the samples of all steps and of the chosen ones.
+
+    Args:
+        samples: [T, N, *] inputs of the denoiser at every step.
+        chosen: step indices, repetitions count.
+    Returns: biased estimate with an RBF kernel, bandwidth by the median heuristic; 0 when the sets agree.
+    """
+    steps, images = samples.shape[:2]
+    points = samples.reshape(steps * images, -1).double()
+    distance = torch.cdist(points, points).square()
+    median = distance[distance > 0].median().clamp_min(1e-12)
+    kernel = torch.exp(-distance / median)
+    visits = torch.bincount(torch.tensor(list(chosen)), minlength=steps).double()
+    weight = (1.0 / steps - visits / visits.sum()).repeat_interleave(images) / images
+    return float(weight @ kernel @ weight)

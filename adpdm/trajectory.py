@@ -1,0 +1,112 @@
+"""Runs the full-precision sampler: trajectories of denoiser inputs and noise predictions, generated from noise."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SEED_STRIDE = 1_000_003  # prime, so that streams of neighbouring seeds do not meet
+
+OnStep = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Inputs and outputs of the denoiser along the sampler."""
+
+    samples: Tensor  # [T, B, C, H, W], as the denoiser sees them
+    noise_preds: Tensor  # [T, B, C, H, W]
+    final: Tensor  # [B, C, H, W]
+    conditioning: dict[str, Tensor]  # [B, ...] each
+
+
+class Sampler:
+    """A denoiser, its scheduler and its conditioning as one function from noise to samples.
+
+    Args:
+        denoiser: called as denoiser(sample, timestep, **conditioning), returns an object with `.sample`.
+        scheduler: any diffusers scheduler; copied, so that the caller's keeps its own timesteps.
+        sample_shape: (C, H, W).
+        num_inference_steps: T.
+        conditioning: tensors [N, ...] by argument name; image i uses entry i modulo N.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        scheduler: Any,
+        sample_shape: tuple[int, int, int],
+        num_inference_steps: int,
+        conditioning: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.denoiser, self.sample_shape = denoiser, sample_shape
+        self.scheduler = copy.deepcopy(scheduler)
+        self.scheduler.set_timesteps(num_inference_steps)
+        self.timesteps: Tensor = self.scheduler.timesteps
+        self.conditioning = conditioning or {}
+        if len(self.timesteps) != num_inference_steps:
+            raise ValueError(
+                f"{type(scheduler).__name__} visits {len(self.timesteps)} timesteps for num_inference_steps="
+                f"{num_inference_steps}; pick a scheduler or a number of steps where the two agree"
+            )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return int(self.scheduler.config.num_train_timesteps)
+
+    def conditions(self, first: int, batch: int) -> dict[str, Tensor]:
+        """Conditioning of images first .. first + batch - 1."""
+        return {
+            name: value[torch.arange(first, first + batch) % value.shape[0]]
+            for name, value in self.conditioning.items()
+        }
+
+    def predict(self, sample: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """Noise prediction [B, C, H, W] of the denoiser."""
+        output: Tensor = self.denoiser(sample, timestep, **conditioning).sample
+        return output
+
+    @torch.no_grad()
+    def run(
+        self, seed: int, first: int, batch: int, stop: int | None = None, on_step: OnStep | None = None
+    ) -> Trajectory:
+        """Generate images first .. first + batch - 1 of a seed's stream.
+
+        Every image has a generator of its own, so that the batch size does not change it.
+
+        Args:
+            stop: last step index to visit (inclusive); None goes to the end.
+            on_step: called with the step index before the denoiser runs.
+        """
+        scheduler = copy.deepcopy(self.scheduler)
+        generators = [
+            torch.Generator().manual_seed(seed * SEED_STRIDE + i) for i in range(first, first + batch)
+        ]
+        shape = (1, *self.sample_shape)
+        noise = torch.cat([torch.randn(shape, generator=g) for g in generators])
+        sample = (noise * scheduler.init_noise_sigma).contiguous(memory_format=torch.channels_last)
+        conditioning = self.conditions(first, batch)
+        extra = self._step_arguments(scheduler, generators)
+        samples, preds = [], []
+        last = len(self.timesteps) - 1 if stop is None else stop
+        for index, timestep in enumerate(scheduler.timesteps[: last + 1]):
+            if on_step is not None:
+                on_step(index)
+            seen = scheduler.scale_model_input(sample, timestep)
+            pred = self.predict(seen, timestep, conditioning)
+            samples.append(seen)
+            preds.append(pred)
+            sample = scheduler.step(pred, timestep, sample, **extra).prev_sample
+        return Trajectory(torch.stack(samples), torch.stack(preds), sample, conditioning)
+
+    @staticmethod
+    def _step_arguments(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+        """Stochastic schedulers take the generators of the images."""
+        accepted = inspect.signature(scheduler.step).parameters
+        return {"generator": generators} if "generator" in accepted else {}
