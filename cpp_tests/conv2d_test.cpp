@@ -1,0 +1,237 @@
+// conv2d on the CPU: literal cases, and random shapes against the definition on every instruction set.
+#include "core/conv2d.h"
+
+#include <gtest/gtest.h>
+
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "core/float_convert.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "igemm_problem.h"
+
+namespace adpdm {
+namespace {
+
+using testing::SegmentData;
+
+std::vector<cpu::Isa> supported_isas() {
+  std::vector<cpu::Isa> isas;
+  for (cpu::Isa isa : {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvx512}) {
+    if (cpu::cpu_supports(isa)) isas.push_back(isa);
+  }
+  return isas;
+}
+
+struct Shape {
+  int64_t batch;
+  std::vector<int64_t> channels;  // of each segment
+  Size2d input;
+  int64_t out_channels;
+  Size2d kernel{3, 3};
+  Size2d stride{1, 1};
+  Size2d padding{1, 1};
+  Size2d dilation{1, 1};
+  int64_t groups = 1;
+};
+
+struct Problem {
+  Conv2dArgs args{};
+  std::vector<SegmentData> segments;
+  std::vector<float> bias;
+};
+
+Problem random_problem(const Shape& shape, int weight_bits, uint32_t seed, bool unit_scales = false) {
+  std::mt19937 random(seed);
+  Problem problem;
+  for (int64_t channels : shape.channels) {
+    problem.segments.push_back(testing::random_segment(
+        random, shape.batch * shape.input.height * shape.input.width, channels, shape.out_channels,
+        shape.kernel.height * shape.kernel.width, shape.groups, weight_bits, unit_scales));
+  }
+  std::uniform_real_distribution<float> bias(-1.0f, 1.0f);
+  for (int64_t o = 0; o < shape.out_channels; ++o) problem.bias.push_back(unit_scales ? 0.0f : bias(random));
+  Conv2dArgs& args = problem.args;
+  args.num_segments = static_cast<int>(shape.channels.size());
+  args.batch = shape.batch;
+  args.out_channels = shape.out_channels;
+  args.input = shape.input;
+  args.kernel = shape.kernel;
+  args.stride = shape.stride;
+  args.padding = shape.padding;
+  args.dilation = shape.dilation;
+  args.groups = shape.groups;
+  args.weight_bits = weight_bits;
+  args.out.height = conv_out_size(shape.input.height, shape.kernel.height, shape.stride.height,
+                                  shape.padding.height, shape.dilation.height);
+  args.out.width = conv_out_size(shape.input.width, shape.kernel.width, shape.stride.width,
+                                 shape.padding.width, shape.dilation.width);
+  return problem;
+}
+
+// Runs the operator; elements beyond the output keep their guard value.
+template <typename T>
+std::vector<T> run(Problem& problem, cpu::Isa isa, FloatType type, T guard) {
+  cpu::ScopedIsa scope(isa);
+  Conv2dArgs& args = problem.args;
+  for (int s = 0; s < args.num_segments; ++s) args.segments[s] = problem.segments[s].segment();
+  args.bias = problem.bias.data();
+  const int64_t size = args.batch * args.out.height * args.out.width * args.out_channels;
+  std::vector<T> output(size + 64, guard);
+  args.output = output.data();
+  args.output_type = type;
+  cpu::conv2d(args);
+  for (int64_t i = size; i < size + 64; ++i) EXPECT_EQ(output[i], guard) << "written beyond the output";
+  output.resize(size);
+  return output;
+}
+
+void expect_matches_definition(const Shape& shape, int weight_bits, uint32_t seed) {
+  Problem problem = random_problem(shape, weight_bits, seed);
+  problem.args.bias = problem.bias.data();
+  const std::vector<float> wanted = testing::naive_conv2d(problem.args, problem.segments);
+  for (cpu::Isa isa : supported_isas()) {
+    EXPECT_EQ(run<float>(problem, isa, FloatType::kFloat32, -7.0f), wanted) << cpu::isa_name(isa);
+  }
+}
+
+TEST(Conv2d, HandComputedWithHalo) {
+  // One channel, 1x2 image of codes {3, 5}, zero-point 1: real values {2, 4} * 0.5. Kernel 1x3 of codes {1,
+  // 2, -1}, weight scale 0.25, bias 1. Left: 0*1 + 2*2 - 4 = 0; right: 2*1 + 4*2 - 0 = 10; times 0.125
+  // plus 1.
+  SegmentData data{};
+  data.codes = {3, 5};
+  data.weight_codes = {1, 2, -1};
+  data.weight_scale = {0.25f};
+  data.scale = {9.0f, 0.5f};
+  data.zero_point = {9, 1};
+  data.group_index = 1;
+  data.channels = 1;
+  testing::pack(data, 1, 3, 1, 8);
+  Problem problem;
+  problem.segments = {data};
+  problem.bias = {1.0f};
+  problem.args.num_segments = 1;
+  problem.args.batch = 1;
+  problem.args.out_channels = 1;
+  problem.args.input = problem.args.out = {1, 2};
+  problem.args.kernel = {1, 3};
+  problem.args.stride = problem.args.dilation = {1, 1};
+  problem.args.padding = {0, 1};
+  problem.args.groups = 1;
+  problem.args.weight_bits = 8;
+  for (cpu::Isa isa : supported_isas()) {
+    EXPECT_EQ(run<float>(problem, isa, FloatType::kFloat32, 0.0f), (std::vector<float>{1.0f, 2.25f}));
+  }
+}
+
+TEST(Conv2d, MatchesDefinitionForEveryWeightWidth) {
+  for (int bits = 2; bits <= 8; ++bits) expect_matches_definition({2, {20}, {5, 7}, 24}, bits, 10 + bits);
+}
+
+TEST(Conv2d, MatchesDefinitionForEveryTileShape) {
+  for (int64_t outputs : {1, 16, 17, 33, 48, 64, 80, 112, 130}) {
+    for (int64_t width = 1; width <= 13; ++width) {
+      const int bits = width % 2 ? 8 : 4;
+      const auto seed = static_cast<uint32_t>(outputs * 16 + width);
+      expect_matches_definition({1, {12}, {1, width}, outputs, {1, 1}, {1, 1}, {0, 0}}, bits, seed);
+    }
+  }
+}
+
+TEST(Conv2d, MatchesDefinitionForOddShapes) {
+  const Shape shapes[] = {
+      {1, {1}, {9, 5}, 3},                                        // one channel
+      {3, {4}, {1, 1}, 5},                                        // 1x1 image, kernel larger than the image
+      {1, {6}, {2, 3}, 7, {5, 7}, {1, 1}, {3, 2}},                // asymmetric, kernel larger
+      {2, {8}, {11, 6}, 16, {3, 2}, {2, 3}, {1, 0}},              // strides
+      {1, {16}, {12, 9}, 20, {3, 3}, {1, 2}, {2, 4}, {2, 3}},     // dilation
+      {1, {8}, {6, 6}, 16, {2, 2}, {2, 2}, {0, 0}},               // no copy, two tap rows
+      {2, {12}, {5, 4}, 18, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 3},   // groups
+      {1, {10}, {6, 5}, 20, {3, 3}, {2, 1}, {0, 1}, {1, 2}, 10},  // depthwise with multiplier
+      {1, {64}, {4, 4}, 32, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 2},   // groups without copy
+      {2, {16, 8}, {5, 5}, 40},                                   // two segments
+      {1, {13, 70}, {4, 7}, 65, {3, 1}, {2, 1}, {1, 0}},          // two segments, tails everywhere
+      {1, {300}, {3, 3}, 16},                                     // more than one chunk of widened weights
+  };
+  uint32_t seed = 100;
+  for (const Shape& shape : shapes) {
+    for (int bits : {8, 4}) expect_matches_definition(shape, bits, ++seed);
+  }
+}
+
+TEST(Conv2d, HalfTypesAreRoundedFloat32) {
+  Problem problem = random_problem({1, {24}, {6, 6}, 35}, 8, 5);
+  for (cpu::Isa isa : supported_isas()) {
+    const std::vector<float> exact = run<float>(problem, isa, FloatType::kFloat32, 0.0f);
+    const std::vector<uint16_t> bfloat = run<uint16_t>(problem, isa, FloatType::kBFloat16, 0x1234);
+    const std::vector<uint16_t> half = run<uint16_t>(problem, isa, FloatType::kFloat16, 0x1234);
+    for (size_t i = 0; i < exact.size(); ++i) {
+      ASSERT_EQ(bfloat[i], float_to_bf16(exact[i])) << cpu::isa_name(isa);
+      ASSERT_EQ(half[i], float_to_f16(exact[i])) << cpu::isa_name(isa);
+    }
+  }
+}
+
+TEST(Conv2d, HalfTypesRoundExtremesOnEveryIsa) {
+  // The bias alone is the output: subnormals, ties, overflow, infinity, NaN.
+  const std::vector<float> values = {
+      1e-40f,  3e-8f,  5.9604645e-8f, 6.1e-5f,   1.0009766f, 1.00048828125f, 1.00390625f, 65519.0f, 65520.0f,
+      3.4e38f, -2e-8f, INFINITY,      -INFINITY, NAN,        -0.0f,          0.1f};
+  Problem problem = random_problem({1, {4}, {1, 1}, 16}, 8, 6);
+  std::fill(problem.segments[0].codes.begin(), problem.segments[0].codes.end(), int8_t{0});
+  problem.segments[0].zero_point[1] = 0;
+  problem.bias = values;
+  for (cpu::Isa isa : supported_isas()) {
+    const std::vector<uint16_t> bfloat = run<uint16_t>(problem, isa, FloatType::kBFloat16, 0);
+    const std::vector<uint16_t> half = run<uint16_t>(problem, isa, FloatType::kFloat16, 0);
+    for (size_t i = 0; i < values.size(); ++i) {
+      const float sum = values[i] + 0.0f;  // -0 + 0 * scale is +0
+      EXPECT_EQ(bfloat[i], float_to_bf16(sum)) << cpu::isa_name(isa) << " " << values[i];
+      EXPECT_EQ(half[i], float_to_f16(sum)) << cpu::isa_name(isa) << " " << values[i];
+    }
+  }
+}
+
+TEST(Conv2d, LargestReductionDoesNotOverflow) {
+  // K = kMaxReduction, every product at its extreme: (127 - -128) * -128.
+  Problem problem = random_problem({1, {kMaxReduction}, {1, 1}, 1, {1, 1}, {1, 1}, {0, 0}}, 8, 3, true);
+  SegmentData& data = problem.segments[0];
+  std::fill(data.codes.begin(), data.codes.end(), int8_t{127});
+  std::fill(data.weight_codes.begin(), data.weight_codes.end(), int8_t{-128});
+  data.zero_point[1] = -128;
+  testing::pack(data, 1, 1, 1, 8);
+  const auto wanted = static_cast<float>(-255 * 128 * kMaxReduction);
+  for (cpu::Isa isa : supported_isas()) {
+    EXPECT_EQ(run<float>(problem, isa, FloatType::kFloat32, 0.0f), std::vector<float>{wanted});
+  }
+}
+
+TEST(Conv2d, EmptyBatchDoesNothing) {
+  Problem problem = random_problem({0, {4}, {3, 3}, 8}, 8, 1);
+  for (cpu::Isa isa : supported_isas())
+    EXPECT_TRUE(run<float>(problem, isa, FloatType::kFloat32, 0.0f).empty());
+}
+
+// Cuts every range into single elements and runs them backwards in new threads.
+void scattered_backend(int64_t begin, int64_t end, int64_t grain, void* context, cpu::ParallelBody body) {
+  for (int64_t last = end; last > begin; last -= grain) {
+    std::thread(body, context, std::max(begin, last - grain), last).join();
+  }
+}
+
+TEST(Conv2d, WorkSplitDoesNotChangeResults) {
+  Problem problem = random_problem({2, {64, 12}, {16, 16}, 96}, 8, 9);
+  for (cpu::Isa isa : supported_isas()) {
+    const std::vector<float> serial = run<float>(problem, isa, FloatType::kFloat32, 0.0f);
+    cpu::ParallelBackend before = cpu::set_parallel_backend(scattered_backend);
+    const std::vector<float> scattered = run<float>(problem, isa, FloatType::kFloat32, 0.0f);
+    cpu::set_parallel_backend(before);
+    EXPECT_EQ(serial, scattered) << cpu::isa_name(isa);
+  }
+}
+
+}  // namespace
+}  // namespace adpdm

@@ -1,0 +1,104 @@
+// linear on the CPU: a literal case, and random shapes against the definition on every instruction set.
+#include "core/linear.h"
+
+#include <gtest/gtest.h>
+
+#include <random>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "igemm_problem.h"
+
+namespace adpdm {
+namespace {
+
+using testing::SegmentData;
+
+std::vector<float> run(const std::vector<SegmentData>& segments, const float* bias, int64_t rows,
+                       int64_t outputs, int weight_bits, cpu::Isa isa) {
+  cpu::ScopedIsa scope(isa);
+  LinearArgs args{};
+  args.num_segments = static_cast<int>(segments.size());
+  for (int s = 0; s < args.num_segments; ++s) args.segments[s] = segments[s].segment();
+  args.bias = bias;
+  args.output_type = FloatType::kFloat32;
+  args.rows = rows;
+  args.out_features = outputs;
+  args.weight_bits = weight_bits;
+  std::vector<float> output(rows * outputs, -7.0f);
+  args.output = output.data();
+  cpu::linear(args);
+  return output;
+}
+
+std::vector<float> naive(const std::vector<SegmentData>& segments, const float* bias, int64_t rows,
+                         int64_t outputs) {
+  Conv2dArgs args{};
+  args.bias = bias;
+  args.batch = args.groups = 1;
+  args.out_channels = outputs;
+  args.input = args.out = {1, rows};
+  args.kernel = args.stride = args.dilation = {1, 1};
+  return testing::naive_conv2d(args, segments);
+}
+
+template <typename Body>
+void on_every_isa(const Body& body) {
+  for (cpu::Isa isa : {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvx512}) {
+    if (cpu::cpu_supports(isa)) body(isa);
+  }
+}
+
+TEST(Linear, HandComputedTwoSegments) {
+  // Segment 1: codes {1, -2}, zero-point 1, weights {3, 4}: 0*3 - 3*4 = -12, times 0.5 * 2 = -12.
+  // Segment 2: code {10}, zero-point 0, weight {7}: 70, times 0.25 * 1 = 17.5. Bias 0.5.
+  SegmentData first{};
+  first.codes = {1, -2};
+  first.weight_codes = {3, 4};
+  first.weight_scale = {2.0f};
+  first.scale = {0.5f};
+  first.zero_point = {1};
+  first.channels = 2;
+  SegmentData second{};
+  second.codes = {10};
+  second.weight_codes = {7};
+  second.weight_scale = {1.0f};
+  second.scale = {8.0f, 0.25f};
+  second.zero_point = {3, 0};
+  second.group_index = 1;
+  second.channels = 1;
+  for (int bits : {4, 8}) {
+    testing::pack(first, 1, 1, 1, bits);
+    testing::pack(second, 1, 1, 1, bits);
+    const float bias = 0.5f;
+    on_every_isa([&](cpu::Isa isa) {
+      EXPECT_EQ(run({first, second}, &bias, 1, 1, bits, isa), std::vector<float>{6.0f}) << cpu::isa_name(isa);
+    });
+  }
+}
+
+TEST(Linear, MatchesDefinitionOnEveryIsa) {
+  const int64_t shapes[][3] = {{1, 1, 1},    {1, 256, 64},   {7, 33, 10},
+                               {64, 64, 64}, {29, 130, 100}, {3, 4, 257}};
+  std::mt19937 random(1);
+  for (const auto& [rows, features, outputs] : shapes) {
+    for (int bits : {3, 8}) {
+      const std::vector<SegmentData> segments = {
+          testing::random_segment(random, rows, features, outputs, 1, 1, bits, false),
+          testing::random_segment(random, rows, features + 5, outputs, 1, 1, bits, false)};
+      const std::vector<float> wanted = naive(segments, nullptr, rows, outputs);
+      on_every_isa([&](cpu::Isa isa) {
+        EXPECT_EQ(run(segments, nullptr, rows, outputs, bits, isa), wanted) << cpu::isa_name(isa);
+      });
+    }
+  }
+}
+
+TEST(Linear, NoRowsDoesNothing) {
+  std::mt19937 random(2);
+  const std::vector<SegmentData> segments = {testing::random_segment(random, 0, 8, 4, 1, 1, 8, false)};
+  on_every_isa([&](cpu::Isa isa) { EXPECT_TRUE(run(segments, nullptr, 0, 4, 8, isa).empty()); });
+}
+
+}  // namespace
+}  // namespace adpdm

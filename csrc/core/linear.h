@@ -1,0 +1,26 @@
+// linear: y[m, o] = sum_s scale_s * weight_scale_s[o] * (acc_s[m, o] - zero_point_s * weight_sum_s[o]) +
+// bias[o].
+#pragma once
+
+#include <cstdint>
+
+#include "core/igemm.h"
+
+namespace adpdm {
+
+struct LinearArgs {
+  IgemmSegment segments[kMaxSegments];
+  int num_segments;
+  const float* bias;  // [O] f32 or nullptr
+  void* output;       // [M, O] output_type
+  FloatType output_type;
+  int64_t rows;          // M
+  int64_t out_features;  // O
+  int weight_bits;
+};
+
+namespace cpu {
+void linear(const LinearArgs& args);
+}
+
+}  // namespace adpdm

@@ -1,0 +1,112 @@
+// Cuts an integer GEMM into tiles and runs them in parallel.
+#include "cpu/igemm.h"
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+
+namespace adpdm::cpu {
+namespace {
+
+// Below this many multiply steps (16 outputs x 4 channels, about a clock cycle each) a second thread costs
+// more than it saves: waking one takes some microseconds.
+constexpr int64_t kMinStepsPerThread = 20000;
+
+int64_t element_bytes(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
+
+// A slab is up to max_blocks blocks of outputs of one group, over all pixels: its weights stay in the cache.
+struct Partition {
+  int64_t group_outputs;
+  int64_t blocks;  // per group
+  int64_t slabs;   // per group, their blocks differ by at most one
+  int64_t pixels;
+  int64_t tiles;  // per slab, their pixels differ by at most one
+};
+
+Partition make_partition(const Igemm& problem, const IgemmKernel& kernel) {
+  Partition part{};
+  part.group_outputs = problem.outputs / problem.groups;
+  part.blocks = ceil_div(part.group_outputs, kBlockOutputs);
+  part.slabs = ceil_div(part.blocks, kernel.max_blocks);
+  part.pixels = problem.images * problem.rows * problem.columns;
+  part.tiles = ceil_div(part.pixels, kernel.max_pixels[ceil_div(part.blocks, part.slabs)]);
+  return part;
+}
+
+// Points the tile at the outputs of one slab.
+void select_slab(const Igemm& problem, const Partition& part, int64_t slab, Tile& tile) {
+  const int64_t group = slab / part.slabs;
+  const int64_t first = part.blocks * (slab % part.slabs) / part.slabs;
+  const int64_t last = part.blocks * (slab % part.slabs + 1) / part.slabs;
+  const int64_t output = group * part.group_outputs + first * kBlockOutputs;
+  tile.num_blocks = static_cast<int>(last - first);
+  tile.num_outputs = std::min(last * kBlockOutputs, part.group_outputs) - first * kBlockOutputs;
+  tile.bias = problem.tile.bias ? problem.tile.bias + output : nullptr;
+  tile.output = problem.tile.output + output * element_bytes(tile.output_type);
+  for (int s = 0; s < tile.num_segments; ++s) {
+    const TileSegment& whole = problem.inputs[s].tile;
+    TileSegment& segment = tile.segments[s];
+    segment.weight = whole.weight + (group * part.blocks + first) * whole.block_bytes;
+    segment.weight_scale = whole.weight_scale + output;
+    segment.weight_sum = whole.weight_sum + output;
+  }
+}
+
+// Points the tile at the output pixels [first, last).
+void select_pixels(const Igemm& problem, int64_t group, int64_t first, int64_t last, Tile& tile) {
+  tile.num_pixels = static_cast<int>(last - first);
+  const int64_t first_column = first % problem.columns;
+  const int64_t first_row = first / problem.columns % problem.rows;
+  const int64_t first_image = first / problem.columns / problem.rows;
+  for (int s = 0; s < tile.num_segments; ++s) {
+    const IgemmInput& input = problem.inputs[s];
+    int64_t column = first_column;
+    int64_t row = first_row;
+    int64_t image = first_image;
+    for (int p = 0; p < tile.num_pixels; ++p) {
+      tile.segments[s].pixels[p] = input.codes + image * input.image_step + row * input.row_step +
+                                   column * input.column_step + group * input.group_step;
+      if (++column < problem.columns) continue;
+      column = 0;
+      if (++row < problem.rows) continue;
+      row = 0;
+      ++image;
+    }
+  }
+}
+
+int64_t steps_per_tile(const Igemm& problem, const Partition& part) {
+  int64_t quads = 0;
+  for (int s = 0; s < problem.tile.num_segments; ++s) quads += problem.inputs[s].tile.quads;
+  const int64_t steps = problem.tile.tap_rows * problem.tile.tap_columns * quads * part.blocks * part.pixels;
+  return std::max<int64_t>(1, steps / (part.slabs * part.tiles));
+}
+
+}  // namespace
+
+void run_igemm(const Igemm& problem) {
+  const IgemmKernel& kernel = ADPDM_SELECT_ISA(igemm_kernel);
+  const Partition part = make_partition(problem, kernel);
+  const int64_t grain = ceil_div(kMinStepsPerThread, steps_per_tile(problem, part));
+  const int64_t items = problem.groups * part.slabs * part.tiles;
+  parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    Tile tile = problem.tile;
+    for (int s = 0; s < tile.num_segments; ++s) tile.segments[s] = problem.inputs[s].tile;
+    const int64_t pixel_bytes = tile.output_step * element_bytes(tile.output_type);
+    char* slab_output = nullptr;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t slab = item / part.tiles;
+      const int64_t index = item % part.tiles;
+      if (item == begin || index == 0) {
+        select_slab(problem, part, slab, tile);
+        slab_output = tile.output;
+      }
+      const int64_t first = part.pixels * index / part.tiles;
+      select_pixels(problem, slab / part.slabs, first, part.pixels * (index + 1) / part.tiles, tile);
+      tile.output = slab_output + first * pixel_bytes;
+      kernel.run(tile);
+    }
+  });
+}
+
+}  // namespace adpdm::cpu
