@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -28,6 +29,8 @@ ROOT = Path(__file__).resolve().parent
 CORE_BUILD = Path("build", "core")
 CORE_LIBRARY = CORE_BUILD / "libadpdm_core.a"
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+# An environment that is used without being activated still lends its cmake and ninja.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
 
 def read_version() -> str:
