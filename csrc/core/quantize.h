@@ -1,0 +1,43 @@
+// Quantization to integer codes and back, with the quantizer of the current group.
+#pragma once
+
+#include "core/row_view.h"
+#include "core/types.h"
+
+namespace adpdm {
+
+// Codes stored together: 32 consecutive columns in 16 bytes, byte j = code j | code (j + 16) << 4.
+constexpr int64_t kInt4Block = 32;
+
+// Bytes of a row of packed 4-bit codes.
+constexpr int64_t int4_row_bytes(int64_t columns) {
+  return (columns + kInt4Block - 1) / kInt4Block * (kInt4Block / 2);
+}
+
+namespace cpu {
+
+// All throw std::out_of_range for a group index outside [0, num_groups) before anything is written.
+void quantize(const RowView& x, const GroupedQParams& qparams, int num_bits,
+              int8_t* codes);  // [rows, columns] dense
+
+void quantize_int4(const RowView& x, const GroupedQParams& qparams,
+                   uint8_t* packed);  // [rows, int4_row_bytes(columns)]
+
+void dequantize(const int8_t* codes,  // [size]
+                int64_t size, const GroupedQParams& qparams, FloatType type,
+                void* x);  // [size] of type
+
+void dequantize_int4(const uint8_t* packed,  // [rows, int4_row_bytes(columns)]
+                     int64_t rows, int64_t columns, const GroupedQParams& qparams, FloatType type,
+                     void* x);  // [rows, columns] of type
+
+void pack_int4(const int8_t* codes,  // [rows, columns], low four bits count
+               int64_t rows, int64_t columns,
+               uint8_t* packed);  // [rows, int4_row_bytes(columns)]
+
+void unpack_int4(const uint8_t* packed,  // [rows, int4_row_bytes(columns)]
+                 int64_t rows, int64_t columns,
+                 int8_t* codes);  // [rows, columns]
+
+}  // namespace cpu
+}  // namespace adpdm

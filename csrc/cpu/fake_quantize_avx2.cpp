@@ -1,0 +1,3 @@
+// fake_quantize.inc for AVX2.
+#define ADPDM_ISA_NAMESPACE avx2
+#include "cpu/fake_quantize.inc"

@@ -1,0 +1,3 @@
+// fake_quantize.inc for AVX-512.
+#define ADPDM_ISA_NAMESPACE avx512
+#include "cpu/fake_quantize.inc"

@@ -1,0 +1,3 @@
+// fake_quantize.inc for the baseline of the architecture.
+#define ADPDM_ISA_NAMESPACE portable
+#include "cpu/fake_quantize.inc"

@@ -1,0 +1,3 @@
+// observe.inc for AVX-512.
+#define ADPDM_ISA_NAMESPACE avx512
+#include "cpu/observe.inc"

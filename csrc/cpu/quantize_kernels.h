@@ -1,0 +1,38 @@
+// The per-instruction-set part of quantization: rows of contiguous elements.
+#pragma once
+
+#include "core/types.h"
+#include "cpu/isa.h"
+
+namespace adpdm::cpu {
+
+// The quantizer of the current group, unpacked.
+struct Quantizer {
+  float scale;
+  float inv_scale;
+  float zero_point;
+  float quant_min;
+  float quant_max;
+};
+
+// x [size] of type -> codes [size].
+ADPDM_DECLARE_PER_ISA(void quantize_row(const void* x, FloatType type, int64_t size,
+                                        const Quantizer& quantizer, int8_t* codes))
+
+// x [size] of type -> packed [int4_row_bytes(size)].
+ADPDM_DECLARE_PER_ISA(void quantize_int4_row(const void* x, FloatType type, int64_t size,
+                                             const Quantizer& quantizer, uint8_t* packed))
+
+// codes [size] -> x [size] of type.
+ADPDM_DECLARE_PER_ISA(void dequantize_row(const int8_t* codes, int64_t size, const Quantizer& quantizer,
+                                          FloatType type, void* x))
+
+// packed [int4_row_bytes(size)] -> x [size] of type.
+ADPDM_DECLARE_PER_ISA(void dequantize_int4_row(const uint8_t* packed, int64_t size,
+                                               const Quantizer& quantizer, FloatType type, void* x))
+
+// codes [size] <-> packed [int4_row_bytes(size)].
+ADPDM_DECLARE_PER_ISA(void pack_int4_row(const int8_t* codes, int64_t size, uint8_t* packed))
+ADPDM_DECLARE_PER_ISA(void unpack_int4_row(const uint8_t* packed, int64_t size, int8_t* codes))
+
+}  // namespace adpdm::cpu
