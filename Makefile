@@ -14,7 +14,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 CMAKE_TESTS := cmake -G Ninja -S . -DADPDM_TESTS=ON -DADPDM_WERROR=ON
 DEPENDENCIES := $(VENV)/.adpdm-dependencies
-INSTALLED := $(VENV)/.adpdm-installed
+INSTALLED := build/.installed
 # adpdm/__init__.py holds the version; the other Python files of an editable install need no new one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt adpdm/__init__.py $(wildcard tools/*.py csrc/*/*)
 
@@ -53,7 +53,7 @@ bench: $(INSTALLED)
 	@set -e; for script in benchmarks/bench_*.py; do echo "python $$script"; python $$script; done
 
 clean:
-	rm -rf build *.egg-info adpdm/_C.*.so $(INSTALLED)
+	rm -rf build *.egg-info adpdm/_C.*.so
 
 $(DEPENDENCIES): constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
