@@ -111,28 +111,34 @@ __m256i bfloat16_bits(__m512 values) {
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, quiet_nan));
 }
 
-void store(const Tile& tile, int64_t offset, __mmask16 mask, __m512 values) {
-  if (tile.output_type == FloatType::kFloat32) {
-    _mm512_mask_storeu_ps(reinterpret_cast<float*>(tile.output) + offset, mask, values);
-    return;
-  }
-  const __m256i halves = tile.output_type == FloatType::kBFloat16
-                             ? bfloat16_bits(values)
-                             : _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm256_mask_storeu_epi16(reinterpret_cast<uint16_t*>(tile.output) + offset, mask, halves);
-}
-
-__mmask16 block_mask(const Tile& tile, int block) {
+__mmask16 block_mask(const Tile& tile, int64_t block) {
   const int64_t left = tile.num_outputs - block * kBlockOutputs;
   return static_cast<__mmask16>(left >= kBlockOutputs ? 0xffff : (1 << left) - 1);
 }
 
-// Adds segment s to the bias or to the sum of the segments before; the last one goes to the output.
+// Float values of a tile between segments, and before they become 16-bit: [pixels][blocks][16 outputs].
+using Carry = float[kBlockOutputs];
+
+void store_halves(const Tile& tile, const Carry* carry) {
+  auto* output = reinterpret_cast<uint16_t*>(tile.output);
+  for (int p = 0; p < tile.num_pixels; ++p, output += tile.output_step) {
+    for (int b = 0; b < tile.num_blocks; ++b, ++carry) {
+      const __m512 values = _mm512_load_ps(*carry);
+      const __m256i halves = tile.output_type == FloatType::kBFloat16
+                                 ? bfloat16_bits(values)
+                                 : _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      _mm256_mask_storeu_epi16(output + b * kBlockOutputs, block_mask(tile, b), halves);
+    }
+  }
+}
+
+// Adds segment s to the bias or to the sum of the segments before; `to_output`: not to be carried further.
 template <int P, int B>
 inline __attribute__((always_inline)) void finish(const Tile& tile, int s, const Accumulators<P, B>& sums,
-                                                  float (&carry)[P][B][kBlockOutputs]) {
+                                                  bool to_output, Carry* carry) {
   const TileSegment& segment = tile.segments[s];
   const __m512i shift = _mm512_set1_epi32(segment.zero_point + kCodeShift);
+  auto* output = reinterpret_cast<float*>(tile.output);
 #pragma GCC unroll 4
   for (int b = 0; b < B; ++b) {
     const int64_t first = b * kBlockOutputs;
@@ -144,13 +150,13 @@ inline __attribute__((always_inline)) void finish(const Tile& tile, int s, const
     const __m512 bias = tile.bias ? _mm512_maskz_loadu_ps(mask, tile.bias + first) : _mm512_setzero_ps();
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
-      const __m512 before = s == 0 ? bias : _mm512_load_ps(carry[p][b]);
+      const __m512 before = s == 0 ? bias : _mm512_load_ps(carry[p * B + b]);
       const __m512 centred = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[p][b], correction));
       const __m512 sum = _mm512_fmadd_ps(centred, factor, before);
-      if (s + 1 < tile.num_segments) {
-        _mm512_store_ps(carry[p][b], sum);
+      if (to_output) {
+        _mm512_mask_storeu_ps(output + p * tile.output_step + first, mask, sum);
       } else {
-        store(tile, p * tile.output_step + first, mask, sum);
+        _mm512_store_ps(carry[p * B + b], sum);
       }
     }
   }
@@ -158,7 +164,8 @@ inline __attribute__((always_inline)) void finish(const Tile& tile, int s, const
 
 template <int P, int B, bool kNibbles>
 void run_shape(const Tile& tile) {
-  alignas(64) float carry[P][B][kBlockOutputs];
+  alignas(64) Carry carry[P * B];
+  const bool halves = tile.output_type != FloatType::kFloat32;
   for (int s = 0; s < tile.num_segments; ++s) {
     Accumulators<P, B> sums;
 #pragma GCC unroll 16
@@ -167,8 +174,9 @@ void run_shape(const Tile& tile) {
       for (int b = 0; b < B; ++b) sums[p][b] = _mm512_setzero_si512();
     }
     accumulate<P, B, kNibbles>(tile, tile.segments[s], sums);
-    finish<P, B>(tile, s, sums, carry);
+    finish<P, B>(tile, s, sums, s + 1 == tile.num_segments && !halves, carry);
   }
+  if (halves) store_halves(tile, carry);
 }
 
 using Run = void (*)(const Tile& tile);
