@@ -118,8 +118,8 @@ def test_conv2d_groups_are_exact(
 
 @given(channels=st.lists(st.integers(1, 40), min_size=1, max_size=2), seed=st.integers(0, 2**31))
 def test_conv2d_values_are_within_one_ulp(channels: list[int], seed: int) -> None:
-    # The twin forms each fused multiply-add in float64 and rounds twice: at most one unit in the last place of
-    # each partial sum.
+    # The twin forms each fused multiply-add in float64 and rounds twice: at most one unit in the last place
+    # of each partial sum.
     generator = torch.Generator().manual_seed(seed)
     geometry = ConvGeometry(24, (3, 3), padding=(1, 1))
     segments, weights = make_layer(generator, [2, 5, 6], channels, geometry, 8, unit=False)

@@ -86,8 +86,8 @@ def test_linear_accumulators_are_exact(
     seed=st.integers(0, 2**31),
 )
 def test_linear_values_are_within_one_ulp(rows: int, features: list[int], outputs: int, seed: int) -> None:
-    # The twin forms each fused multiply-add in float64 and rounds twice: at most one unit in the last place of
-    # each partial sum.
+    # The twin forms each fused multiply-add in float64 and rounds twice: at most one unit in the last place
+    # of each partial sum.
     generator = torch.Generator().manual_seed(seed)
     segments, weights = make_layer(generator, [rows], features, outputs, 8, unit=False)
     bias = torch.randn(outputs, generator=generator)
