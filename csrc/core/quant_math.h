@@ -26,12 +26,11 @@ constexpr float kMaxQuotient = 65536.0f;
 constexpr float kRoundMagic = 12582912.0f;
 
 // T below is float, or the vector type of a CPU instruction set, which brings its own operators, at_least,
-// at_most, select and subtract_where (cpu/vec.h).
+// at_most and subtract_where (cpu/vec.h).
 
 // min/max whose NaN goes to the bound: the comparison is false for NaN.
 ADPDM_HD float at_least(float x, float low) { return x > low ? x : low; }
 ADPDM_HD float at_most(float x, float high) { return x < high ? x : high; }
-ADPDM_HD float select(bool condition, float yes, float no) { return condition ? yes : no; }
 ADPDM_HD float subtract_where(bool condition, float x, float y) { return condition ? x - y : x; }
 
 // Round half to even, |x| < 2^22.

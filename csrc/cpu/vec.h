@@ -46,7 +46,6 @@ ADPDM_VEC Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _
 // MAXPS and MINPS return their second operand when either is NaN.
 ADPDM_VEC Vec at_least(Vec x, Vec low) { return Vec(_mm512_max_ps(x.v, low.v)); }
 ADPDM_VEC Vec at_most(Vec x, Vec high) { return Vec(_mm512_min_ps(x.v, high.v)); }
-ADPDM_VEC Vec select(Mask m, Vec yes, Vec no) { return Vec(_mm512_mask_blend_ps(m.m, no.v, yes.v)); }
 ADPDM_VEC Vec add_where(Mask m, Vec a, Vec b) { return Vec(_mm512_mask_add_ps(a.v, m.m, a.v, b.v)); }
 ADPDM_VEC Vec add_unless(Mask m, Vec a, Vec b) { return add_where(Mask{_knot_mask16(m.m)}, a, b); }
 ADPDM_VEC Vec subtract_where(Mask m, Vec a, Vec b) { return Vec(_mm512_mask_sub_ps(a.v, m.m, a.v, b.v)); }
@@ -78,7 +77,6 @@ ADPDM_VEC Vec operator*(Vec a, Vec b) { return Vec(_mm256_mul_ps(a.v, b.v)); }
 ADPDM_VEC Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 ADPDM_VEC Vec at_least(Vec x, Vec low) { return Vec(_mm256_max_ps(x.v, low.v)); }
 ADPDM_VEC Vec at_most(Vec x, Vec high) { return Vec(_mm256_min_ps(x.v, high.v)); }
-ADPDM_VEC Vec select(Mask m, Vec yes, Vec no) { return Vec(_mm256_blendv_ps(no.v, yes.v, m.m)); }
 ADPDM_VEC Vec add_where(Mask m, Vec a, Vec b) { return Vec(_mm256_add_ps(a.v, _mm256_and_ps(m.m, b.v))); }
 ADPDM_VEC Vec add_unless(Mask m, Vec a, Vec b) { return Vec(_mm256_add_ps(a.v, _mm256_andnot_ps(m.m, b.v))); }
 ADPDM_VEC Vec subtract_where(Mask m, Vec a, Vec b) {
@@ -121,14 +119,14 @@ ADPDM_VEC Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
 ADPDM_VEC Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
 ADPDM_VEC Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
 ADPDM_VEC Vec masked(Int4 m, Vec x) { return Vec(reinterpret_cast<Float4>(m & reinterpret_cast<Int4>(x.v))); }
-ADPDM_VEC Vec select(Mask m, Vec yes, Vec no) {
-  return Vec(reinterpret_cast<Float4>((m.m & reinterpret_cast<Int4>(yes.v)) |
-                                      (~m.m & reinterpret_cast<Int4>(no.v))));
-}
 #if defined(__SSE2__)
 ADPDM_VEC Vec at_least(Vec x, Vec low) { return Vec(static_cast<Float4>(_mm_max_ps(x.v, low.v))); }
 ADPDM_VEC Vec at_most(Vec x, Vec high) { return Vec(static_cast<Float4>(_mm_min_ps(x.v, high.v))); }
 #else
+ADPDM_VEC Vec select(Mask m, Vec yes, Vec no) {
+  return Vec(reinterpret_cast<Float4>((m.m & reinterpret_cast<Int4>(yes.v)) |
+                                      (~m.m & reinterpret_cast<Int4>(no.v))));
+}
 ADPDM_VEC Vec at_least(Vec x, Vec low) { return select(Mask{x.v > low.v}, x, low); }
 ADPDM_VEC Vec at_most(Vec x, Vec high) { return select(Mask{x.v < high.v}, x, high); }
 #endif
@@ -136,11 +134,19 @@ ADPDM_VEC Vec add_where(Mask m, Vec a, Vec b) { return a + masked(m.m, b); }
 ADPDM_VEC Vec add_unless(Mask m, Vec a, Vec b) { return a + masked(~m.m, b); }
 ADPDM_VEC Vec subtract_where(Mask m, Vec a, Vec b) { return a - masked(m.m, b); }
 
+#if defined(__SSE2__)
+ADPDM_VEC void store_codes(int8_t* p, const Vec* x) {
+  const __m128i low = _mm_packs_epi32(_mm_cvtps_epi32(x[0].v), _mm_cvtps_epi32(x[1].v));
+  const __m128i high = _mm_packs_epi32(_mm_cvtps_epi32(x[2].v), _mm_cvtps_epi32(x[3].v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, high));
+}
+#else
 ADPDM_VEC void store_codes(int8_t* p, const Vec* x) {
   for (int i = 0; i < kLanes; ++i) {
     p[i] = static_cast<int8_t>(static_cast<int32_t>(x[i / Vec::kSize].v[i % Vec::kSize]));
   }
 }
+#endif
 
 #endif
 

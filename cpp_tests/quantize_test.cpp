@@ -1,0 +1,155 @@
+// Tests of quantization to codes, packing and back, on every instruction set this CPU has.
+#include "core/quantize.h"
+
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "elementwise_cases.h"
+
+namespace adpdm {
+namespace {
+
+using testing::decode;
+using testing::encode;
+using testing::kFloatTypes;
+using testing::kSizes;
+using testing::random_normal;
+using testing::supported_isas;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+const float kScale[] = {1.0f, 0.5f};
+const int32_t kZeroPoint[] = {0, 3};
+
+GroupedQParams group(const int32_t* index) { return {kScale, kZeroPoint, index, 2}; }
+
+RowView dense(const std::vector<uint8_t>& bytes, FloatType type, int64_t size) {
+  return {bytes.data(), type, 1, size, size};
+}
+
+std::vector<int8_t> codes_of(const std::vector<float>& x, FloatType type, int32_t index, int num_bits) {
+  const std::vector<uint8_t> bytes = encode(x, type);
+  const int64_t size = static_cast<int64_t>(x.size());
+  std::vector<int8_t> codes(x.size());
+  cpu::quantize(dense(bytes, type, size), group(&index), num_bits, codes.data());
+  return codes;
+}
+
+TEST(Quantize, LiteralCodesOfBothGroups) {
+  const std::vector<float> x = {0.5f, 1.5f, 2.5f, -0.5f, -1.5f, 0.0f, 1000.0f, -1000.0f, kInf, -kInf, kNan};
+  for (cpu::Isa isa : supported_isas()) {
+    const cpu::ScopedIsa scope(isa);
+    for (FloatType type : kFloatTypes) {
+      EXPECT_EQ(codes_of(x, type, 0, 8),
+                (std::vector<int8_t>{0, 2, 2, 0, -2, 0, 127, -128, 127, -128, -128}));
+      EXPECT_EQ(codes_of(x, type, 1, 4), (std::vector<int8_t>{4, 6, 7, 2, 0, 3, 7, -8, 7, -8, -8}));
+    }
+  }
+}
+
+TEST(Quantize, InstructionSetsGiveEqualCodesForAllSizes) {
+  for (FloatType type : kFloatTypes) {
+    for (int64_t size : kSizes) {
+      const std::vector<float> x = random_normal(size, 1, 40.0f);
+      std::vector<int8_t> expected;
+      {
+        const cpu::ScopedIsa scope(cpu::Isa::kPortable);
+        expected = codes_of(x, type, 1, 8);
+      }
+      const std::vector<float> read = decode(encode(x, type), type);
+      for (size_t i = 0; i < x.size(); ++i) {
+        ASSERT_EQ(expected[i], quantize_value(read[i], 2.0f, 3.0f, -128.0f, 127.0f));
+      }
+      for (cpu::Isa isa : supported_isas()) {
+        const cpu::ScopedIsa scope(isa);
+        EXPECT_EQ(codes_of(x, type, 1, 8), expected) << cpu::isa_name(isa) << " " << size;
+      }
+    }
+  }
+}
+
+TEST(Quantize, RowsWithGapsTouchOnlyTheirColumns) {
+  const int32_t index = 0;
+  const std::vector<float> x = {1, 2, 99, 3, 4, 99, 5, 6, 99};
+  for (cpu::Isa isa : supported_isas()) {
+    const cpu::ScopedIsa scope(isa);
+    std::vector<int8_t> codes(7, 77);
+    cpu::quantize({x.data(), FloatType::kFloat32, 3, 2, 3}, group(&index), 8, codes.data());
+    EXPECT_EQ(codes, (std::vector<int8_t>{1, 2, 3, 4, 5, 6, 77}));
+  }
+}
+
+TEST(Quantize, GroupIndexOutOfRangeThrows) {
+  for (int32_t index : {-1, 2}) {
+    int8_t code = 77;
+    const float x = 1.0f;
+    try {
+      cpu::quantize({&x, FloatType::kFloat32, 1, 1, 1}, group(&index), 8, &code);
+      FAIL() << "no exception for " << index;
+    } catch (const std::out_of_range& error) {
+      EXPECT_EQ(std::string(error.what()),
+                "quantize: group_index must be in [0, num_groups=2), got " + std::to_string(index));
+    }
+    EXPECT_EQ(code, 77);
+  }
+}
+
+TEST(PackInt4, LiteralBytes) {
+  std::vector<int8_t> codes(34);
+  for (int i = 0; i < 32; ++i)
+    codes[static_cast<size_t>(i)] = static_cast<int8_t>(i < 16 ? i - 8 : 7 - (i - 16));
+  codes[32] = -1;
+  codes[33] = 5;
+  const std::vector<uint8_t> expected = {0x78, 0x69, 0x5a, 0x4b, 0x3c, 0x2d, 0x1e, 0x0f, 0xf0, 0xe1, 0xd2,
+                                         0xc3, 0xb4, 0xa5, 0x96, 0x87, 0x0f, 0x05, 0,    0,    0,    0,
+                                         0,    0,    0,    0,    0,    0,    0,    0,    0,    0};
+  for (cpu::Isa isa : supported_isas()) {
+    const cpu::ScopedIsa scope(isa);
+    std::vector<uint8_t> packed(32, 0xee);
+    cpu::pack_int4(codes.data(), 1, 34, packed.data());
+    EXPECT_EQ(packed, expected);
+    std::vector<int8_t> back(35, 77);
+    cpu::unpack_int4(packed.data(), 1, 34, back.data());
+    EXPECT_EQ(std::vector<int8_t>(back.begin(), back.begin() + 34), codes);
+    EXPECT_EQ(back[34], 77);
+  }
+}
+
+TEST(QuantizeInt4, EqualsPackedCodesForAllWidths) {
+  const int32_t index = 1;
+  for (int64_t columns : {1, 15, 16, 31, 32, 33, 1040, 16400}) {
+    const std::vector<float> x = random_normal(3 * columns, 2, 3.0f);
+    std::vector<uint8_t> expected(static_cast<size_t>(3 * int4_row_bytes(columns)));
+    const std::vector<int8_t> codes = codes_of(x, FloatType::kFloat32, index, 4);
+    cpu::pack_int4(codes.data(), 3, columns, expected.data());
+    for (cpu::Isa isa : supported_isas()) {
+      const cpu::ScopedIsa scope(isa);
+      std::vector<uint8_t> packed(expected.size(), 0xee);
+      cpu::quantize_int4({x.data(), FloatType::kFloat32, 3, columns, columns}, group(&index), packed.data());
+      EXPECT_EQ(packed, expected) << cpu::isa_name(isa) << " " << columns;
+      std::vector<float> from_codes(x.size()), from_packed(x.size());
+      cpu::dequantize(codes.data(), 3 * columns, group(&index), FloatType::kFloat32, from_codes.data());
+      cpu::dequantize_int4(packed.data(), 3, columns, group(&index), FloatType::kFloat32, from_packed.data());
+      EXPECT_EQ(from_packed, from_codes);
+    }
+  }
+}
+
+TEST(Dequantize, LiteralValuesInEveryType) {
+  const int32_t index = 1;
+  const std::vector<int8_t> codes = {-128, -1, 3, 4, 127};
+  for (cpu::Isa isa : supported_isas()) {
+    const cpu::ScopedIsa scope(isa);
+    for (FloatType type : kFloatTypes) {
+      std::vector<uint8_t> bytes(codes.size() * static_cast<size_t>(float_size(type)));
+      cpu::dequantize(codes.data(), 5, group(&index), type, bytes.data());
+      EXPECT_EQ(decode(bytes, type), (std::vector<float>{-65.5f, -2.0f, 0.0f, 0.5f, 62.0f}));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace adpdm
