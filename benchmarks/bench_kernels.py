@@ -1,0 +1,262 @@
+"""Times the integer conv2d and linear against torch float32 and oneDNN int8, interleaved.
+
+python benchmarks/bench_kernels.py --model fashion --batch 1 --threads 1 --json result.json
+
+W8A8 and W4A8 are given codes; +quantize includes quantizing float32 activations. All write float32.
+With one thread times are CPU times (other processes of the machine do not count), with more wall times.
+Numbers are medians of --repeats samples, ratios medians of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adpdm import ops
+from adpdm._native import build_info
+from adpdm.ops import ConvGeometry, Segment
+
+NUM_GROUPS = 8
+MIN_SAMPLE_SECONDS = 0.002  # a sample repeats a call until it lasts this long
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution of a square map, or a linear layer on `size` rows where kernel is 0."""
+
+    channels: int
+    size: int
+    outputs: int
+    kernel: int
+    stride: int = 1
+
+    @property
+    def name(self) -> str:
+        if self.kernel == 0:
+            return f"linear {self.size}x{self.channels}->{self.outputs}"
+        return f"conv{self.kernel}x{self.kernel}/{self.stride} {self.channels}->{self.outputs}@{self.size}"
+
+    def operations(self, batch: int) -> int:
+        """Multiplications and additions."""
+        pixels = self.size if self.kernel == 0 else (self.size // self.stride) ** 2
+        return 2 * batch * pixels * self.channels * self.outputs * max(1, self.kernel) ** 2
+
+
+MODELS = {
+    # The demo U-Net (channels 32/64/128 at 32/16/8).
+    "fashion": [
+        Layer(1, 32, 32, 3),
+        Layer(32, 32, 32, 3),
+        Layer(32, 32, 32, 3, 2),
+        Layer(96, 32, 32, 3),
+        Layer(96, 32, 32, 1),
+        Layer(64, 32, 64, 3),
+        Layer(32, 16, 64, 3),
+        Layer(64, 16, 64, 3),
+        Layer(192, 16, 64, 3),
+        Layer(192, 16, 64, 1),
+        Layer(128, 16, 128, 3),
+        Layer(64, 8, 128, 3),
+        Layer(128, 8, 128, 3),
+        Layer(256, 8, 128, 3),
+        Layer(256, 8, 128, 1),
+        Layer(32, 32, 1, 3),
+        Layer(64, 256, 64, 0),
+        Layer(128, 64, 128, 0),
+        Layer(128, 1, 128, 0),
+    ],
+    # google/ddpm-cifar10-32 (channels 128/256/256/256 at 32/16/8/4).
+    "cifar": [
+        Layer(3, 32, 128, 3),
+        Layer(128, 32, 128, 3),
+        Layer(256, 16, 256, 3),
+        Layer(512, 16, 256, 3),
+        Layer(256, 8, 256, 3),
+        Layer(512, 8, 256, 3),
+        Layer(512, 8, 256, 1),
+        Layer(256, 4, 256, 3),
+        Layer(128, 32, 3, 3),
+        Layer(256, 256, 256, 0),
+    ],
+}
+
+Call = Callable[[], Tensor]
+
+
+def make_segment(codes: Tensor, weight_codes: Tensor, weight_bits: int) -> Segment:
+    """A segment with NUM_GROUPS quantizers."""
+    sums = weight_codes.flatten(1).sum(1, dtype=torch.int32)
+    return Segment(
+        codes=codes,
+        scale=torch.linspace(0.02, 0.04, NUM_GROUPS),
+        zero_point=torch.arange(NUM_GROUPS, dtype=torch.int32),
+        group_index=torch.tensor([3], dtype=torch.int32),
+        weight=ops.pack_weight(weight_codes, weight_bits),
+        weight_scale=torch.full((weight_codes.shape[0],), 0.01),
+        weight_sum=sums,
+    )
+
+
+def onednn_conv(x: Tensor, weight_codes: Tensor, bias: Tensor, layer: Layer) -> Call:
+    """OneDNN's int8 convolution with float32 output, as torch's inductor calls it."""
+    stride, padding, dilation = [layer.stride] * 2, [layer.kernel // 2] * 2, [1, 1]
+    scales = torch.full((layer.outputs,), 0.01)
+    zeros = torch.zeros(layer.outputs, dtype=torch.int32)
+    packed = torch.ops.onednn.qconv_prepack(
+        weight_codes, scales, 0.03, 128, stride, padding, dilation, 1, list(x.shape)
+    )
+    rest = (stride, padding, dilation, 1, 1.0, 0, torch.float32, "none", [], "")
+    return lambda: torch.ops.onednn.qconv2d_pointwise(x, 0.03, 128, packed, scales, zeros, bias, *rest)
+
+
+def onednn_linear(x: Tensor, weight_codes: Tensor, bias: Tensor) -> Call:
+    """OneDNN's int8 linear layer with float32 output."""
+    scales = torch.full((weight_codes.shape[0],), 0.01)
+    zeros = torch.zeros(weight_codes.shape[0], dtype=torch.int32)
+    packed = torch.ops.onednn.qlinear_prepack(weight_codes, list(x.shape))
+    rest = (1.0, 0, torch.float32, "none", [], "")
+    return lambda: torch.ops.onednn.qlinear_pointwise(x, 0.03, 128, packed, scales, zeros, bias, *rest)
+
+
+def random_operands(layer: Layer, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Float activations (channels_last), float weights and a bias."""
+    bias = torch.randn(layer.outputs)
+    if layer.kernel == 0:
+        return (
+            torch.randn(batch * layer.size, layer.channels),
+            torch.randn(layer.outputs, layer.channels),
+            bias,
+        )
+    x = torch.randn(batch, layer.channels, layer.size, layer.size)
+    weight = torch.randn(layer.outputs, layer.channels, layer.kernel, layer.kernel)
+    last = torch.channels_last
+    return x.contiguous(memory_format=last), weight.contiguous(memory_format=last), bias
+
+
+def calls(layer: Layer, batch: int) -> dict[str, Call]:
+    """The contestants on one layer; "W8A8" comes first and is what the others are divided by."""
+    x, weight, bias = random_operands(layer, batch)
+    codes = (x * 30).round().clamp(-128, 127).to(torch.int8)
+    unsigned = (codes.to(torch.int16) + 128).to(torch.uint8)
+    if x.dim() == 4:
+        unsigned = unsigned.contiguous(memory_format=torch.channels_last)
+    w8 = (weight * 40).round().clamp(-128, 127).to(torch.int8)
+    w4 = (weight * 3).round().clamp(-8, 7).to(torch.int8)
+    pad = layer.kernel // 2
+    g = ConvGeometry(layer.outputs, (layer.kernel,) * 2, (layer.stride,) * 2, (pad, pad))
+    f32 = torch.float32
+
+    def integer(segment: Segment, bits: int) -> Tensor:
+        if layer.kernel == 0:
+            return ops.linear([segment], bias, layer.outputs, bits, f32)
+        return ops.conv2d([segment], bias, g, bits, f32)
+
+    s8, s4 = make_segment(codes, w8, 8), make_segment(codes, w4, 4)
+
+    def with_quantize() -> Tensor:
+        fresh = ops.quantize(x, s8.scale, s8.zero_point, s8.group_index, 8)
+        fields = (s8.scale, s8.zero_point, s8.group_index, s8.weight, s8.weight_scale, s8.weight_sum)
+        return integer(Segment(fresh, *fields), 8)
+
+    if layer.kernel == 0:
+        floats, onednn = lambda: F.linear(x, weight, bias), onednn_linear(unsigned, w8, bias)
+    else:
+        floats = lambda: F.conv2d(x, weight, bias, layer.stride, pad)  # noqa: E731
+        onednn = onednn_conv(unsigned, w8, bias, layer)
+    return {
+        "W8A8": lambda: integer(s8, 8),
+        "W4A8": lambda: integer(s4, 4),
+        "W8A8+quantize": with_quantize,
+        "torch f32": floats,
+        "oneDNN int8": onednn,
+    }
+
+
+def sample(call: Call, count: int, clock: Callable[[], float]) -> float:
+    """Seconds per call, over `count` calls."""
+    start = clock()
+    for _ in range(count):
+        call()
+    return (clock() - start) / count
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians of one contestant on one layer."""
+
+    layer: str
+    contestant: str
+    microseconds: float
+    gops: float
+    times_w8a8: float  # its time divided by that of W8A8
+
+
+def measure(layer: Layer, batch: int, repeats: int, clock: Callable[[], float]) -> list[Row]:
+    """Time all contestants in turns."""
+    contestants = calls(layer, batch)
+    counts = {}
+    for name, call in contestants.items():
+        sample(call, 3, clock)
+        counts[name] = max(1, int(MIN_SAMPLE_SECONDS / max(sample(call, 3, clock), 1e-7)))
+    rounds = [{n: sample(c, counts[n], clock) for n, c in contestants.items()} for _ in range(repeats)]
+    rows = []
+    for name in contestants:
+        seconds = statistics.median(r[name] for r in rounds)
+        ratio = statistics.median(r[name] / r["W8A8"] for r in rounds)
+        rows.append(Row(layer.name, name, seconds * 1e6, layer.operations(batch) / seconds / 1e9, ratio))
+    return rows
+
+
+def show(rows: list[Row]) -> None:
+    """Print one line per layer: microseconds of each contestant, GOP/s of ours, ratios to ours."""
+    ours = rows[0]
+    times = " ".join(f"{row.microseconds:13.1f}" for row in rows)
+    ratios = " ".join(f"{row.times_w8a8:8.2f}" for row in rows[3:])
+    print(f"{ours.layer:26} {times} {ours.gops:8.0f} {ratios}", flush=True)
+
+
+def main() -> None:
+    """Print a table; write it as JSON where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=list(MODELS), default="fashion")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=25, help="timed rounds, at least 20")
+    parser.add_argument("--json", type=Path, help="file to write")
+    args = parser.parse_args()
+    if args.repeats < 20:
+        parser.error(f"--repeats must be at least 20, got {args.repeats}")
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    clock = time.process_time if args.threads == 1 else time.perf_counter
+    print(
+        f"{build_info()['isa']}, {args.threads} thread(s), batch {args.batch}, torch {torch.__version__}; us:"
+    )
+    names = " ".join(f"{name:>13}" for name in ("W8A8", "W4A8", "W8A8+quantize", "torch f32", "oneDNN int8"))
+    print(f"{'layer':26} {names} {'GOP/s':>8} {'f32/W8':>8} {'1DNN/W8':>8}")
+    rows = []
+    for layer in MODELS[args.model]:
+        rows += measure(layer, args.batch, args.repeats, clock)
+        show(rows[-5:])
+    if args.json:
+        machine = {"isa": build_info()["isa"], "processor": platform.processor(), "torch": torch.__version__}
+        settings = {key: value for key, value in vars(args).items() if key != "json"}
+        result = {"machine": machine, "settings": settings, "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
