@@ -6,3 +6,10 @@ __version__ = "0.1.0"
 
 # First: without the extension nothing here works, and it says so in one sentence.
 from . import _native as _native
+from . import diffusers_quantizer as _diffusers_quantizer
+from .config import QuantConfig, SearchConfig
+from .pipeline import QuantizationReport, load_pipeline, quantize
+
+_diffusers_quantizer.register()
+
+__all__ = ["QuantConfig", "QuantizationReport", "SearchConfig", "load_pipeline", "quantize"]

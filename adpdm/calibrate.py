@@ -22,7 +22,7 @@ from .quantizers import ActivationQuantizer
 from .quantizers.activation import Mode
 from .search import WARN_BELOW_MAX_IMPORTANCE, Batch, GroupSearch, SearchOutcome
 from .step import StepState
-from .timesteps import TimestepSelector, fixed_visits, squared_mmd
+from .timesteps import TimestepSelector, fixed_visits, mmd_trace
 from .trajectory import Sampler, Trajectory
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
@@ -44,8 +44,9 @@ class CalibrationTrace:
     seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     visits: list[int] = field(default_factory=list)
-    squared_mmd: float | None = None
+    mmd: list[float] = field(default_factory=list)  # after every round
     losses: list[float] = field(default_factory=list)
+    quantizers: list[dict[str, Any]] = field(default_factory=list)  # observed and covered ranges, groups
     outcome: SearchOutcome | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -97,8 +98,9 @@ class Calibration:
             quantizer.mode = Mode.FAKE
         if self.config.grouping == "search" and self.config.num_groups > 1:
             self._timed("search", lambda: self._search(trajectory))
+        self.trace.quantizers = [_describe(name, q) for name, q in self.quantizers.items()]
         for quantizer in self.quantizers.values():
-            quantizer.counts = None
+            quantizer.counts = quantizer.extrema = None
         return self.trace
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
@@ -175,7 +177,7 @@ class Calibration:
         self._harden(search, trajectory, pool)
         self.trace.rounds, self.trace.visits = selector.trace, selector.visits
         chosen = [row["step_index"] for row in selector.trace]
-        self.trace.squared_mmd = squared_mmd(trajectory.samples, chosen)
+        self.trace.mmd = mmd_trace(trajectory.samples, chosen)
 
     def _steps_of_round(self, round_index: int) -> range:
         total = self.config.search.num_steps
@@ -194,7 +196,9 @@ class Calibration:
         mode = search.quantizers[0].mode
         search.set_mode(Mode.FLOAT)
         first = self.config.histogram_images + round_index * self.config.round_size
-        count = min(self.config.round_size, self.config.calibration_images - round_index * self.config.round_size)
+        count = min(
+            self.config.round_size, self.config.calibration_images - round_index * self.config.round_size
+        )
         made = self.sampler.run(self.config.seed, first, count, stop=step_index)
         search.set_mode(mode)
         return self._batch(made, step_index, torch.arange(count), round_index)
@@ -231,7 +235,9 @@ class Calibration:
     def _harden(self, search: GroupSearch, trajectory: Trajectory, pool: list[Batch]) -> None:
         """Fix the groups, re-fit their ranges on their own steps, and report what that cost."""
         settings = self.config.search
-        steps = torch.linspace(0, self.config.num_inference_steps - 1, HOLDOUT_BATCHES).round().long().tolist()
+        steps = (
+            torch.linspace(0, self.config.num_inference_steps - 1, HOLDOUT_BATCHES).round().long().tolist()
+        )
         images = torch.arange(min(settings.batch_size, trajectory.samples.shape[1]))
         held_out = [self._batch(trajectory, k, images, -1 - k) for k in steps]
         peak = search.max_importance()
@@ -290,11 +296,21 @@ class Calibration:
         return int(rounds_done)
 
 
+def _describe(name: str, quantizer: ActivationQuantizer) -> dict[str, Any]:
+    """Ranges and groups of one quantizer as plain numbers, for the report."""
+    assert quantizer.extrema is not None
+    low, high = quantizer.ranges()
+    return {
+        "name": name,
+        "observed": quantizer.extrema.tolist(),  # [T][2]
+        "covered": torch.stack([low, high], 1).tolist(),  # [G][2]
+        "group_index": quantizer.table.tolist(),  # [T]
+    }
+
+
 def _join(parts: list[Trajectory]) -> Trajectory:
     """Concatenate trajectories along their images."""
-    conditioning = {
-        name: torch.cat([p.conditioning[name] for p in parts]) for name in parts[0].conditioning
-    }
+    conditioning = {name: torch.cat([p.conditioning[name] for p in parts]) for name in parts[0].conditioning}
     return Trajectory(
         torch.cat([p.samples for p in parts], 1),
         torch.cat([p.noise_preds for p in parts], 1),

@@ -122,7 +122,12 @@ class AdpdmQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return missing_keys
 
     def check_if_quantized_param(
-        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        state_dict: dict[str, Tensor],
+        **kwargs: Any,
     ) -> bool:
         """Claim everything that must keep its stored dtype: codes, scales, zero-points and tables."""
         return _owner(model, param_name) is not None and not param_name.endswith(".bias")
@@ -190,7 +195,9 @@ def build_frozen(model: nn.Module, config: AdpdmConfig) -> None:
                 f"adpdm checkpoint quantizes layer {row['name']!r}, which {type(model).__name__} does not have"
             ) from None
         if not isinstance(layer, nn.Conv2d | nn.Linear):
-            raise ValueError(f"adpdm checkpoint: {row['name']!r} must be a Conv2d or Linear, got {type(layer).__name__}")
+            raise ValueError(
+                f"adpdm checkpoint: {row['name']!r} must be a Conv2d or Linear, got {type(layer).__name__}"
+            )
         bits = (int(row["weight_bits"]), int(row["activation_bits"]))
         infos.append(LayerInfo(row["name"], 0, layer.weight.numel(), bits, "", row["split"]))
 

@@ -188,7 +188,9 @@ def _mixture_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*grads, None, None)
 
 
-torch.library.register_autograd("adpdm::fake_quantize", _fake_quantize_grad, setup_context=_save_fake_quantize)
+torch.library.register_autograd(
+    "adpdm::fake_quantize", _fake_quantize_grad, setup_context=_save_fake_quantize
+)
 torch.library.register_autograd("adpdm::fake_quantize_mixture", _mixture_grad, setup_context=_save_mixture)
 
 
@@ -249,7 +251,9 @@ def _(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
 
 
 @torch.library.register_fake("adpdm::fake_quantize_backward")
-def _(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return _dense_like(x, x.dtype), torch.empty_like(scale), torch.empty_like(zero_point)
 
 

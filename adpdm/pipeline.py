@@ -156,10 +156,14 @@ def _check_denoiser(denoiser: nn.Module) -> None:
 def _find_scheduler(pipe_or_denoiser: Any, scheduler: Any) -> Any:
     found = scheduler if scheduler is not None else getattr(pipe_or_denoiser, "scheduler", None)
     if found is None:
-        raise ValueError("quantize: a bare denoiser needs scheduler=..., the sampler it will be used with; got None")
+        raise ValueError(
+            "quantize: a bare denoiser needs scheduler=..., the sampler it will be used with; got None"
+        )
     for name in ("set_timesteps", "scale_model_input", "step"):
         if not hasattr(found, name):
-            raise TypeError(f"quantize: wanted a diffusers scheduler with {name}(), got {type(found).__name__}")
+            raise TypeError(
+                f"quantize: wanted a diffusers scheduler with {name}(), got {type(found).__name__}"
+            )
     return found
 
 
@@ -209,6 +213,8 @@ def load_pipeline(path: Path | str, **kwargs: Any) -> Any:
 
     for part in ("unet", "scheduler"):
         if not (folder / part).is_dir():
-            raise ValueError(f"{folder} must hold model_index.json, or unet/ and scheduler/; {part}/ is missing")
+            raise ValueError(
+                f"{folder} must hold model_index.json, or unet/ and scheduler/; {part}/ is missing"
+            )
     unet = UNet2DModel.from_pretrained(folder / "unet", **kwargs)
     return DDIMPipeline(unet, DDIMScheduler.from_pretrained(folder / "scheduler"))

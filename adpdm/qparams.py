@@ -163,7 +163,9 @@ def _occupied(counts: Tensor) -> Tensor:
     return counts.nonzero().flatten()
 
 
-def best_range(counts: Tensor, extrema: Tensor, num_bits: int, start: tuple[float, float]) -> tuple[float, float]:
+def best_range(
+    counts: Tensor, extrema: Tensor, num_bits: int, start: tuple[float, float]
+) -> tuple[float, float]:
     """Refine a range by local search on the histogram of the steps that share it.
 
     Args: counts [HISTOGRAM_BINS], weighted sum over the steps; extrema [2]; start: the best candidate.

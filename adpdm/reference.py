@@ -143,7 +143,13 @@ def fake_quantize_backward(
     for derivative in (d_scale, d_zero_point):
         product = grad.double() * derivative.double()
         dims = [d for d in range(x.dim()) if d != channel_axis]
-        total = product.sum(dims) if dims and channel_axis >= 0 else product.sum() if channel_axis < 0 else product
+        total = (
+            product.sum(dims)
+            if dims and channel_axis >= 0
+            else product.sum()
+            if channel_axis < 0
+            else product
+        )
         row = torch.zeros_like(scale)
         row[group] = total.to(scale.dtype)
         grads.append(row)

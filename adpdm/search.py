@@ -15,7 +15,9 @@ from .quantizers import ActivationQuantizer, Importance
 from .quantizers.activation import Mode
 from .step import StepState
 
-WARN_BELOW_MAX_IMPORTANCE = 0.9  # hardening a softer choice than this changes the network (method.md section 4)
+WARN_BELOW_MAX_IMPORTANCE = (
+    0.9  # hardening a softer choice than this changes the network (method.md section 4)
+)
 FINAL_LEARNING_RATE = 0.1  # of the start, reached linearly
 
 

@@ -87,19 +87,24 @@ def fixed_visits(config: QuantConfig, num_rounds: int) -> list[int]:
     return selector.visits
 
 
-def squared_mmd(samples: Tensor, chosen: Sequence[int]) -> float:
-    """Squared maximum mean discrepancy between the samples of all steps and of the chosen ones.
+def mmd_trace(samples: Tensor, chosen: Sequence[int]) -> list[float]:
+    """Maximum mean discrepancy between the samples of all steps and of the chosen ones, after every round.
 
     Args:
         samples: [T, N, *] inputs of the denoiser at every step.
-        chosen: step indices, repetitions count.
+        chosen: step index of each round, repetitions count.
     Returns: biased estimate with an RBF kernel, bandwidth by the median heuristic; 0 when the sets agree.
+    Source: method.md section 5; reported because the surrogate of the selection only stands for it.
     """
     steps, images = samples.shape[:2]
     points = samples.reshape(steps * images, -1).double()
     distance = torch.cdist(points, points).square()
-    median = distance[distance > 0].median().clamp_min(1e-12)
-    kernel = torch.exp(-distance / median)
-    visits = torch.bincount(torch.tensor(list(chosen)), minlength=steps).double()
-    weight = (1.0 / steps - visits / visits.sum()).repeat_interleave(images) / images
-    return float(weight @ kernel @ weight)
+    kernel = torch.exp(-distance / distance[distance > 0].median().clamp_min(1e-12))
+    step_kernel = kernel.view(steps, images, steps, images).mean((1, 3))  # [T, T]
+    visits = torch.zeros(steps, dtype=torch.float64)
+    trace = []
+    for round_index, step in enumerate(chosen):
+        visits[step] += 1
+        weight = 1.0 / steps - visits / (round_index + 1)
+        trace.append(max(float(weight @ step_kernel @ weight), 0.0) ** 0.5)
+    return trace

@@ -15,7 +15,7 @@ def psnr(
 ) -> float:
     """Peak signal-to-noise ratio 10 log10(peak_to_peak^2 / mse) in dB, mse over all elements together."""
     _, error = _energies(reference, test, "psnr")
-    return _decibel(PEAK_TO_PEAK**2 * reference.numel(), float(error.sum()))
+    return sqnr_db(PEAK_TO_PEAK**2 * reference.numel(), float(error.sum()))
 
 
 def psnr_per_image(
@@ -25,7 +25,7 @@ def psnr_per_image(
     """PSNR of every image in dB, [N] float64."""
     _, error = _energies(reference, test, "psnr_per_image")
     elements = reference[0].numel() if len(reference) else 0
-    return np.array([_decibel(PEAK_TO_PEAK**2 * elements, float(e)) for e in error])
+    return np.array([sqnr_db(PEAK_TO_PEAK**2 * elements, float(e)) for e in error])
 
 
 def sqnr(
@@ -34,7 +34,7 @@ def sqnr(
 ) -> float:
     """Signal to quantization noise ratio 10 log10(sum reference^2 / sum (reference - test)^2) in dB."""
     signal, error = _energies(reference, test, "sqnr")
-    return _decibel(float(signal.sum()), float(error.sum()))
+    return sqnr_db(float(signal.sum()), float(error.sum()))
 
 
 def sqnr_per_image(
@@ -43,7 +43,7 @@ def sqnr_per_image(
 ) -> np.ndarray:
     """SQNR of every image in dB, [N] float64."""
     signal, error = _energies(reference, test, "sqnr_per_image")
-    return np.array([_decibel(float(s), float(e)) for s, e in zip(signal, error, strict=True)])
+    return np.array([sqnr_db(float(s), float(e)) for s, e in zip(signal, error, strict=True)])
 
 
 def pooled_sqnr(
@@ -51,7 +51,7 @@ def pooled_sqnr(
     error: np.ndarray,  # [T] float64, sums of (reference - test)^2
 ) -> np.ndarray:
     """SQNR in dB from energies that were added up elsewhere, [T] float64."""
-    return np.array([_decibel(float(s), float(e)) for s, e in zip(signal, error, strict=True)])
+    return np.array([sqnr_db(float(s), float(e)) for s, e in zip(signal, error, strict=True)])
 
 
 def energies(reference: Tensor, test: Tensor) -> tuple[float, float]:
@@ -71,7 +71,7 @@ def _energies(reference: Tensor, test: Tensor, op: str) -> tuple[Tensor, Tensor]
     return a.square().sum(1), (a - b).square().sum(1)
 
 
-def _decibel(signal: float, error: float) -> float:
+def sqnr_db(signal: float, error: float) -> float:
     """10 log10(signal / error); +inf without error, -inf without signal."""
     if error == 0.0:
         return float("inf")

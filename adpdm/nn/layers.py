@@ -99,7 +99,9 @@ class QuantLayer(nn.Module):
             self._packed = (packed, sums, None if self.bias is None else self.bias.detach().float())
         packed, sums, bias = self._packed
         segments = [
-            ops.Segment(q.codes(part), q.scale, q.zero_point, q.group_index, packed[s], self.weight_scale[s], sums[s])
+            ops.Segment(
+                q.codes(part), q.scale, q.zero_point, q.group_index, packed[s], self.weight_scale[s], sums[s]
+            )
             for s, (q, part) in enumerate(zip(self.quantizers, self.split_input(x), strict=True))
         ]
         return segments, bias
@@ -142,12 +144,20 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     @classmethod
     def of(
-        cls, layer: nn.Conv2d, bits: tuple[int, int], num_groups: int, slot: int, step: StepState, split: int | None
+        cls,
+        layer: nn.Conv2d,
+        bits: tuple[int, int],
+        num_groups: int,
+        slot: int,
+        step: StepState,
+        split: int | None,
     ) -> QuantConv2d:
         """Take over a float convolution; its parameters are shared, not copied."""
         twin = cls.__new__(cls)
         nn.Module.__init__(twin)
-        twin.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_") or k in _CONV_KEEP})
+        twin.__dict__.update(
+            {k: v for k, v in layer.__dict__.items() if not k.startswith("_") or k in _CONV_KEEP}
+        )
         twin.weight, twin.bias = layer.weight, layer.bias
         twin.setup(bits, num_groups, slot, step, split)
         return twin
@@ -164,7 +174,12 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     def _geometry(self) -> ops.ConvGeometry:
         assert not isinstance(self.padding, str)
         return ops.ConvGeometry(
-            self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.groups  # type: ignore[arg-type]
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,  # type: ignore[arg-type]
         )
 
 
@@ -173,7 +188,13 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     @classmethod
     def of(
-        cls, layer: nn.Linear, bits: tuple[int, int], num_groups: int, slot: int, step: StepState, split: int | None
+        cls,
+        layer: nn.Linear,
+        bits: tuple[int, int],
+        num_groups: int,
+        slot: int,
+        step: StepState,
+        split: int | None,
     ) -> QuantLinear:
         """Take over a float linear layer; its parameters are shared, not copied."""
         twin = cls.__new__(cls)

@@ -1,0 +1,299 @@
+"""The command `adpdm`: arguments in, one call into the package, a table or JSON out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .config import Grouping, QuantConfig, SearchConfig, Selection
+from .demo import build_report, run_demo, save_image_grid
+from .evaluate import EvaluationConfig, EvaluationResult, compare, generate
+from .info import gather_info, render_info
+from .pipeline import find_denoiser, load_pipeline, quantize
+
+EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
+REPORT_NAME = "adpdm_report.json"
+STATE_NAME = "adpdm_search.safetensors"
+
+console = Console(stderr=True)  # standard output belongs to results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a stated error, 2 for bad usage, 130 for Ctrl-C."""
+    args = _parser().parse_args(arguments)
+    try:
+        result: dict[str, Any] = args.run(args)
+    except KeyboardInterrupt:
+        console.print("[bold]interrupted[/]; nothing half-written was left behind")
+        return EXIT_INTERRUPTED
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        console.print(f"[bold red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+        return EXIT_FAILURE
+    if args.json:
+        print(json.dumps(result, indent=2))
+    return 0
+
+
+# ---- commands -------------------------------------------------------------------------------------------------
+
+
+def _quantize(args: argparse.Namespace) -> dict[str, Any]:
+    out = Path(args.out)
+    state = out.with_name(out.name + ".partial") / STATE_NAME
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {out} must be a new or empty folder, got one with files in it")
+    if state.exists() and not args.resume:
+        raise ValueError(f"{state} is an unfinished search; continue it with --resume, or remove its folder")
+    config = _quant_config(args)
+    pipe = load_pipeline(args.model, local_files_only=args.offline)
+    with _progress() as progress:
+        report = quantize(pipe, config, prompts=args.prompt, progress=progress, state_file=state)
+    values = {**report.to_dict(), "command": _command()}
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipe.save_pretrained(temporary)
+    (temporary / REPORT_NAME).write_text(json.dumps(values, indent=1))
+    if out.exists():
+        out.rmdir()
+    temporary.rename(out)
+    shutil.rmtree(state.parent, ignore_errors=True)
+    trace = report.trace
+    rows = {
+        "covered": str(report.coverage),
+        "histograms": f"{trace.histogram_bytes / 2**20:.1f} MiB, cached inputs {trace.trajectory_bytes / 2**20:.1f} MiB",
+        "seconds": ", ".join(f"{k} {v:.0f}" for k, v in trace.seconds.items()),
+    }
+    if trace.outcome is not None:
+        o = trace.outcome
+        rows["search"] = (
+            f"soft/hard gap {o.gap_db:+.2f} dB, max importance {o.max_importance:.2f}, groups moved {o.moved:.1%}"
+        )
+    _table(f"quantized into {out}", rows)
+    for warning in trace.warnings:
+        console.print(f"[yellow]warning:[/] {warning}")
+    return values
+
+
+def _sample(args: argparse.Namespace) -> dict[str, Any]:
+    pipe = load_pipeline(args.model, local_files_only=True)
+    result = generate(
+        find_denoiser(pipe), pipe.scheduler, args.images, args.steps, args.seed, min(args.images, args.batch)
+    )
+    save_image_grid(result.samples, Path(args.out))
+    seconds = float(result.seconds_per_step.mean())
+    values = {"out": args.out, "images": args.images, "seed": args.seed, "seconds_per_step": seconds}
+    _table(f"{args.images} images in {args.out}", {"seconds per step": f"{seconds:.4f}"})
+    return values
+
+
+def _compare(args: argparse.Namespace) -> EvaluationResult:
+    reference = load_pipeline(args.original, local_files_only=True)
+    quantized = load_pipeline(args.quantized, local_files_only=True)
+    config = EvaluationConfig(
+        num_images=args.images, num_inference_steps=args.steps, seed=args.seed, batch_size=args.batch
+    )
+    with _progress() as progress:
+        return compare(
+            find_denoiser(reference),
+            find_denoiser(quantized),
+            reference.scheduler,
+            config,
+            paths=(Path(args.original), Path(args.quantized)),
+            progress=lambda done, total, what: progress(what, done, total),
+        )
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    result = _compare(args)
+    _table(f"{args.quantized} against {args.original}", evaluation_rows(result))
+    return result.to_dict()
+
+
+def evaluation_rows(result: EvaluationResult) -> dict[str, str]:
+    """What a person wants to know of an evaluation, label to text."""
+    rows = {
+        "PSNR of samples": f"{result.psnr_db:.2f} dB",
+        "SQNR of samples": f"{result.sqnr_db:.2f} dB",
+        "LPIPS (AlexNet)": "-" if result.lpips is None else f"{result.lpips:.4f}",
+    }
+    if result.frechet is not None:
+        f = result.frechet
+        rows["Frechet distance (EfficientNet-Lite0)"] = (
+            f"{f.distance:.2f} [{f.low:.2f}, {f.high:.2f}], {f.num_images[0]} images, {f.dimensions} dimensions"
+        )
+    for timing in result.timings:
+        rows[f"time per step, batch {timing.batch_size}"] = (
+            f"{timing.quantized_seconds * 1e3:.1f} ms against {timing.reference_seconds * 1e3:.1f} ms, "
+            f"{timing.speedup:.2f}x (quartiles {timing.speedup_low:.2f} to {timing.speedup_high:.2f})"
+        )
+    if result.reference_bytes and result.quantized_bytes:
+        share = result.quantized_bytes / result.reference_bytes
+        rows["weights"] = f"{result.quantized_bytes / 1e6:.2f} MB, {share:.1%} of the original"
+    for sentence in result.missing:
+        rows.setdefault("not measured", "")
+        rows["not measured"] += sentence + " "
+    return rows
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    stored = Path(args.quantized) / REPORT_NAME
+    if not stored.is_file():
+        raise ValueError(f"{stored} is missing; `adpdm quantize` writes it beside the model")
+    result = _compare(args)
+    values = json.loads(stored.read_text())
+    build_report(Path(args.out), values, Path(args.quantized), Path(args.original), result, _command())
+    _table(f"report in {args.out}", evaluation_rows(result))
+    return {"out": args.out, "evaluation": result.to_dict()}
+
+
+def _demo(args: argparse.Namespace) -> dict[str, Any]:
+    with _progress() as progress:
+        values = run_demo(Path(args.model), Path(args.out), args.seed, args.quick, progress, _command())
+    _table(f"report in {Path(args.out) / 'report.html'}", values["summary"])
+    return values
+
+
+def _info(args: argparse.Namespace) -> dict[str, Any]:
+    info = gather_info()
+    if not args.json:
+        print(render_info(info))
+    return dict(info)
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="adpdm", description="Quantize diffusion models and sample in integers."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], dict[str, Any]], text: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("quantize", _quantize, "Quantize a diffusers model into a new folder.")
+    sub.add_argument("model", help="folder or hub name of a diffusers pipeline")
+    sub.add_argument("--out", required=True, help="folder to write, must be new or empty")
+    _add_quantize_options(sub)
+
+    sub = command("sample", _sample, "Generate a grid of images.")
+    sub.add_argument("model")
+    sub.add_argument("--out", default="samples.png")
+    _add_sampling_options(sub)
+
+    for name, run, text in (
+        ("evaluate", _evaluate, "Measure a quantized model against its original on the same seeds."),
+        ("report", _report, "Evaluate and write a self-contained HTML report."),
+    ):
+        sub = command(name, run, text)
+        sub.add_argument("original")
+        sub.add_argument("quantized")
+        if name == "report":
+            sub.add_argument("--out", default="report.html")
+        _add_sampling_options(sub)
+
+    sub = command("demo", _demo, "Quantize the shipped model at several settings and write a report.")
+    sub.add_argument("--model", default="models/ddpm-fashion-mnist-32")
+    sub.add_argument("--out", default="adpdm-demo")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--quick", action="store_true", help="a smaller search and fewer images, for tests")
+
+    command("info", _info, "Show version, CPU features, chosen kernels and what was built.")
+    return parser
+
+
+def _add_quantize_options(sub: argparse.ArgumentParser) -> None:
+    default = QuantConfig()
+    sub.add_argument("--bits", default="w8a8", help="weight and activation bits, e.g. w8a8, w4a8")
+    sub.add_argument("--groups", type=int, default=default.num_groups)
+    sub.add_argument("--grouping", default=default.grouping, choices=get_args(Grouping))
+    sub.add_argument("--selection", default=default.selection, choices=get_args(Selection))
+    sub.add_argument(
+        "--steps", type=int, default=default.num_inference_steps, help="sampler steps to calibrate for"
+    )
+    sub.add_argument("--images", type=int, default=default.calibration_images, help="calibration images")
+    sub.add_argument("--search-steps", type=int, default=default.search.num_steps)
+    sub.add_argument("--exclude", action="append", default=[], help="layer name pattern to leave in float")
+    sub.add_argument("--timestep-policy", default=default.timestep_policy, choices=("nearest", "error"))
+    sub.add_argument("--prompt", action="append", help="calibration prompt of a text-to-image pipeline")
+    sub.add_argument("--seed", type=int, default=default.seed)
+    sub.add_argument("--resume", action="store_true", help="continue an interrupted search")
+    sub.add_argument("--offline", action="store_true", help="never ask the model hub")
+
+
+def _add_sampling_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--images", type=int, default=16)
+    sub.add_argument("--steps", type=int, default=50)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--batch", type=int, default=8)
+
+
+def _quant_config(args: argparse.Namespace) -> QuantConfig:
+    match = re.fullmatch(r"w(\d+)a(\d+)", args.bits.lower())
+    if match is None:
+        raise ValueError(f"--bits must look like w8a8 or w4a8, got {args.bits!r}")
+    return QuantConfig(
+        weight_bits=int(match[1]),
+        activation_bits=int(match[2]),
+        num_groups=args.groups,
+        grouping=args.grouping,
+        selection=args.selection,
+        num_inference_steps=args.steps,
+        calibration_images=args.images,
+        modules_to_not_convert=tuple(args.exclude),
+        timestep_policy=args.timestep_policy,
+        seed=args.seed,
+        search=SearchConfig(num_steps=args.search_steps),
+    )
+
+
+def _command() -> str:
+    return shlex.join(["adpdm", *sys.argv[1:]])
+
+
+# ---- output ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per phase with an estimate of the time left, on standard error."""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        yield update
+
+
+def _table(title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for label, text in rows.items():
+        table.add_row(label, text)
+    console.print(table)

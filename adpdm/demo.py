@@ -1,0 +1,383 @@
+"""The demo: one trained model at several settings, compared with its original, told in one report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from . import report as page
+from .calibrate import Progress
+from .config import Grouping, QuantConfig, SearchConfig
+from .evaluate import EvaluationConfig, EvaluationResult, compare, generate, layer_sqnr, psnr
+from .info import gather_info
+from .pipeline import find_denoiser, load_pipeline, quantize
+
+MAIN_BITS = ((8, 8), (4, 8))
+COMPARISON_BITS = (6, 6)
+COMPARISON_GROUPINGS: tuple[Grouping, ...] = ("shared", "uniform", "dp", "search")
+SHOWN_RANGES = 4  # layers whose activation ranges are drawn: those whose range changes most
+PROBED_STEPS = 5  # steps at which the SQNR of layers is measured
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much work the demo does."""
+
+    images: int = 16
+    seeds: int = 3  # of the comparison
+    search_steps: int = 240
+    calibration_images: int = 128
+
+
+QUICK = Scale(images=4, seeds=1, search_steps=16, calibration_images=32)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One quantized configuration with what is known about it."""
+
+    name: str
+    stored: dict[str, Any]  # as `QuantizationReport.to_dict`
+    evaluation: EvaluationResult
+    layer_sqnr: dict[str, float]
+
+
+def bits_name(bits: tuple[int, int]) -> str:
+    """W8A8 for (8, 8)."""
+    return f"W{bits[0]}A{bits[1]}"
+
+
+def run_demo(
+    model: Path, out: Path, seed: int, is_quick: bool, progress: Progress, command: str
+) -> dict[str, Any]:
+    """Quantize `model` at the main bit widths, compare groupings, write models and report below `out`."""
+    scale = QUICK if is_quick else Scale()
+    if not model.exists():
+        raise ValueError(
+            f"demo: --model {model} does not exist; run from the repository, or name a model folder"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    pipe = load_pipeline(model, local_files_only=True)
+    runs = [_main_run(pipe, bits, model, out, seed, scale, progress) for bits in MAIN_BITS]
+    rows = [_row_of(run, bits) for run, bits in zip(runs, MAIN_BITS, strict=True)]
+    rows += _compare_groupings(pipe, COMPARISON_BITS, seed, scale, progress)
+    data = report_data(runs, rows, command, seed, time.perf_counter() - started)
+    path = page.write_report(out / "report.html", data)
+    values = {
+        "report": str(path),
+        "seconds": time.perf_counter() - started,
+        "comparison": [row.__dict__ for row in rows],
+        "runs": {run.name: run.evaluation.to_dict() for run in runs},
+        "summary": _summary_rows(runs, rows),
+    }
+    (out / "demo.json").write_text(json.dumps(values, indent=1))
+    return values
+
+
+def _config(bits: tuple[int, int], grouping: Grouping, seed: int, scale: Scale) -> QuantConfig:
+    return QuantConfig(
+        weight_bits=bits[0],
+        activation_bits=bits[1],
+        grouping=grouping,
+        calibration_images=scale.calibration_images,
+        seed=seed,
+        search=SearchConfig(num_steps=scale.search_steps, refit_steps=scale.search_steps // 4),
+    )
+
+
+def _main_run(
+    pipe: Any, bits: tuple[int, int], model: Path, out: Path, seed: int, scale: Scale, progress: Progress
+) -> Run:
+    name = bits_name(bits)
+    quantized = copy.deepcopy(pipe)
+    label = _labelled(progress, name)
+    report = quantize(quantized, _config(bits, "search", seed, scale), progress=label)
+    folder = out / name.lower()
+    quantized.save_pretrained(folder)
+    config = EvaluationConfig(num_images=scale.images, seed=seed + 1)
+    original, denoiser = find_denoiser(pipe), find_denoiser(quantized)
+    original.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    result = compare(
+        original,
+        denoiser,
+        pipe.scheduler,
+        config,
+        paths=(model, folder),
+        progress=lambda done, total, what: label(what, done, total),
+    )
+    # The shipped file is float16; sizes are told against the float32 network that was quantized.
+    float_bytes = sum(p.numel() * p.element_size() for p in original.parameters())
+    result = replace(result, reference_bytes=float_bytes)
+    return Run(name, report.to_dict(), result, probe_layers(original, denoiser, pipe.scheduler, seed))
+
+
+def _labelled(progress: Progress, name: str) -> Progress:
+    return lambda phase, done, total: progress(f"{name} {phase}", done, total)
+
+
+def probe_layers(reference: nn.Module, quantized: nn.Module, scheduler: Any, seed: int) -> dict[str, float]:
+    """SQNR of layer outputs on noise-to-image inputs of a few steps of one trajectory."""
+    inputs: list[tuple[Tensor, Any, dict[str, Tensor]]] = []
+    config: Any = reference.config
+    steps = 50
+    wanted = set(np.linspace(0, steps - 1, PROBED_STEPS).round().astype(int).tolist())
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randn(4, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+    with torch.no_grad():
+        for index, timestep in enumerate(scheduler.timesteps):
+            seen = scheduler.scale_model_input(sample, timestep)
+            if index in wanted:
+                inputs.append((seen, timestep, {}))
+            sample = scheduler.step(reference(seen, timestep).sample, timestep, sample).prev_sample
+    return layer_sqnr(reference, quantized, inputs)
+
+
+def _compare_groupings(
+    pipe: Any, bits: tuple[int, int], seed: int, scale: Scale, progress: Progress
+) -> list[page.ComparisonRow]:
+    """PSNR of final samples for every grouping at the same bits, over several seeds."""
+    name = bits_name(bits)
+    label = _labelled(progress, name)
+    original = find_denoiser(pipe)
+    seeds = [seed + 1 + i for i in range(scale.seeds)]
+    wanted = [_samples(original, pipe.scheduler, scale.images, s) for s in seeds]
+    rows = []
+    for index, grouping in enumerate(COMPARISON_GROUPINGS):
+        denoiser = copy.deepcopy(original)
+        started = time.perf_counter()
+        report = quantize(
+            denoiser,
+            _config(bits, grouping, seed, scale),
+            scheduler=pipe.scheduler,
+            progress=_labelled(label, grouping),
+        )
+        seconds = time.perf_counter() - started
+        values = [
+            psnr(w, _samples(denoiser, pipe.scheduler, scale.images, s))
+            for w, s in zip(wanted, seeds, strict=True)
+        ]
+        outcome = report.trace.outcome
+        rows.append(
+            page.ComparisonRow(
+                grouping,
+                name,
+                statistics.fmean(values),
+                statistics.stdev(values) if len(values) > 1 else None,
+                len(values),
+                soft_hard_gap_db=None if outcome is None else outcome.gap_db,
+                seconds=seconds,
+            )
+        )
+        label("comparison", index + 1, len(COMPARISON_GROUPINGS))
+    return rows
+
+
+def _samples(denoiser: nn.Module, scheduler: Any, count: int, seed: int) -> Tensor:
+    return generate(denoiser, scheduler, count, 50, seed, count).samples
+
+
+def _row_of(run: Run, bits: tuple[int, int]) -> page.ComparisonRow:
+    outcome = run.stored["trace"]["outcome"]
+    e = run.evaluation
+    return page.ComparisonRow(
+        "search",
+        bits_name(bits),
+        e.psnr_db,
+        sqnr_db=float(np.mean(e.noise_sqnr_same_input_db)),
+        soft_hard_gap_db=None if outcome is None else outcome["gap_db"],
+        lpips=e.lpips,
+        frechet=None if e.frechet is None else e.frechet.distance,
+        seconds=sum(run.stored["trace"]["seconds"].values()),
+    )
+
+
+def _summary_rows(runs: Sequence[Run], rows: Sequence[page.ComparisonRow]) -> dict[str, str]:
+    """The demo in a few lines for the terminal."""
+    lines = {}
+    for run in runs:
+        e = run.evaluation
+        speed = ", ".join(f"{t.speedup:.2f}x at batch {t.batch_size}" for t in e.timings)
+        share = (e.quantized_bytes or 0) / (e.reference_bytes or 1)
+        lines[run.name] = f"PSNR {e.psnr_db:.2f} dB, {speed}, weights {share:.1%} of the original"
+    for row in rows[len(runs) :]:
+        spread = "" if row.psnr_spread_db is None else f" ± {row.psnr_spread_db:.2f}"
+        lines[f"{row.bits} {row.grouping}"] = f"PSNR {row.psnr_db:.2f}{spread} dB"
+    return lines
+
+
+# ---- report ---------------------------------------------------------------------------------------------------
+
+
+def report_data(
+    runs: Sequence[Run], rows: Sequence[page.ComparisonRow], command: str, seed: int, seconds: float
+) -> page.ReportData:
+    """Arrange runs as the report wants them; the first run is the main one."""
+    main = runs[0]
+    trace, coverage = main.stored["trace"], main.stored["coverage"]
+    timesteps = np.array(main.stored["timesteps"])
+    kept = tuple(x["name"] for x in main.stored["layers"] if x["bits"] is None)
+    notes = [*trace["warnings"], *dict.fromkeys(s for run in runs for s in run.evaluation.missing)]
+    return page.ReportData(
+        title="adpdm: quantized against full precision",
+        command=command,
+        seed=seed,
+        summary=_sentence(main),
+        versions=gather_info(),
+        config=main.stored["config"],
+        images=tuple(
+            page.ImageSet(
+                r.name, r.evaluation.reference_images, r.evaluation.quantized_images, r.evaluation.psnr_db
+            )
+            for r in runs
+        ),
+        group_maps=tuple(_group_map(run, timesteps) for run in runs),
+        ranges=_ranges(trace["quantizers"], timesteps),
+        layer_sqnr=tuple(
+            page.LayerSqnr(r.name, tuple(r.layer_sqnr), np.array(list(r.layer_sqnr.values()))) for r in runs
+        ),
+        step_curves=tuple(curve for run in runs for curve in _curves(run)),
+        selection=_selection(trace, timesteps, main.stored["config"]["selection"]),
+        comparison=tuple(rows),
+        sizes=_sizes(runs),
+        times=tuple(_time(run, t) for run in runs for t in run.evaluation.timings),
+        coverage=page.Coverage(coverage["macs"], coverage["parameters"], kept),
+        max_importance=None if trace["outcome"] is None else trace["outcome"]["max_importance"],
+        notes=(*notes, f"The whole run took {seconds / 60:.1f} minutes."),
+    )
+
+
+def _sentence(run: Run) -> str:
+    e = run.evaluation
+    speed = ", ".join(f"{t.speedup:.2f} times as fast at batch {t.batch_size}" for t in e.timings)
+    share = (e.quantized_bytes or 0) / (e.reference_bytes or 1)
+    return (
+        f"{run.name} in integer arithmetic reproduces the full-precision samples at {e.psnr_db:.1f} dB PSNR, "
+        f"runs {speed}, and its weights take {share:.0%} of the original."
+    )
+
+
+def _group_map(run: Run, timesteps: np.ndarray) -> page.GroupMap:
+    quantizers, outcome = run.stored["trace"]["quantizers"], run.stored["trace"]["outcome"]
+    return page.GroupMap(
+        run.name,
+        tuple(q["name"] for q in quantizers),
+        timesteps,
+        np.array([q["group_index"] for q in quantizers]),
+        max(len(q["covered"]) for q in quantizers),
+        None if outcome is None else outcome["moved"],
+    )
+
+
+def _ranges(quantizers: Sequence[dict[str, Any]], timesteps: np.ndarray) -> tuple[page.LayerRange, ...]:
+    """The layers whose activation range varies most over the trajectory."""
+
+    def variation(q: dict[str, Any]) -> float:
+        width = np.ptp(np.array(q["observed"]), axis=1)
+        return math.log(max(width.max(), 1e-9) / max(width.min(), 1e-9))
+
+    chosen = sorted(quantizers, key=variation, reverse=True)[:SHOWN_RANGES]
+    result = []
+    for q in chosen:
+        groups = np.array(q["group_index"])
+        result.append(
+            page.LayerRange(
+                q["name"], timesteps, np.array(q["observed"]), np.array(q["covered"])[groups], groups
+            )
+        )
+    return tuple(result)
+
+
+def _curves(run: Run) -> list[page.StepCurve]:
+    e = run.evaluation
+    return [
+        page.StepCurve(f"{run.name}, same input", e.timesteps, e.noise_sqnr_same_input_db, family=run.name),
+        page.StepCurve(
+            f"{run.name}, own trajectory", e.timesteps, e.noise_sqnr_own_trajectory_db, True, family=run.name
+        ),
+    ]
+
+
+def _selection(trace: dict[str, Any], timesteps: np.ndarray, method: str) -> page.SelectionTrace | None:
+    rounds = trace["rounds"]
+    if not rounds:
+        return None
+    return page.SelectionTrace(
+        method,
+        timesteps,
+        np.array([row["step_index"] for row in rounds]),
+        np.array([row["entropy"] for row in rounds]),
+        np.array([row["score"] for row in rounds]) if method == "srm" else None,
+        np.array(trace["mmd"]),
+    )
+
+
+def _sizes(runs: Sequence[Run]) -> tuple[page.ModelSize, ...]:
+    original = page.ModelSize("float32", runs[0].evaluation.reference_bytes or 0)
+    return (original, *(page.ModelSize(run.name, run.evaluation.quantized_bytes or 0) for run in runs))
+
+
+def _time(run: Run, timing: Any) -> page.StepTime:
+    info = gather_info()
+    note = f"{info['instruction set']}, {torch.get_num_threads()} threads"
+    return page.StepTime(
+        run.name,
+        timing.batch_size,
+        timing.reference_seconds,
+        timing.quantized_seconds,
+        timing.speedup,
+        timing.speedup_low,
+        timing.speedup_high,
+        note,
+    )
+
+
+def build_report(
+    out: Path,
+    stored: dict[str, Any],
+    folder: Path,
+    original: Path,
+    evaluation: EvaluationResult,
+    command: str,
+) -> None:
+    """Write the report of one saved model from what `quantize` stored beside it and a fresh evaluation."""
+    bits = (stored["config"]["weight_bits"], stored["config"]["activation_bits"])
+    pipes = [load_pipeline(path, local_files_only=True) for path in (original, folder)]
+    probes = probe_layers(
+        find_denoiser(pipes[0]), find_denoiser(pipes[1]), pipes[0].scheduler, evaluation.config.seed
+    )
+    run = Run(bits_name(bits), stored, evaluation, probes)
+    seconds = sum(stored["trace"]["seconds"].values())
+    page.write_report(out, report_data([run], [_row_of(run, bits)], command, evaluation.config.seed, seconds))
+
+
+def save_image_grid(
+    samples: Tensor,  # [N, C, H, W] float in [-1, 1]
+    path: Path,
+    enlarge: int = 3,
+) -> None:
+    """Write samples as one PNG, as square as possible, each pixel `enlarge` wide; temporary name, then rename."""
+    pixels = ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    columns = math.ceil(math.sqrt(len(pixels)))
+    blank = np.zeros_like(pixels[:1]).repeat(-len(pixels) % columns, 0)
+    tiles = np.concatenate([pixels, blank])
+    tiles = tiles.reshape(-1, columns, *tiles.shape[1:]).swapaxes(1, 2)
+    grid = tiles.reshape(tiles.shape[0] * tiles.shape[1], -1, tiles.shape[-1])
+    grid = grid.repeat(enlarge, 0).repeat(enlarge, 1)
+    temporary = path.with_name(path.name + ".tmp")
+    Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid).save(temporary, format="png")
+    temporary.rename(path)
