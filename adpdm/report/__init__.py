@@ -1,0 +1,58 @@
+"""Writes the self-contained HTML report of a run from plain data."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from adpdm.report.data import (
+    ComparisonRow,
+    Coverage,
+    GroupMap,
+    ImageSet,
+    LayerRange,
+    LayerSqnr,
+    ModelSize,
+    ReportData,
+    SelectionTrace,
+    StepCurve,
+    StepTime,
+)
+from adpdm.report.page import render
+
+__all__ = [
+    "ComparisonRow",
+    "Coverage",
+    "GroupMap",
+    "ImageSet",
+    "LayerRange",
+    "LayerSqnr",
+    "ModelSize",
+    "ReportData",
+    "SelectionTrace",
+    "StepCurve",
+    "StepTime",
+    "render",
+    "write_report",
+]
+
+
+def write_report(path: Path | str, data: ReportData) -> Path:
+    """Writes `data` as one HTML file: under a temporary name first, so that no half report is ever seen.
+
+    Returns:
+        The path. The same data give the same bytes.
+    """
+    target, document = Path(path), render(data).encode("utf-8")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(document)
+        os.chmod(name, 0o644)  # mkstemp gives 0600
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return target
