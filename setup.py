@@ -70,8 +70,9 @@ def build_core() -> dict[str, str]:
 
 def extension() -> CppExtension:
     """adpdm._C, linking the core that build_core() makes."""
-    flags = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    flags += ["-fvisibility=hidden"]
+    # Only checks and calls live here; Python's own -O3 -g takes twice as long (igemm_prepare.cpp: 25 s, not 12).
+    flags = ["-O2", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
+    flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     flags += [f"-isystem{path}" for path in include_paths()]  # no warnings from torch's own headers
     if os.environ.get("ADPDM_WERROR", "0") == "1":
         flags.append("-Werror")
