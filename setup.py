@@ -70,7 +70,7 @@ def build_core() -> dict[str, str]:
 
 def extension() -> CppExtension:
     """adpdm._C, linking the core that build_core() makes."""
-    # Only checks and calls live here; Python's own -O3 -g takes twice as long (igemm_prepare.cpp: 25 s, not 12).
+    # Only checks and calls live here; Python's -O3 -g takes twice as long (igemm_prepare.cpp: 25 s, not 12).
     flags = ["-O2", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
     flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     flags += [f"-isystem{path}" for path in include_paths()]  # no warnings from torch's own headers
