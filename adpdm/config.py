@@ -42,6 +42,8 @@ class SearchConfig:
     objective: Objective = "teacher"
 
     def __post_init__(self) -> None:
+        for name in ("num_steps", "refit_steps", "batch_size"):
+            _integer(f"search.{name}", getattr(self, name))
         _at_least("search.num_steps", self.num_steps, 1)
         _at_least("search.refit_steps", self.refit_steps, 0)
         _at_least("search.batch_size", self.batch_size, 1)
@@ -92,6 +94,10 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
+        for name in _INTEGERS:
+            _integer(name, getattr(self, name))
+        for name in ("shared_groups", "split_skip_connections"):
+            _one_of(name, getattr(self, name), (True, False))
         _within("weight_bits", self.weight_bits, MIN_BITS, MAX_BITS)
         _within("activation_bits", self.activation_bits, MIN_BITS, MAX_BITS)
         _within("num_groups", self.num_groups, 1, MAX_GROUPS)
@@ -124,18 +130,40 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
         """Inverse of `to_dict`; an unknown key is an error."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"QuantConfig: unknown settings {unknown}; known are {sorted(known)}")
+        _check_known(cls, values)
         values = dict(values)
         if isinstance(values.get("search"), dict):
+            _check_known(SearchConfig, values["search"])
             values["search"] = SearchConfig(**values["search"])
         return cls(**values)
 
     def replace(self, **changes: Any) -> QuantConfig:
         """Return a copy with some settings changed, checked again."""
         return replace(self, **changes)
+
+
+_INTEGERS = (
+    "weight_bits",
+    "activation_bits",
+    "num_groups",
+    "num_inference_steps",
+    "calibration_images",
+    "round_size",
+    "histogram_images",
+    "seed",
+)
+
+
+def _check_known(kind: type, values: dict[str, Any]) -> None:
+    known = {f.name for f in fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{kind.__name__}: unknown settings {unknown}; known are {sorted(known)}")
+
+
+def _integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer, got {value}")
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

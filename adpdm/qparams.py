@@ -119,7 +119,10 @@ def bin_errors(
 
     width = right - left
     mean = (integral(right) - integral(left)) / width.clamp_min(1e-300)
-    return torch.where(width > 0, mean.clamp_min(0.0), 0.0)
+    # A bin trimmed to one value (constant data, or the zero bin) costs the error of that value.
+    rounded = (left / scale[:, None]).round() * scale[:, None]
+    at_point = torch.minimum(torch.maximum(rounded, bottom[:, None]), top[:, None]) - left
+    return torch.where(width > 0, mean.clamp_min(0.0), at_point.square())
 
 
 def candidate_ranges(extrema: Tensor) -> tuple[Tensor, Tensor]:

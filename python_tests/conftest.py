@@ -10,6 +10,8 @@ from hypothesis import settings
 settings.register_profile("adpdm", deadline=None, derandomize=True, max_examples=50, print_blob=True)
 settings.load_profile("adpdm")
 
+torch.set_num_threads(1)  # tiny tensors gain nothing from more; tests of threading set their own number
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

@@ -1,0 +1,192 @@
+"""Partitions of timesteps into groups: the dynamic programme against all partitions, and the ranges fitted to them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from adpdm import QuantConfig, reference
+from adpdm.partition import (
+    all_step_errors,
+    dynamic_programming_table,
+    fit_ranges,
+    initial_tables,
+    uniform_table,
+)
+from adpdm.qparams import StepErrors
+from adpdm.quantizers import ActivationQuantizer
+from adpdm.step import StepState
+
+
+def contiguous_partitions(steps: int, groups: int) -> list[list[range]]:
+    """Every way to cut `steps` into `groups` non-empty blocks."""
+    cuts = itertools.combinations(range(1, steps), groups - 1)
+    return [[range(a, b) for a, b in zip((0, *cut), (*cut, steps), strict=True)] for cut in cuts]
+
+
+def cost_of(blocks: list[range], error: Tensor) -> float:
+    """Each block pays for the one range that suits its steps best."""
+    return sum(float(error[list(block)].sum(0).min()) for block in blocks)
+
+
+def blocks_of(table: Tensor) -> list[range]:
+    """The blocks of a table, after checking that they are contiguous and in order."""
+    values, counts = torch.unique_consecutive(table, return_counts=True)
+    assert values.tolist() == list(range(len(values)))
+    ends = counts.cumsum(0).tolist()
+    return [range(end - count, end) for end, count in zip(ends, counts.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_dynamic_programming_equals_brute_force(groups: int, seed: int) -> None:
+    error = torch.rand(8, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    blocks = blocks_of(dynamic_programming_table(error, groups))
+    assert len(blocks) == groups
+    best = min(cost_of(p, error) for p in contiguous_partitions(8, groups))
+    assert cost_of(blocks, error) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 7])
+def test_dynamic_programming_uses_every_group_when_nothing_is_at_stake(groups: int) -> None:
+    table = dynamic_programming_table(torch.zeros(7, 4, dtype=torch.float64), groups)
+    assert len(blocks_of(table)) == groups
+
+
+def test_uniform_table_literal() -> None:
+    assert uniform_table(10, 3).tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert uniform_table(10, 3).dtype == torch.int32
+
+
+@pytest.mark.parametrize(("steps", "groups"), [(50, 8), (30, 8), (7, 7), (5, 1), (1, 1)])
+def test_uniform_table_blocks_differ_by_one_step_at_most(steps: int, groups: int) -> None:
+    sizes = [len(block) for block in blocks_of(uniform_table(steps, groups))]
+    assert len(sizes) == groups
+    assert max(sizes) - min(sizes) <= 1
+
+
+# ---- tables of whole networks ---------------------------------------------------------------------------------
+
+
+def observers(rows_per_layer: list[list[Tensor]], groups: int, bits: int = 4) -> list[ActivationQuantizer]:
+    """Quantizers that have observed one tensor per step."""
+    steps = len(rows_per_layer[0])
+    state = StepState(len(rows_per_layer), steps, 1000)
+    quantizers = []
+    for slot, rows in enumerate(rows_per_layer):
+        quantizer = ActivationQuantizer(bits, groups, slot, state)
+        quantizer.start_observing(steps)
+        for step, row in enumerate(rows):
+            state.set_step(step)
+            quantizer(row)
+        quantizers.append(quantizer)
+    return quantizers
+
+
+def noise(scales: list[float], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(4000, generator=generator) * s for s in scales]
+
+
+def config(grouping: str, groups: int, steps: int, shared: bool = False) -> QuantConfig:
+    return QuantConfig(
+        grouping=grouping,  # type: ignore[arg-type]
+        num_groups=groups,
+        num_inference_steps=steps,
+        shared_groups=shared,
+        activation_bits=4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("grouping", "wanted"),
+    [
+        ("shared", [0, 0, 0, 0]),
+        ("uniform", [0, 0, 1, 1]),
+        ("per_step", [0, 1, 2, 3]),
+        ("dp", [0, 1, 1, 1]),  # only step 0 differs
+        ("search", [0, 1, 1, 1]),  # starts from the dynamic programme
+    ],
+)
+def test_initial_tables_by_grouping(grouping: str, wanted: list[int]) -> None:
+    quantizers = observers([noise([10.0, 1.0, 1.0, 1.0])], 2)
+    settings = config(grouping, 2, 4)
+    tables = initial_tables(quantizers, all_step_errors(quantizers, [1] * 4), settings)
+    assert tables[0].tolist() == wanted
+
+
+def test_initial_tables_per_layer_differ_and_shared_groups_agree() -> None:
+    # The second layer asks for its cut with a hundred times the error; relative to itself it weighs the same.
+    quantizers = observers([noise([9.0, 1.0, 1.0, 1.0]), noise([100.0, 100.0, 100.0, 300.0], 1)], 2)
+    errors = all_step_errors(quantizers, [1] * 4)
+    own = initial_tables(quantizers, errors, config("dp", 2, 4))
+    assert [t.tolist() for t in own] == [[0, 1, 1, 1], [0, 0, 0, 1]]
+    shared = initial_tables(quantizers, errors, config("dp", 2, 4, shared=True))
+    assert torch.equal(shared[0], shared[1])
+    relative = [e.error / e.error.sum(0).min() for e in errors]
+    costs = {tuple(map(len, p)): sum(cost_of(p, e) for e in relative) for p in contiguous_partitions(4, 2)}
+    assert tuple(map(len, blocks_of(shared[0]))) == min(costs, key=costs.__getitem__)
+    assert min(costs, key=costs.__getitem__) == (1, 3)  # not what absolute errors would have chosen
+
+
+def test_visits_weigh_the_steps() -> None:
+    quantizers = observers([noise([1.0, 2.0, 4.0])], 1)
+    plain, weighted = (all_step_errors(quantizers, v)[0].error for v in ([1, 1, 1], [3, 1, 1]))
+    assert torch.equal(weighted[0], 3 * plain[0])
+    assert torch.equal(weighted[1:], plain[1:])
+
+
+def mean_error(quantizer: ActivationQuantizer, group: int, row: Tensor) -> float:
+    """Mean squared error of a row under one group of a fitted quantizer."""
+    index = torch.tensor([group], dtype=torch.int32)
+    values = reference.fake_quantize(row, quantizer.scale, quantizer.zero_point.float(), index, -8, 7)
+    return float((values - row).double().square().mean())
+
+
+def fit(rows: list[Tensor], table: list[int], groups: int, visits: list[int]) -> ActivationQuantizer:
+    quantizer = observers([rows], groups)[0]
+    errors = all_step_errors([quantizer], visits)[0]
+    fit_ranges(quantizer, errors, torch.tensor(table, dtype=torch.int32), groups, visits)
+    return quantizer
+
+
+def test_fit_ranges_fits_each_group_to_its_own_steps() -> None:
+    rows = noise([1.0, 1.0, 8.0, 8.0])
+    own, shared = fit(rows, [0, 0, 1, 1], 2, [1] * 4), fit(rows, [0, 0, 0, 0], 1, [1] * 4)
+    assert own.table.tolist() == [0, 0, 1, 1]
+    # 4 bits over a range 8 times too wide cost 64 times the noise; clipping takes some of that back.
+    assert mean_error(own, 0, rows[0]) < mean_error(shared, 0, rows[0]) / 10
+    assert mean_error(own, 1, rows[2]) < mean_error(own, 0, rows[2]) / 10
+
+
+def test_fit_ranges_does_not_depend_on_steps_that_were_not_selected() -> None:
+    rows = noise([1.0, 30.0])
+    fitted, alone = fit(rows, [0, 0], 1, [1, 0]), fit(rows[:1], [0], 1, [1])
+    # Step 1 counts 1e-6 of step 0: its error of about 30^2 adds 1e-3, less than a twentieth of the optimum.
+    assert mean_error(fitted, 0, rows[0]) < 1.2 * mean_error(alone, 0, rows[0])
+
+
+def test_fit_ranges_gives_an_empty_group_a_finite_range() -> None:
+    quantizer = fit(noise([1.0, 2.0]), [0, 0], 3, [1, 1])
+    assert quantizer.num_groups == 3
+    assert bool((quantizer.scale > 0).all())
+    assert bool(quantizer.scale.isfinite().all())
+    assert torch.equal(quantizer.scale[1], quantizer.scale[2])
+
+
+def test_fit_ranges_of_constant_activations() -> None:
+    quantizer = fit([torch.full((10,), 0.5), torch.zeros(10)], [0, 1], 2, [1, 1])
+    assert bool((quantizer.scale > 0).all())
+    assert mean_error(quantizer, 0, torch.full((10,), 0.5)) < (0.5 / 15 / 2) ** 2  # half a step of [0, 0.5]
+    assert mean_error(quantizer, 1, torch.zeros(10)) == 0.0
+
+
+def test_step_errors_are_per_element() -> None:
+    # A step seen twice as often must not count twice: E is a mean over elements.
+    once, twice = observers([noise([1.0])], 1)[0], observers([[noise([1.0])[0].repeat(2)]], 1)[0]
+    a, b = (all_step_errors([q], [1])[0] for q in (once, twice))
+    assert isinstance(a, StepErrors)
+    torch.testing.assert_close(a.error, b.error, rtol=1e-12, atol=0)

@@ -1,0 +1,148 @@
+"""The clock: timesteps in every form the samplers use, and the hook that reads them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adpdm.config import TimestepPolicy
+from adpdm.step import StepState, attach_step_hook
+
+CALIBRATED = [900.0, 600.0, 300.0, 0.0]
+
+
+def make_state(policy: TimestepPolicy = "nearest", timesteps: list[float] = CALIBRATED) -> StepState:
+    """Two slots: the first has the group k at step k, the second 3 - k."""
+    steps = len(timesteps)
+    state = StepState(2, steps, 1000, policy)
+    state.set_timesteps(torch.tensor(timesteps))
+    k = torch.arange(steps, dtype=torch.int32)
+    state.table.copy_(torch.stack([k, steps - 1 - k], 1))
+    return state
+
+
+@pytest.mark.parametrize(
+    "timestep",
+    [
+        600,
+        600.0,
+        torch.tensor(600),
+        torch.tensor(600.0),
+        torch.tensor([600]),
+        torch.full((3,), 600),
+        torch.full((2,), 600.0, dtype=torch.float64),
+        torch.tensor([600], dtype=torch.int32),
+    ],
+)
+def test_set_timestep_takes_every_form(timestep: Tensor | float) -> None:
+    state = make_state()
+    state.set_timestep(timestep)
+    assert state.step_index.tolist() == [1]
+    assert state.group_index.tolist() == [1, 2]
+    assert state.group_index.dtype == torch.int32
+
+
+def test_set_timestep_refuses_a_batch_of_mixed_timesteps() -> None:
+    state = make_state()
+    state.set_timestep(300)
+    with pytest.raises(ValueError, match=r"mixes timesteps \[300.0, 900.0\]; call the denoiser once per"):
+        state.set_timestep(torch.tensor([300, 900, 300]))
+    assert state.group_index.tolist() == [2, 1]  # untouched
+
+
+def test_set_timestep_refuses_an_empty_tensor() -> None:
+    with pytest.raises(ValueError, match="at least one value, got an empty tensor"):
+        make_state().set_timestep(torch.zeros(0))
+
+
+@pytest.mark.parametrize("steps", [3, 7, 10, 50, 999])
+def test_nearest_policy_serves_other_step_counts(steps: int) -> None:
+    state = make_state()
+    for timestep in torch.linspace(999, 0, steps).tolist():
+        state.set_timestep(timestep)
+        step = int(state.step_index)
+        distances = [abs(round(timestep) - c) for c in CALIBRATED]
+        assert distances[step] == min(distances)
+        assert state.group_index.tolist() == [step, 3 - step]
+
+
+def test_nearest_policy_saturates_outside_the_training_range() -> None:
+    state = make_state()
+    for timestep, step in ((5000, 0), (-3, 3), (torch.tensor(1e6), 0), (torch.tensor([-1, -1]), 3)):
+        state.set_timestep(timestep)
+        assert int(state.step_index) == step
+
+
+def test_error_policy_names_timestep_and_calibrated_ones() -> None:
+    state = make_state("error")
+    state.set_timestep(torch.tensor(300))
+    assert int(state.step_index) == 2
+    message = r"timestep 450.0 was not calibrated and timestep_policy is 'error'; calibrated are \[900, 600, 300, 0\]"
+    with pytest.raises(ValueError, match=message):
+        state.set_timestep(450)
+    assert state.group_index.tolist() == [2, 1]  # untouched
+
+
+def test_error_policy_accepts_fractional_timesteps_of_the_scheduler() -> None:
+    timesteps = [999.0, 749.25, 499.5, 249.75, 0.0]
+    state = make_state("error", timesteps)
+    for step, timestep in enumerate(timesteps):
+        state.set_timestep(torch.tensor(timestep))
+        assert int(state.step_index) == step
+
+
+def test_steps_may_come_in_any_order_and_twice() -> None:
+    # Guidance calls twice per step, img2img starts late: the clock is the timestep, not a counter.
+    state = make_state()
+    seen = []
+    for timestep in (300, 300, 0, 0, 900):
+        state.set_timestep(timestep)
+        seen.append(int(state.step_index))
+    assert seen == [2, 2, 3, 3, 0]
+
+
+def test_writing_keeps_the_tensors_that_kernels_hold() -> None:
+    state = make_state()
+    view = state.group_index.narrow(0, 1, 1)
+    state.set_timestep(0)
+    assert view.tolist() == [0]
+    state.set_step(1)
+    assert view.tolist() == [2]
+
+
+def test_state_dict_holds_the_tables_only() -> None:
+    assert sorted(make_state().state_dict()) == ["table", "timestep_to_step"]
+
+
+class Denoiser(nn.Module):
+    """Returns the step it believes to be in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("adpdm_step", make_state())
+
+    def forward(self, sample: Tensor, timestep: object = None, scale: float = 1.0) -> int:
+        return int(self.get_submodule("adpdm_step").step_index)
+
+
+def test_hook_reads_positional_and_keyword_timesteps() -> None:
+    denoiser = Denoiser()
+    attach_step_hook(denoiser)
+    sample = torch.zeros(1)
+    assert denoiser(sample, 600) == 1
+    assert denoiser(sample, timestep=torch.tensor([300])) == 2
+    assert denoiser(sample=sample, timestep=900.0) == 0
+
+
+def test_hook_refuses_a_call_without_timestep() -> None:
+    denoiser = Denoiser()
+    attach_step_hook(denoiser)
+    with pytest.raises(ValueError, match="Denoiser: adpdm needs the timestep.*got neither"):
+        denoiser(torch.zeros(1), scale=2.0)
+
+
+def test_hook_can_be_removed() -> None:
+    denoiser = Denoiser()
+    attach_step_hook(denoiser).remove()
+    assert denoiser(torch.zeros(1), 600) == 0
