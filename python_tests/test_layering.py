@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"calibrate"},
     {"diffusers_quantizer"},
     {"pipeline"},
-    {"testing"},
+    {"testing", "demo"},
     {"cli"},
     {"__init__", "__main__"},
 ]
