@@ -197,6 +197,14 @@ def test_compare_without_extractors_says_so_and_makes_no_number_up(tmp_path, mon
     assert all(evaluate.INSTALL_SENTENCE in sentence for sentence in result.missing)
 
 
+def test_compare_refuses_a_frechet_distance_of_few_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("adpdm.evaluate.comparison.load_lite0", lambda: object())
+    config = small_config(use_extractors=True, cache_dir=tmp_path, num_images=15)
+    result = evaluate.compare(Denoiser(0.3), Denoiser(0.4), DDIMScheduler(), config, shape=SHAPE)
+    assert result.frechet is None
+    assert result.missing[1].endswith("it needs at least 16 images.")
+
+
 def test_compare_rejects_conditioning_of_another_length():
     with pytest.raises(ValueError, match="compare: shift must have num_images=5 rows, got 2"):
         evaluate.compare(

@@ -95,6 +95,7 @@ def full_data() -> report.ReportData:
             report.ComparisonRow("search", "W6A6", 28.1, 0.4, 3, 22.0, 0.21, seconds=214.0),
             report.ComparisonRow("dp", "W4A8", None),
         ),
+        scores=(report.SampleScore("W8A8", 64, 38.04, 31.0, 0.0123, 4.56, 3.21, 6.54, 16),),
         sizes=(report.ModelSize("full precision", 10_000_000), report.ModelSize("W8A8", 2_500_000)),
         times=(report.StepTime("W8A8", 1, 0.020, 0.010, 2.0, 1.9, 2.1),),
         coverage=report.Coverage(0.981, 0.964, ("conv_in",)),
@@ -151,9 +152,20 @@ def test_page_shows_the_numbers_as_given():
     ):
         assert wanted in text, wanted
     assert "12.5\u00a0% of the entries left" in text
-    assert "0.850, under 0.9: some entries were still undecided." in text
+    assert "averaged 0.850 before hardening, under 0.9: entries were still undecided." in text
     assert "12.50" in text  # SQNR of mid.conv in the table below its figure
     assert "240" in text
+
+
+def test_frechet_stands_with_its_interval_and_number_of_images():
+    page = Page(report.render(full_data()))
+    start = page.words.index("Fréchet (Lite0)") + 3  # the last two heads and the row's own cells follow
+    row = [w for w in page.words[start:] if w.strip()][:8]
+    assert row == ["W8A8", "64", "38.0", "31.0", "0.0123", "4.56", "3.21 to 6.54", "16"]
+
+
+def test_best_row_is_marked_only_where_there_is_a_choice():
+    assert Page(report.render(full_data())).has_class("best") == 1
 
 
 def test_every_figure_has_words_for_those_who_do_not_see_it():

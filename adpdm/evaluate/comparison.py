@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adpdm.evaluate import metrics
 from adpdm.evaluate.extractors import INSTALL_SENTENCE, Lite0, Lpips, load_lite0, load_lpips
-from adpdm.evaluate.frechet import FrechetResult, frechet_distance
+from adpdm.evaluate.frechet import MIN_IMAGES, FrechetResult, frechet_distance
 from adpdm.evaluate.sampling import (
     Progress,
     Trajectory,
@@ -265,8 +265,8 @@ def _measure_features(
         values.update(lpips=float(distances.mean()), lpips_per_image=distances)
     if lite0 is None:
         missing.append(f"{FRECHET_NAME} was not measured. {why}")
-    elif config.num_images < 2:
-        missing.append(f"{FRECHET_NAME} was not measured: it needs at least 2 images.")
+    elif config.num_images < MIN_IMAGES:
+        missing.append(f"{FRECHET_NAME} was not measured: it needs at least {MIN_IMAGES} images.")
     else:
         sets = [_features_in_batches(lite0, x, config, progress) for x in (reference, quantized)]
         values["frechet"] = _frechet(sets[0], sets[1], config, is_paired=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MIN_IMAGES = 16  # below, fewer than four dimensions are left and the distance says nothing
 IMAGES_PER_DIMENSION = 4  # a covariance from fewer images measures mostly its own noise
 
 

@@ -199,8 +199,32 @@ class ComparisonRow:
 
 
 @dataclass(frozen=True)
+class SampleScore:
+    """How the final samples of one configuration differ from full precision; None where it was not measured.
+
+    Args:
+        name: of the configuration.
+        num_images: behind all numbers of this row.
+        psnr_db, sqnr_db: all pixels pooled.
+        lpips: mean, AlexNet.
+        frechet, frechet_low, frechet_high: distance on EfficientNet-Lite0 features, 95 % bootstrap interval.
+        frechet_dimensions: principal components of the features that were kept.
+    """
+
+    name: str
+    num_images: int
+    psnr_db: float | None = None
+    sqnr_db: float | None = None
+    lpips: float | None = None
+    frechet: float | None = None
+    frechet_low: float | None = None
+    frechet_high: float | None = None
+    frechet_dimensions: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelSize:
-    """Bytes of the weight files of one model; the first of a report is the original."""
+    """Bytes of the weights of one model; the first of a report is the original."""
 
     name: str
     num_bytes: int
@@ -255,7 +279,7 @@ class ReportData:
         command, seed: that made the run.
         versions: name to version (adpdm, torch, CPU features).
         config: settings as a flat or nested mapping of plain values.
-        max_importance: smallest over (layer, step) of the largest importance weight before hardening.
+        max_importance: largest importance weight before hardening, mean over (layer, step), of the first map.
         notes: sentences on what is missing or unusual.
     """
 
@@ -272,6 +296,7 @@ class ReportData:
     step_curves: tuple[StepCurve, ...] = ()
     selection: SelectionTrace | None = None
     comparison: tuple[ComparisonRow, ...] = ()
+    scores: tuple[SampleScore, ...] = ()
     sizes: tuple[ModelSize, ...] = ()
     times: tuple[StepTime, ...] = ()
     coverage: Coverage | None = None

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from adpdm.report import charts
-from adpdm.report.data import ComparisonRow, LayerSqnr, ModelSize, StepCurve, StepTime
+from adpdm.report.data import ComparisonRow, LayerSqnr, ModelSize, SampleScore, StepCurve, StepTime
 from adpdm.report.figures_groups import WIDTH, simple_table
 from adpdm.report.formats import data_size, decimal, duration, percent, plain_number, with_spread
 from adpdm.report.markup import Html, join, tag
@@ -117,6 +117,29 @@ def layer_table(layers: Sequence[LayerSqnr]) -> Html:
     return simple_table(("layer", *(f"{d.name}, dB" for d in layers)), rows)
 
 
+def score_table(scores: Sequence[SampleScore]) -> Html:
+    """Final samples against full precision, a row per configuration."""
+    rows = []
+    for s in scores:
+        interval = (
+            "–" if s.frechet is None else f"{decimal(s.frechet_low, 2)} to {decimal(s.frechet_high, 2)}"
+        )
+        kept = "–" if s.frechet_dimensions is None else str(s.frechet_dimensions)
+        numbers = (decimal(s.psnr_db), decimal(s.sqnr_db), decimal(s.lpips, 4), decimal(s.frechet, 2))
+        rows.append((s.name, str(s.num_images), *numbers, interval, kept))
+    head = (
+        "configuration",
+        "images",
+        "PSNR, dB",
+        "SQNR, dB",
+        "LPIPS",
+        "Fréchet (Lite0)",
+        "95 % interval",
+        "dimensions",
+    )
+    return simple_table(head, rows)
+
+
 def comparison_chart(rows: Sequence[ComparisonRow]) -> Html:
     """PSNR of the final samples with its spread, one row per grouping, bit widths apart."""
     left, right, row, y = 200.0, WIDTH - 120, 26.0, 8.0
@@ -164,16 +187,26 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> Html:
         ("calibration", [duration(r.seconds) for r in rows], True),
     ]
     shown = [(head, cells) for head, cells, is_there in columns if is_there]
-    best = {b: max(r.psnr_db or float("-inf") for r in rows if r.bits == b) for b in {r.bits for r in rows}}
+    best = _best(rows)
     body = []
     for i, r in enumerate(rows):
-        marks = ["split"] * (i > 0 and rows[i - 1].bits != r.bits) + ["best"] * (r.psnr_db == best[r.bits])
+        marks = ["split"] * (i > 0 and rows[i - 1].bits != r.bits) + ["best"] * (i in best)
         heads = (tag("th", r.bits, class_="row", scope="row"), tag("td", r.grouping, class_="text"))
         cells = [tag("td", column[i]) for _, column in shown]
         body.append(tag("tr", *heads, *cells, class_=" ".join(marks) or None))
     head = [tag("th", "bits", class_="text", scope="col"), tag("th", "grouping", class_="text", scope="col")]
     head += [tag("th", name, scope="col") for name, _ in shown]
     return tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body))
+
+
+def _best(rows: Sequence[ComparisonRow]) -> set[int]:
+    """Index of the highest PSNR of every bit width with at least two rows."""
+    best = set()
+    for bits in {r.bits for r in rows}:
+        members = [i for i, r in enumerate(rows) if r.bits == bits and r.psnr_db is not None]
+        if len(members) > 1:
+            best.add(max(members, key=lambda i: rows[i].psnr_db or 0.0))
+    return best
 
 
 def size_chart(sizes: Sequence[ModelSize]) -> Html:

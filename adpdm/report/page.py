@@ -82,9 +82,9 @@ def _tiles(data: ReportData) -> list[Html]:
             ("Smaller weights", f"{decimal(ratio, 2)}×", f"{smallest.name} against {data.sizes[0].name}")
         )
     if data.times:
-        best = max(data.times, key=lambda t: t.speedup)
-        words = f"{best.name} at batch {best.batch_size}, median of interleaved pairs"
-        tiles.append(("Speed of a step", f"{decimal(best.speedup, 2)}×", words))
+        low, high = (decimal(pick(t.speedup for t in data.times), 2) for pick in (min, max))
+        words = "median of interleaved pairs, over configurations and batch sizes"
+        tiles.append(("Speed of a step", f"{low}×" if low == high else f"{low}–{high}×", words))
     if data.coverage is not None:
         words = f"of multiply-accumulates; {percent(data.coverage.parameters_share)} of parameters"
         tiles.append(("In integers", percent(data.coverage.macs_share), words))
@@ -141,7 +141,8 @@ def _groups(data: ReportData) -> Html:
         "Activations change along the trajectory, so every layer owns several quantization functions "
         "and a table that says which one serves which timestep.",
     )
-    return join([intro, *(_group_figure(m, data.max_importance) for m in data.group_maps)])
+    figures = (_group_figure(m, None if i else data.max_importance) for i, m in enumerate(data.group_maps))
+    return join([intro, *figures])
 
 
 def _group_figure(data: GroupMap, max_importance: float | None) -> Html:
@@ -154,9 +155,10 @@ def _group_figure(data: GroupMap, max_importance: float | None) -> Html:
             f"{percent(data.moved_share)} of the entries left the group of the dynamic-programming start. "
         )
     if max_importance is not None:
-        weight, is_soft = decimal(max_importance, 3), max_importance < SOFT_LIMIT
-        words += f"The smallest of the winning importance weights before hardening was {weight}"
-        words += f", under {SOFT_LIMIT}: some entries were still undecided." if is_soft else "."
+        words += f"The winning importance weights averaged {decimal(max_importance, 3)} before hardening"
+        words += (
+            f", under {SOFT_LIMIT}: entries were still undecided." if max_importance < SOFT_LIMIT else "."
+        )
     tall = " tall" if len(data.layer_names) > 120 else ""
     chart = tag(
         "div",
@@ -209,6 +211,14 @@ def _ranges(data: ReportData) -> Html:
 
 def _accuracy(data: ReportData) -> Html:
     parts = [tag("p", "How much of a signal survives, in decibels of signal to quantization noise.")]
+    if data.scores:
+        words = (
+            " LPIPS compares pairs of images, 0 is equal. The Fréchet distance compares the two sets on "
+            "EfficientNet-Lite0 features, projected on as many principal components as the last column says; "
+            "it is not FID, and with few images it says little."
+        )
+        table = tag("div", accuracy.score_table(data.scores), class_="scroll")
+        parts.append(tag("figure", table, tag("figcaption", tag("b", "Final samples."), words)))
     if data.step_curves:
         same = any(c.is_dashed for c in data.step_curves)
         words = " Higher is better; 6 dB are one bit."
@@ -296,7 +306,7 @@ def _comparison(data: ReportData) -> Html:
         f"Whiskers: ± one standard deviation over {seeds} seeds." if seeds > 1 else "One seed, no spread."
     )
     words = (
-        f" Everything but the grouping is equal. {spread} "
+        f" At one bit width everything but the grouping is equal. {spread} "
         "The soft/hard gap is what turning the mixture into a table costs. Bold is best at its bit width."
     )
     return tag(
@@ -314,7 +324,11 @@ def _cost(data: ReportData) -> Html:
             tag(
                 "figure",
                 tag("div", _scroll(accuracy.size_chart(data.sizes), "Sizes"), class_="card"),
-                tag("figcaption", tag("b", "Weight files"), " as they lie on disk."),
+                tag(
+                    "figcaption",
+                    tag("b", "Weights"),
+                    " of quantized models as their files lie on disk, against the original.",
+                ),
                 _table(accuracy.size_table(data.sizes), "The numbers"),
             )
         )
