@@ -1,3 +1,3 @@
-// The integer GEMM tile for AVX2 with FMA, vectorised by the compiler.
+// The integer GEMM tile for AVX2 with FMA.
 #define ADPDM_ISA_NAMESPACE avx2
 #include "cpu/igemm.inc"
