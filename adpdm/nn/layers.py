@@ -130,9 +130,13 @@ class QuantLayer(nn.Module):
         return self._fake_weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Follow .to(): the packed copy is rebuilt on the new device when it is next needed."""
+        """Follow .to(): the packed copy is rebuilt on the new device when next needed, scales stay float32."""
         self._packed = None
-        return super()._apply(fn, recurse)
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the packed copy behind: it is derived from the codes."""

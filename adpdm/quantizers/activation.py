@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,14 @@ class ActivationQuantizer(nn.Module):
             self.scale = scale.clamp_min(MIN_SCALE).clone()
             self.zero_point = zero_point.clamp(quant_min, quant_max).round().to(torch.int32)
         self.log_scale = self.lower = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow .to() to another device but not to another dtype: scales stay float32."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"bits={self.num_bits}, groups={self.num_groups}, mode={self.mode.value}"
