@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -204,7 +206,7 @@ class Calibration:
         return self._batch(made, step_index, torch.arange(count), round_index)
 
     def _draw(self, trajectory: Trajectory, pool: list[Batch], index: int) -> Batch:
-        """The batch of optimizer step `index`: a replayed step of the cached trajectories, or selected images."""
+        """The batch of optimizer step `index`: a step of the cached trajectories, or selected images."""
         generator = torch.Generator().manual_seed(self.config.seed * 7_368_787 + index)
         size = self.config.search.batch_size
         if float(torch.rand(1, generator=generator)) < self.config.search.replay:
@@ -257,16 +259,26 @@ class Calibration:
 
     # ---- resuming ----
 
+    @functools.cached_property
     def _fingerprint(self) -> str:
-        names = sorted((name, tuple(layer.weight_shape)) for name, layer in self.layers.items())
-        return json.dumps([self.config.to_dict(), names, [float(t) for t in self.sampler.timesteps]])
+        """What a saved search depends on: settings, scheduler, layers with their weights, conditioning."""
+        digest = hashlib.sha256()
+        for name, tensor in [
+            *((name, layer.weight.detach()) for name, layer in self.layers.items()),
+            *sorted(self.sampler.conditioning.items()),
+        ]:
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        scheduler = self.sampler.scheduler
+        settings = [self.config.to_dict(), type(scheduler).__name__, dict(scheduler.config)]
+        return json.dumps([*settings, digest.hexdigest()], default=str)
 
     def _save(self, search: GroupSearch, selector: TimestepSelector, rounds_done: int) -> None:
         if self.state_file is None:
             return
         header = {
             "version": str(STATE_VERSION),
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self._fingerprint,
             "progress": json.dumps([rounds_done, search.steps_done]),
             "trace": json.dumps([selector.trace, selector.visits, self.trace.losses]),
         }
@@ -279,10 +291,15 @@ class Calibration:
         """Continue a saved search; regenerates its calibration images, which are a function of the seed."""
         if self.state_file is None or not self.state_file.exists():
             return 0
-        with safe_open(self.state_file, "pt") as stored:
-            header = stored.metadata()
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        if header.get("version") != str(STATE_VERSION) or header.get("fingerprint") != self._fingerprint():
+        try:
+            with safe_open(self.state_file, "pt") as stored:
+                header = stored.metadata() or {}
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.state_file} is no search state ({error}); remove it to start anew"
+            ) from None
+        if header.get("version") != str(STATE_VERSION) or header.get("fingerprint") != self._fingerprint:
             raise ValueError(
                 f"{self.state_file} belongs to another model, configuration or version; "
                 "quantize into another folder, or without resuming"

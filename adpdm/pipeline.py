@@ -95,10 +95,25 @@ def quantize(
     if prompts is not None:
         conditioning = {**(conditioning or {}), **_encode(pipe_or_denoiser, prompts)}
     _check_conditioning(denoiser, conditioning)
+    before = _Before(denoiser)
+    try:
+        return _quantize(denoiser, scheduler, conditioning, config, progress, state_file)
+    except BaseException:
+        before.restore(denoiser)
+        raise
+
+
+def _quantize(
+    denoiser: nn.Module,
+    scheduler: Any,
+    conditioning: dict[str, Tensor] | None,
+    config: QuantConfig,
+    progress: Progress,
+    state_file: Path | str | None,
+) -> QuantizationReport:
     denoiser.eval().requires_grad_(False)
     sampler = Sampler(denoiser, scheduler, _sample_shape(denoiser), config.num_inference_steps, conditioning)
     layers = describe_layers(denoiser, config, lambda: _trace_forward(sampler))
-    originals = {info.name: denoiser.get_submodule(info.name) for info in layers if info.bits is not None}
 
     def make_step(num_slots: int) -> StepState:
         state = StepState(
@@ -107,21 +122,43 @@ def quantize(
         state.set_timesteps(sampler.timesteps)
         return state
 
-    memory_format = torch.channels_last
-    denoiser.to(memory_format=memory_format)  # type: ignore[call-overload]
+    denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = swap_layers(denoiser, layers, config.groups_per_layer, make_step)
-    hook = attach_step_hook(denoiser)
-    try:
-        path = None if state_file is None else Path(state_file)
-        trace = Calibration(sampler, quant_layers(denoiser), step, config, progress, path).run()
-    except BaseException:
-        hook.remove()
-        _restore(denoiser, originals)
-        raise
+    attach_step_hook(denoiser)
+    path = None if state_file is None else Path(state_file)
+    trace = Calibration(sampler, quant_layers(denoiser), step, config, progress, path).run()
     freeze(denoiser)
     mark_quantized(denoiser, config, layers)
     timesteps = [float(t) for t in sampler.timesteps]
     return QuantizationReport(config, layers, Coverage.of(layers), trace, timesteps)
+
+
+class _Before:
+    """What `quantize` changes of a denoiser, to put it back after an error or interrupt."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        modules = dict(denoiser.named_modules())
+        self.layers = {n: m for n, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)}
+        self.training = [(m, m.training) for m in modules.values()]
+        self.parameters = [(p, p.requires_grad, p.stride()) for p in denoiser.parameters()]
+        self.hooks = set(denoiser._forward_pre_hooks)
+
+    def restore(self, denoiser: nn.Module) -> None:
+        """Put the float layers back, in the memory format they had: another one rounds differently."""
+        for name, layer in self.layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(denoiser.get_submodule(parent), child, layer)
+        for module, training in self.training:
+            module.training = training
+        for parameter, requires_grad, stride in self.parameters:
+            parameter.requires_grad_(requires_grad)
+            if parameter.stride() != stride:
+                parameter.data = torch.empty_strided(parameter.shape, stride).copy_(parameter.data)
+        for key in set(denoiser._forward_pre_hooks) - self.hooks:
+            del denoiser._forward_pre_hooks[key]
+            denoiser._forward_pre_hooks_with_kwargs.pop(key, None)
+        if hasattr(denoiser, "adpdm_step"):
+            del denoiser.adpdm_step
 
 
 def freeze(denoiser: nn.Module) -> None:
@@ -130,14 +167,6 @@ def freeze(denoiser: nn.Module) -> None:
         layer.freeze()
         for quantizer in layer.quantizers:
             quantizer.mode = Mode.FLOAT
-
-
-def _restore(denoiser: nn.Module, originals: dict[str, nn.Module]) -> None:
-    """Put the float layers back."""
-    for name, layer in originals.items():
-        parent, _, child = name.rpartition(".")
-        setattr(denoiser.get_submodule(parent), child, layer)
-    del denoiser.adpdm_step
 
 
 def _check_denoiser(denoiser: nn.Module) -> None:

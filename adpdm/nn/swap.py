@@ -150,8 +150,10 @@ def _decide(
             raise ValueError(
                 f"modules_to_not_convert: pattern {pattern!r} matches no layer; layers are e.g. {sorted(found)[:5]}"
             )
+    # In the order they run, so that reports follow the data and errors name the first layer concerned.
+    order = {name: i for i, name in enumerate(macs)}
     infos = []
-    for name, layer in found.items():
+    for name, layer in sorted(found.items(), key=lambda item: order.get(item[0], len(order))):
         reason = _reason_to_keep(name, layer, config, name in macs)
         bits = None if reason else _bits(name, config)
         split = splits.get(name) if bits and getattr(layer, "groups", 1) == 1 else None
@@ -211,5 +213,6 @@ def swap_layers(
 
 
 def quant_layers(denoiser: nn.Module) -> dict[str, QuantLayer]:
-    """Quantized layers by name, in module order."""
-    return {name: m for name, m in denoiser.named_modules() if isinstance(m, QuantLayer)}
+    """Quantized layers by name, in the order of their slots, which is the order in which they run."""
+    layers = [(name, m) for name, m in denoiser.named_modules() if isinstance(m, QuantLayer)]
+    return dict(sorted(layers, key=lambda item: item[1].quantizers[0].slot))
