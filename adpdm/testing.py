@@ -1,4 +1,4 @@
-"""Tiny diffusers models with random seeded weights, small enough to quantize in a second, for tests and examples."""
+"""Tiny diffusers models with random seeded weights, quantized within a second, for tests and examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DModel:
-    """A denoiser of [N, 1, 8, 8] with skip concatenations, attention, down- and upsampling; about 30 000 weights.
+    """A denoiser of [N, 1, 8, 8] with skip concatenations, attention and resampling; 45 000 weights.
 
     Args:
         seed: of the weights; the global generator is left as it was.

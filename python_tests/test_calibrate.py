@@ -154,8 +154,8 @@ def test_undecided_search_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trace.outcome is not None
     assert trace.outcome.max_importance < 0.9
     assert trace.warnings == [
-        f"the search ended undecided: mean largest importance weight {trace.outcome.max_importance:.2f}, wanted "
-        "at least 0.9; more search steps or a larger entropy_weight harden it"
+        f"the search ended undecided: mean largest importance weight {trace.outcome.max_importance:.2f}, "
+        "wanted at least 0.9; more search steps or a larger entropy_weight harden it"
     ]
 
 
@@ -180,7 +180,7 @@ def test_few_steps_and_images_are_enough(monkeypatch: pytest.MonkeyPatch, change
     assert sum(recorded.report.trace.visits) >= 1
 
 
-# ---- resuming ---------------------------------------------------------------------------------------------------
+# ---- resuming ----------------------------------------------------------------------------------------------
 
 
 def test_foreign_state_file_is_refused(tmp_path: Path) -> None:

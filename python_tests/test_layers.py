@@ -51,7 +51,7 @@ def real_weight(twin: QuantLayer) -> Tensor:
 
 
 def real_input(twin: QuantLayer, x: Tensor) -> Tensor:
-    """The float64 values that the reference's input codes stand for; checks the layer's codes bit for bit."""
+    """The float64 values of the reference's input codes; checks the layer's codes bit for bit."""
     values = []
     for quantizer, part in zip(twin.quantizers, twin.split_input(x), strict=True):
         group = quantizer.group_index
@@ -68,7 +68,7 @@ def assert_integer_output(twin: QuantLayer, x: Tensor, functional: Any) -> None:
     bias = None if twin.bias is None else twin.bias.detach().double()
     wanted = functional(*operands, bias)
     magnitude = functional(*(t.abs() for t in operands), None if bias is None else bias.abs())
-    # Per segment one rounding of scale_a * scale_w, one of the integer sum beyond 2^24, one fused multiply-add.
+    # Per segment one rounding of scale_a * scale_w, one of an integer sum beyond 2^24, one multiply-add.
     slack = 3 * len(twin.quantizers) * UNIT_ROUNDOFF * magnitude
     actual = twin(x)
     assert actual.dtype == x.dtype

@@ -1,4 +1,4 @@
-"""Partitions of timesteps into groups: the dynamic programme against all partitions, and the ranges fitted to them."""
+"""Partitions of timesteps: the dynamic programme against all partitions, and the ranges fitted to groups."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_uniform_table_blocks_differ_by_one_step_at_most(steps: int, groups: int
     assert max(sizes) - min(sizes) <= 1
 
 
-# ---- tables of whole networks ---------------------------------------------------------------------------------
+# ---- tables of whole networks ------------------------------------------------------------------------------
 
 
 def observers(rows_per_layer: list[list[Tensor]], groups: int, bits: int = 4) -> list[ActivationQuantizer]:

@@ -51,7 +51,7 @@ def test_range_to_qparams_covers_the_range_up_to_half_a_step(a: float, b: float,
     assert float(top) >= max(max(a, b), 0.0) - slack
 
 
-# ---- weights ------------------------------------------------------------------------------------------------
+# ---- weights -----------------------------------------------------------------------------------------------
 
 
 def squared_error(row: list[float], scale: float, bound: int) -> float:
@@ -104,7 +104,7 @@ def test_weight_codes_clamp_what_the_clip_cut_off() -> None:
     assert codes.tolist() == [[7, -7, 0]]  # 0.5 is a tie and goes to even
 
 
-# ---- histograms ---------------------------------------------------------------------------------------------
+# ---- histograms --------------------------------------------------------------------------------------------
 
 
 def test_histogram_edges_agree_with_the_observer() -> None:
@@ -112,7 +112,7 @@ def test_histogram_edges_agree_with_the_observer() -> None:
     zero = reference.HISTOGRAM_SIDE_BINS
     every = torch.arange(reference.HISTOGRAM_BINS)
     assert torch.equal(reference.histogram_bin((low + high) / 2), every)
-    # A positive bin owns its lower edge, the float below belongs to the bin before; mirrored for negative bins.
+    # A positive bin owns its lower edge, the float below belongs to the bin before; mirrored below zero.
     inner = torch.nextafter(high[zero + 1 :].float(), torch.tensor(0.0))
     assert torch.equal(reference.histogram_bin(low[zero + 1 :]), every[zero + 1 :])
     assert torch.equal(reference.histogram_bin(inner), every[zero + 1 :])
@@ -120,7 +120,7 @@ def test_histogram_edges_agree_with_the_observer() -> None:
 
 
 def direct_error(low: float, high: float, bits: int, left: float, right: float) -> tuple[float, float]:
-    """Mean squared error of uniform data in [left, right] by the midpoint rule, and a bound on the rule's own."""
+    """Mean squared error of uniform data in [left, right] by the midpoint rule, and a bound on the rule."""
     scale, zero_point = qparams.range_to_qparams(torch.tensor([low]), torch.tensor([high]), bits)
     quant_min, quant_max = reference.signed_range(bits)
     points = 100_000
@@ -180,7 +180,7 @@ def test_step_errors_match_the_data_behind_the_histogram(generator: torch.Genera
             scale, zero_point = qparams.range_to_qparams(errors.low[r : r + 1], errors.high[r : r + 1], 4)
             values = reference.fake_quantize(row, scale, zero_point.float(), GROUP, -8, 7)
             squares = (values - row).double().square()
-            # Where in its bin each of 20 000 elements lies is left to chance: five standard errors of the mean.
+            # Where in its bin each of 20 000 elements lies is left to chance: five standard errors.
             slack = 5 * float(squares.std()) / 20_000**0.5
             assert float(errors.error[step, r]) == pytest.approx(float(squares.mean()), abs=slack)
 

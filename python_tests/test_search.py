@@ -17,7 +17,7 @@ STEPS, GROUPS, FEATURES = 4, 3, 6
 
 
 class Network(nn.Module):
-    """Two quantized linear layers with a different input scale at every step, and their float twin's outputs."""
+    """Two quantized linear layers with a different input scale at every step, and their float twins."""
 
     def __init__(self, bits: int = 4) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_scales_and_bounds_of_every_group_learn_from_every_step() -> None:
     search.train_step(network.batch(3))
     for (log_scale, _), quantizer in zip(before, network.quantizers, strict=True):
         assert bool((quantizer.log_scale != log_scale).all())
-    # A bound learns from what it clips: at step 3 the first layer's input has four times the width of group 1.
+    # A bound learns from what it clips: at step 3 the first layer's input is wider than every group.
     assert bool((network.quantizers[0].lower != before[0][1]).all())
 
 

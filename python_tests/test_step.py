@@ -78,7 +78,7 @@ def test_error_policy_names_timestep_and_calibrated_ones() -> None:
     state = make_state("error")
     state.set_timestep(torch.tensor(300))
     assert int(state.step_index) == 2
-    message = r"timestep 450.0 was not calibrated and timestep_policy is 'error'; calibrated are \[900, 600, 300, 0\]"
+    message = r"timestep 450.0 was not calibrated and .* 'error'; calibrated are \[900, 600, 300, 0\]"
     with pytest.raises(ValueError, match=message):
         state.set_timestep(450)
     assert state.group_index.tolist() == [2, 1]  # untouched

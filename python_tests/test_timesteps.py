@@ -135,7 +135,7 @@ def test_fixed_visits_of_srm_take_every_step() -> None:
     assert fixed_visits(selector("srm").config, 3) == [1] * STEPS
 
 
-# ---- maximum mean discrepancy -----------------------------------------------------------------------------------
+# ---- maximum mean discrepancy ------------------------------------------------------------------------------
 
 
 def samples(generator: torch.Generator, steps: int = 4) -> Tensor:
