@@ -1,4 +1,4 @@
-"""Teaches diffusers to save and load quantized denoisers: `import adpdm`, then save_pretrained / from_pretrained."""
+"""Teaches diffusers to save and load quantized denoisers with save_pretrained and from_pretrained."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from .config import QuantConfig
+from .config import MAX_BITS, MIN_BITS, QuantConfig
 from .nn import LayerInfo, quant_layers, swap_layers
 from .step import StepState, attach_step_hook
 
 FORMAT_VERSION = 1
+LAYER_KEYS = {"name", "weight_bits", "activation_bits", "split"}
 
 
 class Method(str, Enum):
@@ -48,8 +49,8 @@ class AdpdmConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(f"quantization_config: quant_method must be 'adpdm', got {quant_method!r}")
         if format_version != FORMAT_VERSION:
             raise ValueError(
-                f"quantization_config: this adpdm reads format_version {FORMAT_VERSION}, got {format_version!r}; "
-                "install the version that wrote the checkpoint, or quantize again"
+                f"quantization_config: this adpdm reads format_version {FORMAT_VERSION}, "
+                f"got {format_version!r}; install the version that wrote the checkpoint, or quantize again"
             )
         if unknown:
             raise ValueError(f"quantization_config: unknown keys {sorted(unknown)}")
@@ -134,7 +135,8 @@ class AdpdmQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def check_quantized_param_shape(self, param_name: str, current: Tensor, loaded: Tensor) -> None:
         raise ValueError(
-            f"adpdm checkpoint: {param_name} must have shape {tuple(current.shape)}, got {tuple(loaded.shape)}"
+            f"adpdm checkpoint: {param_name} must have shape {tuple(current.shape)}, "
+            f"got {tuple(loaded.shape)}"
         )
 
     def create_quantized_param(
@@ -183,23 +185,39 @@ def _owner(model: nn.Module, name: str) -> str | None:
     return next((layer for layer in quant_layers(model) if name.startswith(layer + ".")), None)
 
 
+def _stored_layer(model: nn.Module, row: dict[str, Any]) -> LayerInfo:
+    """One entry of `AdpdmConfig.layers`, checked against the model."""
+    if set(row) != LAYER_KEYS:
+        raise ValueError(
+            f"adpdm checkpoint: a layer must have the keys {sorted(LAYER_KEYS)}, got {sorted(row)}"
+        )
+    name = row["name"]
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"adpdm checkpoint quantizes layer {name!r}, which {type(model).__name__} does not have"
+        ) from None
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        raise ValueError(f"adpdm checkpoint: {name!r} must be a Conv2d or Linear, got {type(layer).__name__}")
+    channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+    limits = {"weight_bits": (MIN_BITS, MAX_BITS), "activation_bits": (MIN_BITS, MAX_BITS)}
+    if row["split"] is not None:
+        limits["split"] = (1, channels - 1)
+    for key, (low, high) in limits.items():
+        if type(row[key]) is not int or not low <= row[key] <= high:
+            raise ValueError(
+                f"adpdm checkpoint: {key} of layer {name!r} must be an integer in [{low}, {high}], "
+                f"got {row[key]!r}"
+            )
+    bits = (row["weight_bits"], row["activation_bits"])
+    return LayerInfo(name, 0, layer.weight.numel(), bits, "", row["split"])
+
+
 def build_frozen(model: nn.Module, config: AdpdmConfig) -> None:
     """Swap in frozen layers with the shapes that a checkpoint of this config has."""
     settings = QuantConfig.from_dict(config.quant_config)
-    infos = []
-    for row in config.layers:
-        try:
-            layer = model.get_submodule(row["name"])
-        except AttributeError:
-            raise ValueError(
-                f"adpdm checkpoint quantizes layer {row['name']!r}, which {type(model).__name__} does not have"
-            ) from None
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
-            raise ValueError(
-                f"adpdm checkpoint: {row['name']!r} must be a Conv2d or Linear, got {type(layer).__name__}"
-            )
-        bits = (int(row["weight_bits"]), int(row["activation_bits"]))
-        infos.append(LayerInfo(row["name"], 0, layer.weight.numel(), bits, "", row["split"]))
+    infos = [_stored_layer(model, row) for row in config.layers]
 
     def make_step(num_slots: int) -> StepState:
         return StepState(
