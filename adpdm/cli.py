@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("[bold]interrupted[/]; nothing half-written was left behind")
         return EXIT_INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError) as error:
-        console.print(f"[bold red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return EXIT_FAILURE
     if args.json:
         print(json.dumps(result, indent=2))
@@ -58,16 +59,15 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{state} is an unfinished search; continue it with --resume, or remove its folder")
     config = _quant_config(args)
     pipe = load_pipeline(args.model, local_files_only=args.offline)
-    with _progress() as progress:
-        report = quantize(pipe, config, prompts=args.prompt, progress=progress, state_file=state)
+    try:
+        with _progress() as progress:
+            report = quantize(pipe, config, prompts=args.prompt, progress=progress, state_file=state)
+    except KeyboardInterrupt:
+        if state.exists():
+            console.print(f"the search so far is in {escape(str(state))}; continue it with --resume")
+        raise
     values = {**report.to_dict(), "command": _command()}
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipe.save_pretrained(temporary)
-    (temporary / REPORT_NAME).write_text(json.dumps(values, indent=1))
-    if out.exists():
-        out.rmdir()
-    temporary.rename(out)
+    _save(pipe, values, out)
     shutil.rmtree(state.parent, ignore_errors=True)
     trace = report.trace
     rows = {
@@ -82,8 +82,23 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
         )
     _table(f"quantized into {out}", rows)
     for warning in trace.warnings:
-        console.print(f"[yellow]warning:[/] {warning}")
+        console.print(f"[yellow]warning:[/] {escape(warning)}")
     return values
+
+
+def _save(pipe: Any, values: dict[str, Any], out: Path) -> None:
+    """Write the pipeline and its report into `out`: all of it, or nothing."""
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        pipe.save_pretrained(temporary)
+        (temporary / REPORT_NAME).write_text(json.dumps(values, indent=1))
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _sample(args: argparse.Namespace) -> dict[str, Any]:
@@ -293,7 +308,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _table(title: str, rows: dict[str, str]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=escape(title), show_header=False, title_justify="left")
     for label, text in rows.items():
-        table.add_row(label, text)
+        table.add_row(escape(label), escape(text))
     console.print(table)

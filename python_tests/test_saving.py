@@ -141,7 +141,7 @@ def test_loading_in_half_precision_keeps_codes_and_scales(
     with torch.no_grad():
         actual, wanted = loaded(x.to(dtype), 830).sample, pipe.unet(x, 830).sample
     assert actual.dtype == dtype
-    # Some forty roundings to 8 bits of mantissa, 2^-9 each, in random directions: sqrt(40) / 512 = 1.2 %.
+    # Some forty roundings to 8 bits of mantissa, 2^-9 each, in random directions: sqrt(40) / 512.
     assert float((actual.float() - wanted).norm() / wanted.norm()) < 0.05
 
 
@@ -176,7 +176,7 @@ def test_loaded_model_is_refused_by_quantize(saved: tuple[Any, Path]) -> None:
         adpdm.quantize(loaded, config())
 
 
-    # Some forty roundings to 8 bits of mantissa, 2^-9 each, in random directions: sqrt(40) / 512, 1.2 %.
+# ---- checkpoints that do not fit -----------------------------------------------------------------------------
 
 
 def refuse(folder: Path, message: str) -> None:
