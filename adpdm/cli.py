@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-# ---- commands -------------------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------------------
 
 
 def _quantize(args: argparse.Namespace) -> dict[str, Any]:
@@ -72,13 +72,15 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     trace = report.trace
     rows = {
         "covered": str(report.coverage),
-        "histograms": f"{trace.histogram_bytes / 2**20:.1f} MiB, cached inputs {trace.trajectory_bytes / 2**20:.1f} MiB",
+        "histograms": f"{trace.histogram_bytes / 2**20:.1f} MiB, "
+        f"cached inputs {trace.trajectory_bytes / 2**20:.1f} MiB",
         "seconds": ", ".join(f"{k} {v:.0f}" for k, v in trace.seconds.items()),
     }
     if trace.outcome is not None:
         o = trace.outcome
         rows["search"] = (
-            f"soft/hard gap {o.gap_db:+.2f} dB, max importance {o.max_importance:.2f}, groups moved {o.moved:.1%}"
+            f"soft/hard gap {o.gap_db:+.2f} dB, max importance {o.max_importance:.2f}, "
+            f"groups moved {o.moved:.1%}"
         )
     _table(f"quantized into {out}", rows)
     for warning in trace.warnings:
@@ -146,7 +148,8 @@ def evaluation_rows(result: EvaluationResult) -> dict[str, str]:
     if result.frechet is not None:
         f = result.frechet
         rows["Frechet distance (EfficientNet-Lite0)"] = (
-            f"{f.distance:.2f} [{f.low:.2f}, {f.high:.2f}], {f.num_images[0]} images, {f.dimensions} dimensions"
+            f"{f.distance:.2f} [{f.low:.2f}, {f.high:.2f}], {f.num_images[0]} images, "
+            f"{f.dimensions} dimensions"
         )
     for timing in result.timings:
         rows[f"time per step, batch {timing.batch_size}"] = (
@@ -187,7 +190,7 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
     return dict(info)
 
 
-# ---- arguments ------------------------------------------------------------------------------------------------
+# ---- arguments ---------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -284,7 +287,7 @@ def _command() -> str:
     return shlex.join(["adpdm", *sys.argv[1:]])
 
 
-# ---- output ---------------------------------------------------------------------------------------------------
+# ---- output ------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -220,7 +220,7 @@ def _summary_rows(runs: Sequence[Run], rows: Sequence[page.ComparisonRow]) -> di
     return lines
 
 
-# ---- report ---------------------------------------------------------------------------------------------------
+# ---- report ------------------------------------------------------------------------------------------------
 
 
 def report_data(
@@ -370,7 +370,7 @@ def save_image_grid(
     path: Path,
     enlarge: int = 3,
 ) -> None:
-    """Write samples as one PNG, as square as possible, each pixel `enlarge` wide; temporary name, then rename."""
+    """Write samples as one PNG, as square as possible, each pixel `enlarge` wide; all of it, or nothing."""
     pixels = ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     columns = math.ceil(math.sqrt(len(pixels)))
     blank = np.zeros_like(pixels[:1]).repeat(-len(pixels) % columns, 0)

@@ -26,7 +26,7 @@ class Method(str, Enum):
     ADPDM = "adpdm"
 
 
-class AdpdmConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class AdpdmConfig(QuantizationConfigMixin):
     """The `quantization_config` of a saved model's config.json.
 
     Args:
@@ -54,7 +54,7 @@ class AdpdmConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         if unknown:
             raise ValueError(f"quantization_config: unknown keys {sorted(unknown)}")
-        self.quant_method = Method.ADPDM
+        self.quant_method = Method.ADPDM  # type: ignore[assignment]
         self.format_version = format_version
         self.quant_config, self.layers = quant_config, layers
         self.num_train_timesteps = num_train_timesteps
@@ -74,12 +74,12 @@ class AdpdmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.to_dict()
 
 
-class AdpdmQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class AdpdmQuantizer(DiffusersQuantizer):
     """Builds the quantized layers of a saved model before its tensors are loaded into them."""
 
     use_keep_in_fp32_modules = False
     requires_calibration = False
-    required_packages: list[str] = []
+    required_packages: list[str] = []  # type: ignore[assignment]
 
     def __init__(self, quantization_config: AdpdmConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -94,8 +94,8 @@ class AdpdmQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        config: AdpdmConfig = self.quantization_config
-        build_frozen(model, config)
+        assert isinstance(self.quantization_config, AdpdmConfig)
+        build_frozen(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         step = model.get_submodule("adpdm_step")
@@ -139,7 +139,7 @@ class AdpdmQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             f"got {tuple(loaded.shape)}"
         )
 
-    def create_quantized_param(
+    def create_quantized_param(  # type: ignore[override]
         self,
         model: nn.Module,
         param_value: Tensor,

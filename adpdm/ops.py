@@ -1,7 +1,7 @@
 """The bridge to the native operators: thin typed wrappers, autograd formulas and shape-only (fake) kernels.
 
-Shapes, dtypes and formulas of every operator stand in `reference.py`; this is the only Python file that touches
-`torch.ops.adpdm`.
+Shapes, dtypes and formulas of every operator stand in `reference.py`; this is the only Python file that
+touches `torch.ops.adpdm`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def observe(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> N
 
 
 def pack_weight(codes: Tensor, num_bits: int, groups: int = 1) -> Tensor:
-    """Rearrange weight codes [O, C/groups, kh, kw] or [O, K] i8 for the kernels of their device (opaque u8)."""
+    """Rearrange weight codes [O, C/groups, kh, kw] or [O, K] i8 for the kernels of their device, opaque."""
     return _ops.pack_weight(codes, num_bits, groups)  # type: ignore[no-any-return]
 
 
@@ -135,7 +135,7 @@ def conv2d(
     weight_bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Integer convolution over one or two segments, [N, O, Ho, Wo] dtype channels_last; see `reference.conv2d`."""
+    """Integer convolution over one or two segments, [N, O, Ho, Wo] channels_last; see `reference.conv2d`."""
     g = geometry
     return _ops.conv2d(  # type: ignore[no-any-return]
         *_columns(segments),
@@ -164,7 +164,7 @@ def _columns(segments: Sequence[Segment]) -> tuple[list[Tensor], ...]:
     )
 
 
-# ---- autograd -----------------------------------------------------------------------------------------------
+# ---- autograd ----------------------------------------------------------------------------------------------
 
 
 def _save_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -194,7 +194,7 @@ torch.library.register_autograd(
 torch.library.register_autograd("adpdm::fake_quantize_mixture", _mixture_grad, setup_context=_save_mixture)
 
 
-# ---- fake kernels: shapes, dtypes and strides only, for torch.compile and opcheck -----------------------------
+# ---- fake kernels: shapes, dtypes and strides only, for torch.compile and opcheck --------------------------
 
 
 def _packed_shape(x: Tensor) -> list[int]:
@@ -289,5 +289,4 @@ def _(inputs: list[Tensor], *rest: Any) -> Tensor:
         (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     )
     shape = [batch, out_channels, height, width]
-    empty = torch.empty(shape, dtype=dtype, device=inputs[0].device, memory_format=torch.channels_last)
-    return empty
+    return torch.empty(shape, dtype=dtype, device=inputs[0].device, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""`quantize`: from a float pipeline or denoiser to an integer one, in place; the only public verb of the method."""
+"""`quantize`: from a float pipeline or denoiser to an integer one, in place; the only verb of the method."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def quantize(
     Returns: what was done; the model now samples with integer kernels.
 
     Raises:
-        ValueError, TypeError: before anything is changed, for input that cannot work. On any error or interrupt
-            the model is put back as it was.
+        ValueError, TypeError: before anything is changed, for input that cannot work. On any error or
+            interrupt the model is put back as it was.
     """
     config = config or QuantConfig()
     denoiser = find_denoiser(pipe_or_denoiser)
@@ -222,8 +222,8 @@ def _check_conditioning(denoiser: nn.Module, conditioning: dict[str, Tensor] | N
     given = set(conditioning or {})
     if wants_text and "encoder_hidden_states" not in given:
         raise ValueError(
-            f"quantize: {type(denoiser).__name__} needs conditioning={{'encoder_hidden_states': [N, L, D]}} or "
-            f"prompts=[...], got {sorted(given) or 'neither'}"
+            f"quantize: {type(denoiser).__name__} needs conditioning={{'encoder_hidden_states': [N, L, D]}} "
+            f"or prompts=[...], got {sorted(given) or 'neither'}"
         )
 
 

@@ -1,4 +1,4 @@
-"""From ranges and histograms to scales and zero-points: the arithmetic of calibration, no modules, no models."""
+"""From ranges and histograms to scales and zero-points: the arithmetic of calibration, without modules."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def qparams_to_range(scale: Tensor, zero_point: Tensor, num_bits: int) -> tuple[
     return (quant_min - zero_point) * scale, (quant_max - zero_point) * scale
 
 
-# ---- weights ------------------------------------------------------------------------------------------------
+# ---- weights -----------------------------------------------------------------------------------------------
 
 
 def weight_scale_mse(weight: Tensor, num_bits: int) -> Tensor:
@@ -75,7 +75,7 @@ def _symmetric_codes(flat: Tensor, scale: Tensor, bound: int) -> Tensor:
     return (flat / scale[:, None]).round().clamp(-bound, bound)
 
 
-# ---- activations: errors of candidate ranges from histograms ----------------------------------------------------
+# ---- activations: errors of candidate ranges from histograms -----------------------------------------------
 
 
 def histogram_edges() -> tuple[Tensor, Tensor]:
@@ -102,9 +102,9 @@ def bin_errors(
 ) -> Tensor:
     """Mean squared quantization error within some bins for each candidate range, [R, len(bins)] f64.
 
-    The density inside a bin is taken as uniform, for which the error has a closed form, so that also bins wider
-    than a quantization step count rightly. Args: low, high [R] f64; extrema: true (min, max) of the data, which
-    trim the outermost bins; bins: indices i64, the occupied ones.
+    The density inside a bin is taken as uniform, for which the error has a closed form, so that also bins
+    wider than a quantization step count rightly. Args: low, high [R] f64; extrema: true (min, max) of the
+    data, which trim the outermost bins; bins: indices i64, the occupied ones.
     """
     scale, zero_point = range_to_qparams(low, high, num_bits)
     scale = scale.double()
@@ -126,7 +126,7 @@ def bin_errors(
 
 
 def candidate_ranges(extrema: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidate (low, high) pairs of a layer from its per-step extrema [T, 2]: [R] f64 each, a geometric grid."""
+    """Candidate (low, high) pairs of a layer from its per-step extrema [T, 2]: a geometric grid, [R] f64."""
     lows, highs = extrema[:, 0].double().clamp(max=0).abs(), extrema[:, 1].double().clamp(min=0)
     low, high = (_geometric_grid(side) for side in (lows, highs))
     grid = torch.cartesian_prod(-low, high)
@@ -152,7 +152,7 @@ class StepErrors:
 
 
 def step_errors(counts: Tensor, extrema: Tensor, num_bits: int) -> StepErrors:
-    """E[k][r] of method.md section 4 from histograms counts [T, HISTOGRAM_BINS] i64 and extrema [T, 2] f32."""
+    """E[k][r] of method.md section 4 from counts [T, HISTOGRAM_BINS] i64 and extrema [T, 2] f32."""
     low, high = candidate_ranges(extrema)
     bounds = (float(extrema[:, 0].min()), float(extrema[:, 1].max()))
     occupied = _occupied(counts.sum(0))

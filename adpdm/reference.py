@@ -64,7 +64,8 @@ def pack_int4(codes: Tensor) -> Tensor:
     blocks = math.ceil(columns / INT4_BLOCK)
     padded = F.pad(codes.to(torch.int16), (0, blocks * INT4_BLOCK - columns))
     halves = padded.unflatten(-1, (blocks, 2, INT4_BLOCK // 2)) & 0xF
-    return (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2).to(torch.uint8)
+    packed: Tensor = (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2).to(torch.uint8)
+    return packed
 
 
 def unpack_int4(packed: Tensor, num_columns: int) -> Tensor:
@@ -76,7 +77,7 @@ def unpack_int4(packed: Tensor, num_columns: int) -> Tensor:
 
 
 def quantize_int4(x: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor) -> Tensor:
-    """4-bit codes of x [*, K], packed along the last dimension: [*, ceil(K/32) * 16] u8; the tail is code 0."""
+    """4-bit codes of x [*, K], packed along the last dimension: [*, ceil(K/32) * 16] u8; the tail is 0."""
     return pack_int4(quantize(x, scale, zero_point, group_index, 4))
 
 
@@ -117,8 +118,8 @@ def fake_quantize(
 ) -> Tensor:
     """Quantize and dequantize x with learnable parameters; gradients are those of `fake_quantize_backward`.
 
-    Args: x [*] f32|bf16|f16; scale, zero_point [G] f32, or [G, C] with channel_axis >= 0; group_index [1] i32.
-    A real-valued zero_point acts as its nearest code. Returns x's shape and dtype.
+    Args: x [*] f32|bf16|f16; scale, zero_point [G] f32, or [G, C] with channel_axis >= 0; group_index [1]
+    i32. A real-valued zero_point acts as its nearest code. Returns x's shape and dtype.
     """
     group = int(group_index)
     s, z = (_expand(p[group], x, channel_axis) for p in (scale, zero_point))
@@ -203,7 +204,7 @@ def histogram_bin(x: Tensor) -> Tensor:
 def observe(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> None:
     """Add x [*] to the histogram row and widen the extrema of one step, in place.
 
-    Args: counts [T, HISTOGRAM_BINS] i64; extrema [T, 2] f32 (min, max; start at +inf, -inf; NaN sticks as NaN).
+    Args: counts [T, HISTOGRAM_BINS] i64; extrema [T, 2] f32: min, max, from +inf, -inf on; NaN sticks as NaN.
     """
     if x.numel() == 0:
         return
@@ -224,7 +225,7 @@ def _segment_sum(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Dequantise and add exact int accumulators [*, O]: each segment is one fused multiply-add onto the bias."""
+    """Dequantise and add exact int accumulators [*, O]: per segment one fused multiply-add onto the bias."""
     total = torch.zeros_like(accumulators[0], dtype=torch.float64)
     if bias is not None:
         total += bias.double()
@@ -278,7 +279,7 @@ def conv2d(
 ) -> Tensor:
     """Integer convolution: inputs [N, C_s, H, W] i8 codes, weight_codes [O, C_s/groups, kh, kw] i8.
 
-    The halo holds real 0, i.e. the zero-point code of the segment. Returns [N, O, Ho, Wo] dtype, channels_last.
+    The halo holds real 0, i.e. the segment's zero-point code. Returns [N, O, Ho, Wo] dtype, channels_last.
     """
     accumulators = []
     for s, (x, w) in enumerate(zip(inputs, weight_codes, strict=True)):

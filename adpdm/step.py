@@ -13,7 +13,7 @@ from .config import TimestepPolicy
 class StepState(nn.Module):
     """Tables from timestep to step to group, and the current row of them.
 
-    Layers hold a reference to this module and read `group_index` through their slot; only `set_timestep` writes.
+    Layers refer to this module and read `group_index` through their slot; only `set_timestep` writes.
 
     Args:
         num_slots: number of grouped quantizers in the denoiser.
@@ -51,8 +51,8 @@ class StepState(nn.Module):
         """Make the groups of one timestep current. A [B] tensor must hold one value B times.
 
         Raises:
-            ValueError: for mixed timesteps in a batch (checked on the CPU only, where looking is free), or for
-                a timestep outside the calibrated ones under the policy `error`.
+            ValueError: for mixed timesteps in a batch (checked on the CPU only, where looking is free), or
+                for a timestep outside the calibrated ones under the policy `error`.
         """
         index = self._table_position(timestep)
         step = self.timestep_to_step.index_select(0, index)
@@ -95,8 +95,8 @@ def attach_step_hook(denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
         if timestep is None:
             raise ValueError(
-                f"{type(module).__name__}: adpdm needs the timestep, as second positional or keyword argument "
-                "`timestep`; got neither"
+                f"{type(module).__name__}: adpdm needs the timestep, as second positional or keyword "
+                "argument `timestep`; got neither"
             )
         module.get_submodule("adpdm_step").set_timestep(timestep)  # type: ignore[operator]
 

@@ -29,7 +29,8 @@ def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DModel:
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     }
-    return _seeded(UNet2DModel, {**settings, **changes}, seed)
+    unet: UNet2DModel = _seeded(UNet2DModel, {**settings, **changes}, seed)
+    return unet
 
 
 def tiny_conditional_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
@@ -46,7 +47,8 @@ def tiny_conditional_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     }
-    return _seeded(UNet2DConditionModel, {**settings, **changes}, seed)
+    unet: UNet2DConditionModel = _seeded(UNet2DConditionModel, {**settings, **changes}, seed)
+    return unet
 
 
 def ddim_scheduler() -> DDIMScheduler:
@@ -54,9 +56,9 @@ def ddim_scheduler() -> DDIMScheduler:
     return DDIMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS)
 
 
-def tiny_pipeline(seed: int = 0, **changes: Any) -> DDIMPipeline:
-    """`tiny_unet` with `ddim_scheduler`, silent."""
-    pipe = DDIMPipeline(tiny_unet(seed, **changes), ddim_scheduler())
+def tiny_pipeline(seed: int = 0, **changes: Any) -> Any:
+    """A DDIMPipeline of `tiny_unet` and `ddim_scheduler`, silent."""
+    pipe: Any = DDIMPipeline(tiny_unet(seed, **changes), ddim_scheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

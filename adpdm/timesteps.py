@@ -1,4 +1,4 @@
-"""Chooses the timesteps at which calibration images are generated, and measures how well the choice covers all."""
+"""Chooses the timesteps at which calibration images are generated, and measures how well they cover all."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class TimestepSelector:
 
 
 def fixed_visits(config: QuantConfig, num_rounds: int) -> list[int]:
-    """Visits per step [T] of a selection that needs no search; `srm` without a search means every step once."""
+    """Visits per step [T] of a selection without a search, where `srm` means every step once."""
     if config.selection == "srm":
         return [1] * config.num_inference_steps
     selector = TimestepSelector(config, num_rounds)

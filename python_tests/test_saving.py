@@ -176,7 +176,7 @@ def test_loaded_model_is_refused_by_quantize(saved: tuple[Any, Path]) -> None:
         adpdm.quantize(loaded, config())
 
 
-# ---- checkpoints that do not fit -----------------------------------------------------------------------------
+# ---- checkpoints that do not fit ---------------------------------------------------------------------------
 
 
 def refuse(folder: Path, message: str) -> None:

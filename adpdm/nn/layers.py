@@ -1,8 +1,8 @@
-"""QuantConv2d and QuantLinear: float while calibrating, fake-quantized while searching, integer once frozen."""
+"""QuantConv2d and QuantLinear: float while calibrating, fake-quantized in the search, integer once frozen."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,8 @@ class QuantLayer(nn.Module):
     Until `freeze`, `weight` is the float original; after it, integer codes as saved (int8, or packed int4).
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor  # an nn.Parameter
+    bias: Tensor | None  # [O]
     weight_scale: Tensor  # [S, O] f32
     groups = 1  # of a convolution
 
@@ -130,7 +130,7 @@ class QuantLayer(nn.Module):
         return self._fake_weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Follow .to(): the packed copy is rebuilt on the new device when next needed, scales stay float32."""
+        """Follow .to(): the packed copy is rebuilt on the new device when needed, scales stay float32."""
         self._packed = None
         scale = self.weight_scale
         super()._apply(fn, recurse)
@@ -172,22 +172,18 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_frozen or self.quantizers[0].mode is not Mode.FLOAT:
-            return self._conv_forward(self.fake_input(x), self.effective_weight(), self.bias)
+            output: Tensor = self._conv_forward(self.fake_input(x), self.effective_weight(), self.bias)
+            return output
         return ops.conv2d(*self.segments(x), self._geometry(), self.weight_quantizer.num_bits, x.dtype)
 
     def _geometry(self) -> ops.ConvGeometry:
         assert not isinstance(self.padding, str)
-        return ops.ConvGeometry(
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,  # type: ignore[arg-type]
-        )
+        pairs = (self.kernel_size, self.stride, self.padding, self.dilation)
+        kernel_size, stride, padding, dilation = (cast("tuple[int, int]", p) for p in pairs)
+        return ops.ConvGeometry(self.out_channels, kernel_size, stride, padding, dilation, self.groups)
 
 
-class QuantLinear(QuantLayer, nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]  # torch types the bias as never None
     """Group-quantized twin of nn.Linear: [*, K] float to [*, O] of the same dtype."""
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Finds the layers of a denoiser, says what becomes integer and why not, and swaps them for quantized twins."""
+"""Finds the layers of a denoiser, says what becomes integer and why not, and swaps in quantized twins."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ def _decide(
     for pattern in config.modules_to_not_convert:
         if not fnmatch.filter(found, pattern):
             raise ValueError(
-                f"modules_to_not_convert: pattern {pattern!r} matches no layer; layers are e.g. {sorted(found)[:5]}"
+                f"modules_to_not_convert: pattern {pattern!r} matches no layer; "
+                f"layers are e.g. {sorted(found)[:5]}"
             )
     # In the order they run, so that reports follow the data and errors name the first layer concerned.
     order = {name: i for i, name in enumerate(macs)}

@@ -1,4 +1,4 @@
-"""Weight quantizer: per-output-channel symmetric codes with a least-squares clip, stored as int8 or packed int4."""
+"""Weight quantizer: per-output-channel symmetric codes with a least-squares clip, in int8 or packed int4."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class WeightQuantizer:
         return torch.cat(parts, 1)
 
     def store(self, codes: Tensor) -> Tensor:
-        """Codes as they are saved: int8 as they are, or packed [O, ceil(K/32) * 16] u8 at 4 bits and below."""
+        """Codes as they are saved: int8 as they are, or packed [O, ceil(K/32) * 16] u8 up to 4 bits."""
         return pack_int4(codes.flatten(1)) if stored_in_int4(self.num_bits) else codes
 
     def restore(self, stored: Tensor, shape: torch.Size) -> Tensor:
