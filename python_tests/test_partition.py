@@ -91,6 +91,11 @@ def noise(scales: list[float], seed: int = 0) -> list[Tensor]:
     return [torch.randn(4000, generator=generator) * s for s in scales]
 
 
+def ones(steps: int) -> Tensor:
+    """Every step counts alike."""
+    return torch.ones(steps, dtype=torch.float64)
+
+
 def config(grouping: str, groups: int, steps: int, shared: bool = False) -> QuantConfig:
     return QuantConfig(
         grouping=grouping,  # type: ignore[arg-type]
@@ -114,14 +119,14 @@ def config(grouping: str, groups: int, steps: int, shared: bool = False) -> Quan
 def test_initial_tables_by_grouping(grouping: str, wanted: list[int]) -> None:
     quantizers = observers([noise([10.0, 1.0, 1.0, 1.0])], 2)
     settings = config(grouping, 2, 4)
-    tables = initial_tables(quantizers, all_step_errors(quantizers, [1] * 4), settings)
+    tables = initial_tables(quantizers, all_step_errors(quantizers, ones(4)), settings)
     assert tables[0].tolist() == wanted
 
 
 def test_initial_tables_per_layer_differ_and_shared_groups_agree() -> None:
     # The second layer asks for its cut with a hundred times the error; relative to itself it weighs the same.
     quantizers = observers([noise([9.0, 1.0, 1.0, 1.0]), noise([100.0, 100.0, 100.0, 300.0], 1)], 2)
-    errors = all_step_errors(quantizers, [1] * 4)
+    errors = all_step_errors(quantizers, ones(4))
     own = initial_tables(quantizers, errors, config("dp", 2, 4))
     assert [t.tolist() for t in own] == [[0, 1, 1, 1], [0, 0, 0, 1]]
     shared = initial_tables(quantizers, errors, config("dp", 2, 4, shared=True))
@@ -134,7 +139,9 @@ def test_initial_tables_per_layer_differ_and_shared_groups_agree() -> None:
 
 def test_visits_weigh_the_steps() -> None:
     quantizers = observers([noise([1.0, 2.0, 4.0])], 1)
-    plain, weighted = (all_step_errors(quantizers, v)[0].error for v in ([1, 1, 1], [3, 1, 1]))
+    plain, weighted = (
+        all_step_errors(quantizers, torch.tensor(v).double())[0].error for v in ([1, 1, 1], [3, 1, 1])
+    )
     assert torch.equal(weighted[0], 3 * plain[0])
     assert torch.equal(weighted[1:], plain[1:])
 
@@ -148,8 +155,9 @@ def mean_error(quantizer: ActivationQuantizer, group: int, row: Tensor) -> float
 
 def fit(rows: list[Tensor], table: list[int], groups: int, visits: list[int]) -> ActivationQuantizer:
     quantizer = observers([rows], groups)[0]
-    errors = all_step_errors([quantizer], visits)[0]
-    fit_ranges(quantizer, errors, torch.tensor(table, dtype=torch.int32), groups, visits)
+    importance = torch.tensor(visits, dtype=torch.float64)
+    errors = all_step_errors([quantizer], importance)[0]
+    fit_ranges(quantizer, errors, torch.tensor(table, dtype=torch.int32), groups, importance)
     return quantizer
 
 
@@ -187,6 +195,6 @@ def test_fit_ranges_of_constant_activations() -> None:
 def test_step_errors_are_per_element() -> None:
     # A step seen twice as often must not count twice: E is a mean over elements.
     once, twice = observers([noise([1.0])], 1)[0], observers([[noise([1.0])[0].repeat(2)]], 1)[0]
-    a, b = (all_step_errors([q], [1])[0] for q in (once, twice))
+    a, b = (all_step_errors([q], ones(1))[0] for q in (once, twice))
     assert isinstance(a, StepErrors)
     torch.testing.assert_close(a.error, b.error, rtol=1e-12, atol=0)
