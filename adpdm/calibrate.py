@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ Progress = Callable[[str, int, int], None]  # phase, done, total
 
 HOLDOUT_BATCHES = 16  # batches, spread over the steps, on which hardening is judged
 STATE_VERSION = 1
+BIAS_STEPS = 12  # forward passes that the mean errors are averaged over
+MIN_STEP_WEIGHT = 0.02  # of the mean
 
 
 def silent(phase: str, done: int, total: int) -> None:
@@ -46,6 +48,7 @@ class CalibrationTrace:
     seconds: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     visits: list[int] = field(default_factory=list)
+    step_weights: list[float] = field(default_factory=list)
     mmd: list[float] = field(default_factory=list)  # after every round
     losses: list[float] = field(default_factory=list)
     quantizers: list[dict[str, Any]] = field(default_factory=list)  # observed and covered ranges, groups
@@ -93,13 +96,20 @@ class Calibration:
     def run(self) -> CalibrationTrace:
         """Observe, partition, search; leaves every quantizer with its ranges and tables, in fake mode."""
         trajectory = self._timed("trajectories", self._observe)
+        self.step_weights = step_weights(trajectory.sensitivity)
+        # Drawing by the root of the weight and weighing by the other root keeps the expectation and evens out
+        # the gradients, which would otherwise come from a few steps.
+        self._draw_weights = self.step_weights.sqrt() / self.step_weights.sqrt().mean()
+        self.trace.step_weights = self.step_weights.tolist()
         self._timed("partition", self._partition)
         for layer in self.layers.values():
             layer.quantize_weight()
-        for quantizer in self.quantizers.values():
-            quantizer.mode = Mode.FAKE
+        self._timed("bias correction", lambda: self._correct_bias(trajectory))
+        self._set_mode(Mode.FAKE)
         if self.config.grouping == "search" and self.config.num_groups > 1:
             self._timed("search", lambda: self._search(trajectory))
+            self._correct_bias(trajectory)
+            self._set_mode(Mode.FAKE)
         self.trace.quantizers = [_describe(name, q) for name, q in self.quantizers.items()]
         for quantizer in self.quantizers.values():
             quantizer.counts = quantizer.extrema = None
@@ -155,17 +165,69 @@ class Calibration:
         searched = config.grouping == "search"
         visits = [1] * config.num_inference_steps if searched else fixed_visits(config, self.num_rounds)
         self.trace.visits = list(visits)
-        errors = all_step_errors(quantizers, visits)
+        importance = self.step_weights * torch.tensor(visits)
+        errors = all_step_errors(quantizers, importance)
         tables = initial_tables(quantizers, errors, config)
         for i, (quantizer, error, table) in enumerate(zip(quantizers, errors, tables, strict=True)):
-            fit_ranges(quantizer, error, table, config.groups_per_layer, visits)
+            fit_ranges(quantizer, error, table, config.groups_per_layer, importance)
             self.progress("partition", i + 1, len(quantizers))
+
+    # ---- bias correction ----
+
+    def _set_mode(self, mode: Mode) -> None:
+        for layer in self.layers.values():
+            layer.set_mode(mode)
+
+    @torch.no_grad()
+    def _correct_bias(self, trajectory: Trajectory) -> None:
+        """Take the mean error that quantization adds to each output channel out of the bias.
+
+        Rounding of weights shifts the mean of an output, as activations have a mean. Along the trajectory a
+        shift adds up where zero-mean noise averages out: it costs more than its share of the squared error.
+        Source: Nagel et al. 2019, section 4.2; here each layer at its full-precision input, over steps [R].
+        """
+        if not self.config.correct_bias:
+            return
+        self._set_mode(Mode.FLOAT)
+        layers = {name: layer for name, layer in self.layers.items() if layer.bias is not None}
+        for layer in layers.values():
+            layer.bias_shift = None
+        shifts = {
+            name: torch.zeros(layer.weight.shape[0], dtype=torch.float64) for name, layer in layers.items()
+        }
+
+        def watch(name: str, layer: QuantLayer) -> Any:
+            def before_forward(module: Any, args: tuple[Tensor, ...]) -> None:
+                shifts[name] += layer.output_shift(args[0])
+
+            return layer.register_forward_pre_hook(before_forward)
+
+        handles = [watch(name, layer) for name, layer in layers.items()]
+        steps = self._steps_by_weight(BIAS_STEPS)
+        try:
+            for index, step_index in enumerate(steps):
+                self._predict(
+                    self._batch(trajectory, step_index, torch.arange(trajectory.samples.shape[1]), index)
+                )
+                self.progress("bias correction", index + 1, len(steps))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, layer in layers.items():
+            layer.bias_shift = (shifts[name] / len(steps)).to(layer.weight.dtype)
+
+    def _steps_by_weight(self, count: int) -> list[int]:
+        """Step indices at equal distances of accumulated step weight: more where an error counts more."""
+        share = self.step_weights.cumsum(0) / self.step_weights.sum()
+        wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        return torch.searchsorted(share, wanted).tolist()
 
     # ---- search ----
 
     def _search(self, trajectory: Trajectory) -> None:
         config = self.config
-        search = GroupSearch(list(self.quantizers.values()), self.step, config, self._predict)
+        held_out = self._held_out()
+        search = GroupSearch(list(self.quantizers.values()), self.step, config, self._predict, held_out)
         selector = TimestepSelector(config, self.num_rounds)
         pool: list[Batch] = []
         start_round = self._resume(search, selector, pool)
@@ -176,7 +238,7 @@ class Calibration:
                 self.trace.losses.append(search.train_step(batch))
                 self.progress("search", index + 1, config.search.num_steps + config.search.refit_steps)
             self._save(search, selector, round_index + 1)
-        self._harden(search, trajectory, pool)
+        self.trace.outcome = self._harden(search, trajectory, pool, held_out)
         self.trace.rounds, self.trace.visits = selector.trace, selector.visits
         chosen = [row["step_index"] for row in selector.trace]
         self.trace.mmd = mmd_trace(trajectory.samples, chosen)
@@ -210,14 +272,14 @@ class Calibration:
         generator = torch.Generator().manual_seed(self.config.seed * 7_368_787 + index)
         size = self.config.search.batch_size
         if float(torch.rand(1, generator=generator)) < self.config.search.replay:
-            step_index = int(torch.randint(0, self.config.num_inference_steps, (1,), generator=generator))
+            step_index = int(torch.multinomial(self._draw_weights, 1, generator=generator))
             images = torch.randint(0, trajectory.samples.shape[1], (size,), generator=generator)
             return self._batch(trajectory, step_index, images, index)
         chosen = pool[int(torch.randint(0, len(pool), (1,), generator=generator))]
         images = torch.randint(0, chosen.sample.shape[0], (size,), generator=generator)
         conditioning = {name: value[images] for name, value in chosen.conditioning.items()}
-        return Batch(
-            chosen.step_index, chosen.timestep, chosen.sample[images], chosen.target[images], conditioning
+        return replace(
+            chosen, sample=chosen.sample[images], target=chosen.target[images], conditioning=conditioning
         )
 
     def _batch(self, trajectory: Trajectory, step_index: int, images: Tensor, draw: int) -> Batch:
@@ -232,30 +294,49 @@ class Calibration:
             sample = self.sampler.scheduler.scale_model_input(sample, timestep)
         sample = sample.contiguous(memory_format=torch.channels_last)
         conditioning = {name: value[images] for name, value in trajectory.conditioning.items()}
-        return Batch(step_index, timestep, sample, target, conditioning)
+        weight = float(self._draw_weights[step_index])
+        return Batch(step_index, timestep, sample, target, weight, conditioning)
 
-    def _harden(self, search: GroupSearch, trajectory: Trajectory, pool: list[Batch]) -> None:
-        """Fix the groups, re-fit their ranges on their own steps, and report what that cost."""
-        settings = self.config.search
+    def _held_out(self) -> list[Batch]:
+        """Batches of images that nothing is fitted to, at steps spread over the trajectory."""
+        self._set_mode(Mode.FLOAT)
+        first = self.config.histogram_images + self.config.calibration_images
+        fresh = self.sampler.run(self.config.seed, first, self.config.search.batch_size)
+        self._set_mode(Mode.FAKE)
         steps = (
             torch.linspace(0, self.config.num_inference_steps - 1, HOLDOUT_BATCHES).round().long().tolist()
         )
-        images = torch.arange(min(settings.batch_size, trajectory.samples.shape[1]))
-        held_out = [self._batch(trajectory, k, images, -1 - k) for k in steps]
-        peak = search.max_importance()
-        soft = search.mean_loss(held_out)
+        images = torch.arange(self.config.search.batch_size)
+        return [replace(self._batch(fresh, k, images, k), weight=float(self.step_weights[k])) for k in steps]
+
+    def _harden(
+        self, search: GroupSearch, trajectory: Trajectory, pool: list[Batch], held_out: list[Batch]
+    ) -> SearchOutcome:
+        """Fix the groups, re-fit their ranges on their own steps, and say what that cost."""
+        settings = self.config.search
+        peak, soft = search.max_importance(), search.mean_loss(held_out)
         moved = search.harden()
         for index in range(settings.num_steps, settings.num_steps + settings.refit_steps):
             self.trace.losses.append(search.train_step(self._draw(trajectory, pool, index)))
             self.progress("search", index + 1, settings.num_steps + settings.refit_steps)
         search.finish()
         hard = search.mean_loss(held_out)
-        self.trace.outcome = SearchOutcome(soft, hard, peak, moved)
+        is_kept = hard <= search.start_loss
+        if not is_kept:
+            search.put_back()
+            self._warn(
+                f"the search ended with a held-out loss of {hard:.3g}, worse than {search.start_loss:.3g} of "
+                "the dynamic-programming partition it started from, which is used; try more search steps"
+            )
         if peak < WARN_BELOW_MAX_IMPORTANCE:
-            self.trace.warnings.append(
+            self._warn(
                 f"the search ended undecided: mean largest importance weight {peak:.2f}, wanted at least "
                 f"{WARN_BELOW_MAX_IMPORTANCE}; more search steps or a larger entropy_weight harden it"
             )
+        return SearchOutcome(search.start_loss, soft, hard, peak, is_kept, moved)
+
+    def _warn(self, sentence: str) -> None:
+        self.trace.warnings.append(sentence)
 
     # ---- resuming ----
 
@@ -313,6 +394,16 @@ class Calibration:
         return int(rounds_done)
 
 
+def step_weights(sensitivity: Tensor) -> Tensor:
+    """How much an error of the noise prediction counts at each step, [T] f64 with mean 1 [R].
+
+    The floor keeps a step that hardly matters for this scheduler from being ignored altogether.
+    """
+    weight = sensitivity / sensitivity.mean().clamp_min(1e-30)
+    weight = weight.clamp_min(MIN_STEP_WEIGHT)
+    return weight / weight.mean()
+
+
 def _describe(name: str, quantizer: ActivationQuantizer) -> dict[str, Any]:
     """Ranges and groups of one quantizer as plain numbers, for the report."""
     assert quantizer.extrema is not None
@@ -332,5 +423,7 @@ def _join(parts: list[Trajectory]) -> Trajectory:
         torch.cat([p.samples for p in parts], 1),
         torch.cat([p.noise_preds for p in parts], 1),
         torch.cat([p.final for p in parts]),
+        sum((p.sensitivity * len(p.final) for p in parts), torch.zeros(()))
+        / sum(len(p.final) for p in parts),
         conditioning,
     )

@@ -71,26 +71,28 @@ def initial_tables(
     return [tables_from_cost(cost, groups)] * len(quantizers)
 
 
-def all_step_errors(quantizers: Sequence[ActivationQuantizer], visits: Sequence[int]) -> list[StepErrors]:
-    """Weighted error tables of every quantizer; visits [T] weigh the steps."""
-    weight = torch.tensor(visits, dtype=torch.float64).clamp_min(UNCHOSEN_WEIGHT)[:, None]
+def all_step_errors(quantizers: Sequence[ActivationQuantizer], importance: Tensor) -> list[StepErrors]:
+    """Error tables of every quantizer, its steps weighted by importance [T] f64."""
+    weight = importance.clamp_min(UNCHOSEN_WEIGHT)[:, None]
     result = []
     for q in quantizers:
-        assert q.counts is not None and q.extrema is not None
+        assert q.counts is not None
+        assert q.extrema is not None
         raw = step_errors(q.counts, q.extrema, q.num_bits)
         result.append(StepErrors(raw.low, raw.high, raw.error * weight))
     return result
 
 
 def fit_ranges(
-    quantizer: ActivationQuantizer, errors: StepErrors, table: Tensor, num_groups: int, visits: Sequence[int]
+    quantizer: ActivationQuantizer, errors: StepErrors, table: Tensor, num_groups: int, importance: Tensor
 ) -> None:
     """Give each group the range that quantizes the histogram of its own steps with the least error.
 
-    A group without steps takes the range over all steps: unused at run time, finite, and a start for the search.
+    A group without steps takes the range over all steps: finite, unused, and a start for the search.
     """
-    assert quantizer.counts is not None and quantizer.extrema is not None
-    weight = torch.tensor(visits, dtype=torch.float64).clamp_min(UNCHOSEN_WEIGHT)
+    assert quantizer.counts is not None
+    assert quantizer.extrema is not None
+    weight = importance.clamp_min(UNCHOSEN_WEIGHT)
     shares = quantizer.counts.double() / quantizer.counts.sum(1, keepdim=True).clamp_min(1)
     lows, highs = [], []
     for group in range(num_groups):

@@ -1,4 +1,4 @@
-"""Differentiable search over group importance weights: mixtures of quantizers, trained against the full precision."""
+"""Differentiable search over group importance weights: mixtures of quantizers against the full precision."""
 
 from __future__ import annotations
 
@@ -21,6 +21,40 @@ WARN_BELOW_MAX_IMPORTANCE = (
 FINAL_LEARNING_RATE = 0.1  # of the start, reached linearly
 
 
+class RowAdam(torch.optim.Optimizer):
+    """Adam (Kingma and Ba 2015) that leaves an element alone in steps in which it has no gradient.
+
+    A batch shows one sampling step, so once hardened most groups have no gradient in it. Plain Adam would go
+    on moving them by momentum, ten learning rates for a single noisy visit.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        super().__init__(groups, {"betas": betas, "eps": 1e-8})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                names = ("mean", "square", "visits")
+                self.state[parameter] = {name: torch.zeros_like(parameter.data) for name in names}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every element that has a gradient."""
+        for group in self.param_groups:
+            (beta1, beta2), rate, eps = group["betas"], group["lr"], group["eps"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state, grad = self.state[parameter], parameter.grad
+                mean, square, visits = state["mean"], state["square"], state["visits"]
+                seen = grad != 0
+                visits += seen
+                mean.copy_(torch.where(seen, mean.lerp(grad, 1 - beta1), mean))
+                square.copy_(torch.where(seen, square.lerp(grad * grad, 1 - beta2), square))
+                count = visits.clamp_min(1)
+                spread = (square / (1 - beta2**count)).sqrt() + eps
+                update = mean / (1 - beta1**count) / spread
+                parameter.sub_(torch.where(seen, rate * update, 0.0))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Denoiser inputs at one step with the target of the loss."""
@@ -29,6 +63,7 @@ class Batch:
     timestep: Tensor  # []
     sample: Tensor  # [B, C, H, W], as the denoiser sees it
     target: Tensor  # [B, C, H, W], the full-precision noise prediction (or the noise)
+    weight: float  # of the step, 1 on average
     conditioning: dict[str, Tensor]  # [B, ...] each
 
 
@@ -36,9 +71,11 @@ class Batch:
 class SearchOutcome:
     """What hardening cost and how decided the search was."""
 
+    start_loss: float  # of the partition that the search started from
     soft_loss: float  # relative squared error of the mixture on held-out batches
     hard_loss: float  # the same after hardening and re-fitting
     max_importance: float  # mean over layers and steps of max pi before hardening
+    is_kept: bool  # False where the search ended worse than it started, and the start was put back
     moved: float  # share of (layer, step) pairs whose group changed against the start
 
     @property
@@ -54,9 +91,10 @@ class GroupSearch:
     """One search over all layers of a denoiser whose quantizers already hold a starting partition.
 
     Args:
-        denoiser: swapped, in fake-quantized weights.
-        quantizers: of all layers.
+        quantizers: of all layers of a swapped denoiser with fake-quantized weights, in fake mode.
+        step: the denoiser's clock.
         predict: runs the denoiser on a batch and returns the noise prediction.
+        held_out: batches that the starting partition is judged on.
     """
 
     def __init__(
@@ -65,16 +103,19 @@ class GroupSearch:
         step: StepState,
         config: QuantConfig,
         predict: Callable[[Batch], Tensor],
+        held_out: Sequence[Batch],
     ) -> None:
         self.quantizers, self.step, self.config, self.predict = quantizers, step, config, predict
         self.settings = config.search
         self.start_tables = [q.table.clone() for q in quantizers]
+        self._start = [(q.scale.clone(), q.zero_point.clone()) for q in quantizers]
+        self.start_loss = self.mean_loss(held_out)  # of the hard partition, before anything is learned
         shared = self._importance(quantizers[0]) if config.shared_groups else None
         for quantizer in quantizers:
             quantizer.learn()
             quantizer.importance = shared or self._importance(quantizer)
         self.set_mode(Mode.MIXTURE)
-        self.optimizer = torch.optim.Adam(self._parameter_groups())
+        self.optimizer = RowAdam(self._parameter_groups())
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.steps_done = 0
 
@@ -88,11 +129,10 @@ class GroupSearch:
         return [i for i in unique.values() if i is not None]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        rate = self.settings.learning_rate or (3e-3 if self.config.activation_bits == 8 else 5e-3)
-        ranges = [p for q in self.quantizers for p in (q.log_scale, q.lower)]
+        ranges = [p for q in self.quantizers for p in (q.low_factor, q.high_factor)]
         logits = [i.logits for i in self.importances]
         return [
-            {"params": ranges, "lr": rate},
+            {"params": ranges, "lr": self.settings.learning_rate},
             {"params": logits, "lr": self.settings.logits_learning_rate},
         ]
 
@@ -114,16 +154,16 @@ class GroupSearch:
         ramp = self.settings.entropy_weight * min(fraction, 1.0)
         total = loss + ramp * self.entropy().mean() if mixing else loss
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         self.optimizer.step()
         self.steps_done += 1
         return float(loss.detach())
 
     def relative_loss(self, batch: Batch) -> Tensor:
-        """Squared error of the prediction relative to the energy of the target, []."""
+        """Squared error of the prediction relative to the energy of the target, weighted by the step, []."""
         self.step.set_step(batch.step_index)
         error = (self.predict(batch) - batch.target).square().mean()
-        return error / batch.target.square().mean().clamp_min(1e-12)
+        return batch.weight * error / batch.target.square().mean().clamp_min(1e-12)
 
     @torch.no_grad()
     def mean_loss(self, batches: Sequence[Batch]) -> float:
@@ -136,7 +176,7 @@ class GroupSearch:
             return float(torch.stack(peaks).mean())
 
     def harden(self) -> float:
-        """Fix every step to its most important group; returns the share of steps that moved from the start."""
+        """Fix every step to its most important group; returns the share of steps that moved."""
         moved = total = 0
         for quantizer, start in zip(self.quantizers, self.start_tables, strict=True):
             assert quantizer.importance is not None
@@ -153,6 +193,14 @@ class GroupSearch:
             quantizer.settle()
             quantizer.importance = None
 
+    def put_back(self) -> None:
+        """Undo the search: the ranges and tables that it started from."""
+        for quantizer, (scale, zero_point), table in zip(
+            self.quantizers, self._start, self.start_tables, strict=True
+        ):
+            quantizer.scale, quantizer.zero_point = scale, zero_point
+            quantizer.table.copy_(table)
+
     # ---- state, for resuming ----
 
     def state(self) -> dict[str, Tensor]:
@@ -160,7 +208,7 @@ class GroupSearch:
         tensors: dict[str, Tensor] = {}
         for i, parameter in enumerate(self._parameters()):
             tensors[f"parameter.{i}"] = parameter.detach().clone()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam.{i}.{key}"] = value.clone()
         return tensors
 
@@ -170,10 +218,8 @@ class GroupSearch:
         with torch.no_grad():
             for i, parameter in enumerate(self._parameters()):
                 parameter.copy_(tensors[f"parameter.{i}"])
-                prefix = f"adam.{i}."
-                moments = {k[len(prefix) :]: v.clone() for k, v in tensors.items() if k.startswith(prefix)}
-                if moments:
-                    self.optimizer.state[parameter] = moments
+                for key, value in self.optimizer.state[parameter].items():
+                    value.copy_(tensors[f"adam.{i}.{key}"])
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""Runs the full-precision sampler: trajectories of denoiser inputs and noise predictions, generated from noise."""
+"""Runs the full-precision sampler: from noise to trajectories of denoiser inputs and outputs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 SEED_STRIDE = 1_000_003  # prime, so that streams of neighbouring seeds do not meet
+PROBE_SIZE = 0.01  # error of the noise prediction, whose variance is 1, that probes a step's sensitivity
+PROBE_SEED = 20_230_518
 
 OnStep = Callable[[int], None]
 
@@ -23,6 +25,7 @@ class Trajectory:
     samples: Tensor  # [T, B, C, H, W], as the denoiser sees them
     noise_preds: Tensor  # [T, B, C, H, W]
     final: Tensor  # [B, C, H, W]
+    sensitivity: Tensor  # [T] f64, squared error of the next sample per squared error of the noise
     conditioning: dict[str, Tensor]  # [B, ...] each
 
 
@@ -93,7 +96,7 @@ class Sampler:
         sample = (noise * scheduler.init_noise_sigma).contiguous(memory_format=torch.channels_last)
         conditioning = self.conditions(first, batch)
         extra = self._step_arguments(scheduler, generators)
-        samples, preds = [], []
+        samples, preds, sensitivity = [], [], []
         last = len(self.timesteps) - 1 if stop is None else stop
         for index, timestep in enumerate(scheduler.timesteps[: last + 1]):
             if on_step is not None:
@@ -102,8 +105,40 @@ class Sampler:
             pred = self.predict(seen, timestep, conditioning)
             samples.append(seen)
             preds.append(pred)
+            probe = self._probe(scheduler, pred, timestep, sample, generators)
             sample = scheduler.step(pred, timestep, sample, **extra).prev_sample
-        return Trajectory(torch.stack(samples), torch.stack(preds), sample, conditioning)
+            sensitivity.append(float((probe - sample).double().square().mean()) / PROBE_SIZE**2)
+        return Trajectory(
+            torch.stack(samples),
+            torch.stack(preds),
+            sample,
+            torch.tensor(sensitivity, dtype=torch.float64),
+            conditioning,
+        )
+
+    def _probe(
+        self,
+        scheduler: Any,
+        pred: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        generators: list[torch.Generator],
+    ) -> Tensor:
+        """The next sample if the noise prediction were off by PROBE_SIZE; all states are left as they were.
+
+        How far a step carries an error of the noise prediction into the sample differs by orders of magnitude
+        along the trajectory, and clipping makes it a matter of the sample: so it is measured.
+        """
+        noise = torch.randn(pred.shape, generator=torch.Generator().manual_seed(PROBE_SEED))
+        states = [g.get_state() for g in generators]
+        extra = self._step_arguments(scheduler, generators)
+        other = (
+            copy.deepcopy(scheduler).step(pred + PROBE_SIZE * noise, timestep, sample, **extra).prev_sample
+        )
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        result: Tensor = other
+        return result
 
     @staticmethod
     def _step_arguments(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 def load_images(folder: Path) -> torch.Tensor:
     """Read the 60 000 training images, zero-padded to 32x32: [60000, 1, 32, 32] uint8."""
-    raw = gzip.open(folder / "train-images-idx3-ubyte.gz").read()
+    with gzip.open(folder / "train-images-idx3-ubyte.gz") as file:
+        raw = file.read()
     pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28).copy()
     return F.pad(torch.from_numpy(pixels), (2, 2, 2, 2))
 
@@ -133,7 +134,9 @@ class Trainer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with train-images-idx3-ubyte.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder for unet/, scheduler/ and state.pt")
     parser.add_argument("--init", type=Path, help="folder of a UNet2DModel to start from")

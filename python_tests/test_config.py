@@ -90,6 +90,7 @@ def test_config_json_round_trip_keeps_every_setting() -> None:
         exclude_first=0.25,
         input_output_bits=8,
         split_skip_connections=False,
+        correct_bias=False,
         modules_to_not_convert=("mid_block.*", "up_blocks.0.*"),
         timestep_policy="error",
         seed=11,

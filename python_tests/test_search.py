@@ -10,7 +10,7 @@ from adpdm import QuantConfig, SearchConfig, reference
 from adpdm.nn.layers import QuantLinear
 from adpdm.quantizers import ActivationQuantizer, Importance
 from adpdm.quantizers.activation import Mode
-from adpdm.search import Batch, GroupSearch
+from adpdm.search import Batch, GroupSearch, RowAdam
 from adpdm.step import StepState
 
 STEPS, GROUPS, FEATURES = 4, 3, 6
@@ -43,11 +43,11 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.layers[1](torch.nn.functional.silu(self.layers[0](x)))
 
-    def batch(self, step: int, seed: int = 0) -> Batch:
+    def batch(self, step: int, seed: int = 0, weight: float = 1.0) -> Batch:
         x = torch.randn(8, FEATURES, generator=torch.Generator().manual_seed(seed)) * (1 + step)
         with torch.no_grad():
             target = self.reference(x)
-        return Batch(step, torch.tensor(float(step)), x, target, {})
+        return Batch(step, torch.tensor(float(step)), x, target, weight, {})
 
 
 def make_search(network: Network, shared: bool = False, **settings: float) -> GroupSearch:
@@ -161,14 +161,15 @@ def test_training_lowers_the_loss() -> None:
     assert search.mean_loss(batches) < 0.8 * before
 
 
-def test_relative_loss_is_squared_error_over_energy() -> None:
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_relative_loss_is_weighted_squared_error_over_energy(weight: float) -> None:
     network = Network()
     search = make_search(network)
-    batch = network.batch(0)
+    batch = network.batch(0, weight=weight)
     network.step.set_step(0)
     prediction = network(batch.sample).detach()
     wanted = (prediction - batch.target).double().square().sum() / batch.target.double().square().sum()
-    assert float(search.relative_loss(batch).detach()) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(search.relative_loss(batch).detach()) == pytest.approx(weight * float(wanted), rel=1e-5)
 
 
 @pytest.mark.parametrize(("weight", "decided"), [(0.0, False), (5.0, True)])
@@ -307,3 +308,34 @@ def test_state_is_a_copy() -> None:
     before = {key: value.clone() for key, value in state.items()}
     search.train_step(network.batch(0))
     assert all(torch.equal(before[key], state[key]) for key in state)
+
+
+# ---- optimizer ---------------------------------------------------------------------------------------------
+
+
+def test_row_adam_equals_adam_where_every_element_has_a_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    groups = [{"params": [ours], "lr": 0.1}]
+    optimizers = RowAdam(groups), torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.99))
+    for _ in range(20):
+        ours.grad = torch.randn(4, 3, generator=generator)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    # Both divide by the root of the same mean square, in another order of float32 operations.
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_row_adam_treats_every_element_as_if_it_were_alone() -> None:
+    together, alone = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    first, second = (RowAdam([{"params": [p], "lr": 0.1}]) for p in (together, alone))
+    for i, gradient in enumerate((0.5, 0.0, 0.0, -2.0, 0.0, 1.0)):
+        together.grad = torch.tensor([1.0 + i, gradient])
+        before = together.detach().clone()
+        first.step()
+        assert (float(together[1]) == float(before[1])) == (gradient == 0.0)  # no drift by momentum
+        if gradient:
+            alone.grad = torch.tensor([gradient])
+            second.step()
+    assert float(together[1].detach()) == float(alone.detach())

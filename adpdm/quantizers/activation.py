@@ -50,12 +50,15 @@ class Importance(nn.Module):
 class ActivationQuantizer(nn.Module):
     """Per-tensor asymmetric quantizer with `num_groups` functions (method.md sections 2 and 3).
 
-    After calibration it holds scale [G] f32 and zero_point [G] i32. While training it holds the parameters
-    log_scale and lower [G] f32 instead, from which both follow; `learn` and `settle` switch between the two.
+    After calibration it holds scale [G] f32 and zero_point [G] i32. While training it holds the ends of the
+    range and their learned logarithmic factors [G] f32, from which both follow; `learn` and `settle` switch
+    between the two. Factors, because ranges of layers differ by orders of magnitude and one learning rate has
+    to suit all.
     """
 
     scale: Tensor  # [G] f32
     zero_point: Tensor  # [G] i32
+    step: StepState
 
     def __init__(self, num_bits: int, num_groups: int, slot: int, step: StepState) -> None:
         super().__init__()
@@ -65,8 +68,9 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.zeros(num_groups, dtype=torch.int32))
         self.counts: Tensor | None = None  # [T, HISTOGRAM_BINS] i64
         self.extrema: Tensor | None = None  # [T, 2] f32
-        self.log_scale: nn.Parameter | None = None
-        self.lower: nn.Parameter | None = None
+        self.low_factor: nn.Parameter | None = None  # range end = start * exp(factor)
+        self.high_factor: nn.Parameter | None = None
+        self._start: tuple[Tensor, Tensor] | None = None  # range ends [G] before learning
         self.importance: Importance | None = None
 
     @property
@@ -76,27 +80,28 @@ class ActivationQuantizer(nn.Module):
     @property
     def group_index(self) -> Tensor:
         """Current group, [1] i32, a view of the step state."""
-        return self.step.group_index.narrow(0, self.slot, 1)  # type: ignore[union-attr]
+        return self.step.group_index.narrow(0, self.slot, 1)
 
     @property
     def table(self) -> Tensor:
         """Group of every step, [T] i32, a view of the step state."""
-        return self.step.table[:, self.slot]  # type: ignore[union-attr]
+        return self.step.table[:, self.slot]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [*] float to x^ [*] of the same dtype, by the mode."""
         if self.mode is Mode.FLOAT:
             return x
         if self.mode is Mode.OBSERVE:
-            assert self.counts is not None and self.extrema is not None
-            ops.observe(x, self.counts, self.extrema, self.step.step_index)  # type: ignore[union-attr]
+            assert self.counts is not None
+            assert self.extrema is not None
+            ops.observe(x, self.counts, self.extrema, self.step.step_index)
             return x
         scale, zero_point = self.qparams()
         bounds = signed_range(self.num_bits)
         if self.mode is Mode.FAKE:
             return ops.fake_quantize(x, scale, zero_point, self.group_index, *bounds)
         assert self.importance is not None
-        pi = self.importance.weights(self.step.step_index)  # type: ignore[union-attr]
+        pi = self.importance.weights(self.step.step_index)
         return ops.fake_quantize_mixture(x, scale, zero_point, pi, *bounds)
 
     def codes(self, x: Tensor) -> Tensor:
@@ -105,11 +110,13 @@ class ActivationQuantizer(nn.Module):
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero-point [G] f32, differentiable while learning."""
-        if self.log_scale is None or self.lower is None:
+        if self._start is None or self.low_factor is None or self.high_factor is None:
             return self.scale, self.zero_point.float()
-        scale = self.log_scale.exp()
-        quant_min, _ = signed_range(self.num_bits)
-        return scale, quant_min - self.lower / scale
+        quant_min, quant_max = signed_range(self.num_bits)
+        low = self._start[0] * self.low_factor.exp()
+        high = self._start[1] * self.high_factor.exp()
+        scale = ((high - low) / (quant_max - quant_min)).clamp_min(MIN_SCALE)
+        return scale, quant_min - low / scale
 
     # ---- calibration ----
 
@@ -132,9 +139,9 @@ class ActivationQuantizer(nn.Module):
 
     def learn(self) -> None:
         """Turn scale and zero-point into parameters."""
-        low, _ = self.ranges()
-        self.log_scale = nn.Parameter(self.scale.log())
-        self.lower = nn.Parameter(low.clone())
+        self._start = self.ranges()
+        self.low_factor = nn.Parameter(torch.zeros_like(self.scale))
+        self.high_factor = nn.Parameter(torch.zeros_like(self.scale))
 
     def settle(self) -> None:
         """Turn the parameters back into scale and zero-point, as the integer kernels will see them."""
@@ -143,7 +150,7 @@ class ActivationQuantizer(nn.Module):
             quant_min, quant_max = signed_range(self.num_bits)
             self.scale = scale.clamp_min(MIN_SCALE).clone()
             self.zero_point = zero_point.clamp(quant_min, quant_max).round().to(torch.int32)
-        self.log_scale = self.lower = None
+        self.low_factor = self.high_factor = self._start = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow .to() to another device but not to another dtype: scales stay float32."""

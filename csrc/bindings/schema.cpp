@@ -21,10 +21,12 @@ TORCH_LIBRARY(adpdm, m) {
       "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, Tensor group_index, int quant_min, int "
       "quant_max, int channel_axis) -> Tensor");
   m.def(
-      "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, Tensor group_index, int "
+      "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, Tensor group_index, "
+      "int "
       "quant_min, int quant_max, int channel_axis) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "fake_quantize_mixture(Tensor x, Tensor scale, Tensor zero_point, Tensor importance, int quant_min, int "
+      "fake_quantize_mixture(Tensor x, Tensor scale, Tensor zero_point, Tensor importance, int quant_min, "
+      "int "
       "quant_max) -> Tensor");
   m.def(
       "fake_quantize_mixture_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, Tensor "
@@ -37,11 +39,13 @@ TORCH_LIBRARY(adpdm, m) {
   // y = sum_s scale_s[g] * weight_scale_s[o] * (acc_s - zero_point_s[g] * weight_sum_s[o]) + bias[o].
   m.def("pack_weight(Tensor codes, int num_bits, int groups) -> Tensor");
   m.def(
-      "linear(Tensor[] inputs, Tensor[] scales, Tensor[] zero_points, Tensor[] group_indices, Tensor[] weights, "
+      "linear(Tensor[] inputs, Tensor[] scales, Tensor[] zero_points, Tensor[] group_indices, Tensor[] "
+      "weights, "
       "Tensor[] weight_scales, Tensor[] weight_sums, Tensor? bias, int out_features, int weight_bits, "
       "ScalarType dtype) -> Tensor");
   m.def(
-      "conv2d(Tensor[] inputs, Tensor[] scales, Tensor[] zero_points, Tensor[] group_indices, Tensor[] weights, "
+      "conv2d(Tensor[] inputs, Tensor[] scales, Tensor[] zero_points, Tensor[] group_indices, Tensor[] "
+      "weights, "
       "Tensor[] weight_scales, Tensor[] weight_sums, Tensor? bias, int out_channels, int[2] kernel_size, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups, int weight_bits, ScalarType dtype) -> "
       "Tensor");

@@ -14,11 +14,10 @@ struct CodeRange {
   int32_t quant_max;
 };
 
-constexpr CodeRange signed_range(int num_bits) {
-  return {-(1 << (num_bits - 1)), (1 << (num_bits - 1)) - 1};
-}
+constexpr CodeRange signed_range(int num_bits) { return {-(1 << (num_bits - 1)), (1 << (num_bits - 1)) - 1}; }
 
-// One quantization function per group; the kernel itself reads which one is current, so the host never has to.
+// One quantization function per group; the kernel itself reads which one is current, so the host never has
+// to.
 struct GroupedQParams {
   const float* scale;          // [num_groups] step size, > 0
   const int32_t* zero_point;   // [num_groups] code of real 0
