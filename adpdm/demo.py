@@ -76,6 +76,7 @@ def run_demo(
     rows += _compare_groupings(pipe, COMPARISON_BITS, seed, scale, progress)
     data = report_data(runs, rows, command, seed, time.perf_counter() - started)
     path = page.write_report(out / "report.html", data)
+    save_overview(runs, out / "samples.png")
     values = {
         "report": str(path),
         "seconds": time.perf_counter() - started,
@@ -372,14 +373,23 @@ def build_report(
     page.write_report(out, report_data([run], [_row_of(run, bits)], command, evaluation.config.seed, seconds))
 
 
+def save_overview(runs: Sequence[Run], path: Path, columns: int = 12) -> None:
+    """One PNG with a row of full-precision samples and a row of each run's, same seeds in the same column."""
+    rows = [runs[0].evaluation.reference_images, *(run.evaluation.quantized_images for run in runs)]
+    pixels = np.concatenate([row[:columns] for row in rows])  # [rows * columns, H, W, C] u8
+    samples = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    save_image_grid(samples, path, columns=len(rows[0][:columns]))
+
+
 def save_image_grid(
     samples: Tensor,  # [N, C, H, W] float in [-1, 1]
     path: Path,
     enlarge: int = 3,
+    columns: int | None = None,
 ) -> None:
-    """Write samples as one PNG, as square as possible, each pixel `enlarge` wide; all of it, or nothing."""
+    """Write samples as one PNG, each pixel `enlarge` wide; as square as possible without `columns`."""
     pixels = ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    columns = math.ceil(math.sqrt(len(pixels)))
+    columns = columns or math.ceil(math.sqrt(len(pixels)))
     blank = np.zeros_like(pixels[:1]).repeat(-len(pixels) % columns, 0)
     tiles = np.concatenate([pixels, blank])
     tiles = tiles.reshape(-1, columns, *tiles.shape[1:]).swapaxes(1, 2)

@@ -66,7 +66,8 @@ def main() -> None:
         print(json.dumps(result, indent=2))
     else:
         print(
-            f"batch {args.batch}, {result['threads']} threads: forward {result['forward_seconds'] * 1e3:.2f} ms, "
+            f"batch {args.batch}, {result['threads']} threads: "
+            f"forward {result['forward_seconds'] * 1e3:.2f} ms, "
             f"switch {result['switch_seconds'] * 1e6:.1f} us, {result['share']:.2%} of a step"
         )
 
