@@ -192,13 +192,11 @@ class Calibration:
         layers = {name: layer for name, layer in self.layers.items() if layer.bias is not None}
         for layer in layers.values():
             layer.bias_shift = None
-        shifts = {
-            name: torch.zeros(layer.weight.shape[0], dtype=torch.float64) for name, layer in layers.items()
-        }
+        shifts: dict[str, list[Tensor]] = {name: [] for name in layers}  # [O] f64, one per call
 
         def watch(name: str, layer: QuantLayer) -> Any:
             def before_forward(module: Any, args: tuple[Tensor, ...]) -> None:
-                shifts[name] += layer.output_shift(args[0])
+                shifts[name].append(layer.output_shift(args[0]))
 
             return layer.register_forward_pre_hook(before_forward)
 
@@ -214,7 +212,8 @@ class Calibration:
             for handle in handles:
                 handle.remove()
         for name, layer in layers.items():
-            layer.bias_shift = (shifts[name] / len(steps)).to(layer.weight.dtype)
+            if shifts[name]:
+                layer.bias_shift = torch.stack(shifts[name]).mean(0).to(layer.weight.dtype)
 
     def _steps_by_weight(self, count: int) -> list[int]:
         """Step indices at equal distances of accumulated step weight: more where an error counts more."""

@@ -98,7 +98,7 @@ class QuantConfig:
         object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
         for name in _INTEGERS:
             _integer(name, getattr(self, name))
-        for name in ("shared_groups", "split_skip_connections"):
+        for name in ("shared_groups", "split_skip_connections", "correct_bias"):
             _one_of(name, getattr(self, name), (True, False))
         _within("weight_bits", self.weight_bits, MIN_BITS, MAX_BITS)
         _within("activation_bits", self.activation_bits, MIN_BITS, MAX_BITS)

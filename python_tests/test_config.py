@@ -39,6 +39,7 @@ from adpdm import QuantConfig, SearchConfig
         ({"input_output_bits": 4}, "input_output_bits must be one of 8, None; got 4"),
         ({"shared_groups": "false"}, "shared_groups must be one of True, False; got 'false'"),
         ({"split_skip_connections": 2}, "split_skip_connections must be one of True, False; got 2"),
+        ({"correct_bias": "yes"}, "correct_bias must be one of True, False; got 'yes'"),
     ],
 )
 def test_config_refuses_with_wanted_and_got(settings: dict[str, Any], message: str) -> None:

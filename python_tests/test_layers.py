@@ -171,6 +171,73 @@ def test_frozen_output_equals_fake_quantized_output(
         assert bool(((frozen(x) - fake).abs() <= (terms + 8) * UNIT_ROUNDOFF * magnitude).all())
 
 
+def rounding(layer: nn.Module, operands: tuple[Tensor, Tensor, Tensor], terms: int) -> Tensor:
+    """Bound on the float32 rounding of a layer's output: `terms` products added up, in any order."""
+    x, weight, bias = (t.detach().double().abs() for t in operands)
+    output = (
+        layer._conv_forward(x, weight, bias) if isinstance(layer, nn.Conv2d) else F.linear(x, weight, bias)
+    )
+    return (terms + 4) * UNIT_ROUNDOFF * output
+
+
+@pytest.mark.parametrize("split", [None, 5])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_corrected_bias_takes_the_mean_error_out_of_every_channel(
+    kind: str, split: int | None, generator: torch.Generator
+) -> None:
+    layer: nn.Conv2d | nn.Linear = nn.Conv2d(12, 7, 3, padding=1) if kind == "conv" else nn.Linear(12, 7)
+    shape = (3, 12, 6, 6) if kind == "conv" else (4, 9, 12)
+    x = torch.randn(shape, generator=generator) + 0.5  # activations with a mean turn weight errors into one
+    twin, step = build(layer, (3, 4), split, generator)
+    twin.quantize_weight()
+    step.set_step(1)
+    others = [0, 2, 3] if kind == "conv" else [0, 1]
+    wanted = layer(x)
+
+    def mean_error() -> Tensor:
+        twin.set_mode(Mode.FAKE)
+        output = twin(x)
+        twin.set_mode(Mode.FLOAT)
+        return (output.double() - wanted.double()).mean(others)
+
+    before = mean_error().detach()
+    twin.bias_shift = twin.output_shift(x).float()
+    assert all(q.mode is Mode.FLOAT for q in twin.quantizers)
+    assert torch.equal(twin(x), wanted)  # the float path, teacher of the search, knows no shift
+    assert twin.bias is layer.bias
+    bias = layer.bias.detach().abs() + twin.bias_shift.abs()
+    terms = layer.weight[0].numel() + 1
+    slack = rounding(layer, (x, layer.weight, layer.bias), terms)
+    # Quantized operands are at most one step, of 2^-2 of the largest weight, beyond the float ones.
+    ceiling = layer.weight.detach().abs() + layer.weight.detach().abs().max() / 4
+    slack = slack + 2 * rounding(layer, (x, ceiling, bias), terms)
+    assert bool((mean_error().abs() <= slack.mean(others)).all())
+    assert float(before.abs().max()) > 100 * float(slack.detach().max())
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_freezing_adds_the_shift_once(kind: str, generator: torch.Generator) -> None:
+    layer: nn.Conv2d | nn.Linear = nn.Conv2d(6, 5, 1) if kind == "conv" else nn.Linear(6, 5)
+    x = torch.randn(2, 6, 3, 3, generator=generator) if kind == "conv" else torch.randn(4, 6)
+    twin, step = build(layer, (8, 8), None, generator)
+    twin.quantize_weight()
+    step.set_step(2)
+    original, shift = layer.bias.detach().clone(), torch.randn(5, generator=generator)
+    twin.bias_shift = shift
+    twin.freeze()
+    assert twin.bias is not None
+    assert torch.equal(twin.bias, original + shift)
+    assert torch.equal(layer.bias, original)  # an interrupted run goes back to this layer
+    assert twin.bias_shift is None
+    for mode in (Mode.FLOAT, Mode.FAKE):
+        twin.set_mode(mode)
+        bias = twin.effective_bias()
+        assert bias is not None
+        assert torch.equal(bias, original + shift)
+    twin.set_mode(Mode.FLOAT)
+    assert_integer_output(twin, x, F.conv2d if kind == "conv" else F.linear)
+
+
 def test_outputs_follow_the_step(generator: torch.Generator) -> None:
     twin, step = build(nn.Linear(6, 4), (8, 4), None, generator)
     twin.freeze()

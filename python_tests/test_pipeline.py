@@ -368,7 +368,8 @@ class StopAfter:
 
 
 @pytest.mark.parametrize(
-    ("phase", "done"), [("trajectories", 3), ("partition", 2), ("search", 5), ("search", 8)]
+    ("phase", "done"),
+    [("trajectories", 3), ("partition", 2), ("bias correction", 3), ("search", 5), ("search", 8)],
 )
 def test_interrupt_restores_the_float_model(phase: str, done: int) -> None:
     pipe = tiny_pipeline()

@@ -59,7 +59,13 @@ def make_search(network: Network, shared: bool = False, **settings: float) -> Gr
         shared_groups=shared,
         search=SearchConfig(**{"num_steps": 40, **settings}),  # type: ignore[arg-type]
     )
-    return GroupSearch(network.quantizers, network.step, config, lambda batch: network(batch.sample))
+    return GroupSearch(
+        network.quantizers, network.step, config, lambda batch: network(batch.sample), held_out(network)
+    )
+
+
+def held_out(network: Network) -> list[Batch]:
+    return [network.batch(k, seed=99, weight=0.5 + k) for k in range(STEPS)]
 
 
 def logits(search: GroupSearch) -> list[Tensor]:
@@ -270,6 +276,41 @@ def test_finished_fake_output_equals_the_integer_codes() -> None:
             assert torch.equal(values, reference.fake_quantize(x, *qparams, group, *bounds))
 
 
+def test_start_loss_is_that_of_the_hard_partition() -> None:
+    network, plain = Network(), Network()
+    losses = []
+    for batch in held_out(plain):
+        plain.step.set_step(batch.step_index)
+        error = (plain(batch.sample) - batch.target).detach().double().square().sum()
+        losses.append(batch.weight * float(error / batch.target.double().square().sum()))
+    # Sums of 48 float32 squares.
+    assert make_search(network).start_loss == pytest.approx(sum(losses) / STEPS, rel=1e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_put_back_leaves_the_start_bit_for_bit(shared: bool) -> None:
+    network, plain = Network(), Network()
+    search = make_search(network, shared, learning_rate=3.0)
+    for i in range(8):
+        search.train_step(network.batch(i % STEPS, i))
+    for importance in search.importances:
+        set_logits(importance, [2, 2, 0, 1])
+    search.harden()
+    search.finish()
+    for quantizer, start in zip(network.quantizers, plain.quantizers, strict=True):
+        assert not torch.equal(quantizer.table, start.table)
+        assert not torch.equal(quantizer.scale, start.scale)
+    assert search.mean_loss(held_out(network)) > search.start_loss
+    search.put_back()
+    for quantizer, start in zip(network.quantizers, plain.quantizers, strict=True):
+        assert torch.equal(quantizer.table, start.table)
+        assert torch.equal(quantizer.scale, start.scale)
+        assert torch.equal(quantizer.zero_point, start.zero_point)
+        assert quantizer.zero_point.dtype == torch.int32
+        assert list(quantizer.parameters()) == []
+    assert search.mean_loss(held_out(network)) == search.start_loss
+
+
 def test_shared_groups_train_one_table() -> None:
     network = Network()
     search = make_search(network, shared=True)
@@ -334,7 +375,7 @@ def test_row_adam_treats_every_element_as_if_it_were_alone() -> None:
         together.grad = torch.tensor([1.0 + i, gradient])
         before = together.detach().clone()
         first.step()
-        assert (float(together[1]) == float(before[1])) == (gradient == 0.0)  # no drift by momentum
+        assert torch.equal(together.detach()[1], before[1]) == (gradient == 0.0)  # no drift by momentum
         if gradient:
             alone.grad = torch.tensor([gradient])
             second.step()
