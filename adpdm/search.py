@@ -83,8 +83,10 @@ class SearchOutcome:
         """Loss of hardening in dB, positive when the hard network is worse."""
         return 10 * math.log10(max(self.hard_loss, 1e-30) / max(self.soft_loss, 1e-30))
 
-    def to_dict(self) -> dict[str, float]:
-        return {**asdict(self), "gap_db": self.gap_db}
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain JSON types; what a diverged search left without a finite value is None."""
+        values = {**asdict(self), "gap_db": self.gap_db}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 class GroupSearch:

@@ -496,9 +496,3 @@ def test_model_without_sample_size_is_refused() -> None:
 
 def test_module_that_is_no_diffusers_model_is_refused() -> None:
     refused(nn.Linear(2, 2), TypeError, "wanted a diffusers model, got Linear", scheduler=ddim_scheduler())
-
-
-def test_object_without_denoiser_is_refused() -> None:
-    message = "wanted a diffusers pipeline with a unet or transformer, or a denoiser module; got dict"
-    with pytest.raises(TypeError, match=message):
-        adpdm.quantize({})
