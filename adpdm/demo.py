@@ -73,8 +73,9 @@ def run_demo(
     pipe = load_pipeline(model, local_files_only=True)
     runs = [_main_run(pipe, bits, model, out, seed, scale, progress) for bits in MAIN_BITS]
     rows = [_row_of(run, bits) for run, bits in zip(runs, MAIN_BITS, strict=True)]
-    rows += _compare_groupings(pipe, COMPARISON_BITS, seed, scale, progress)
-    data = report_data(runs, rows, command, seed, time.perf_counter() - started)
+    compared, warnings = _compare_groupings(pipe, COMPARISON_BITS, seed, scale, progress)
+    rows += compared
+    data = report_data(runs, rows, command, seed, time.perf_counter() - started, warnings)
     path = page.write_report(out / "report.html", data)
     save_overview(runs, out / "samples.png")
     values = {
@@ -150,14 +151,14 @@ def probe_layers(reference: nn.Module, quantized: nn.Module, scheduler: Any, see
 
 def _compare_groupings(
     pipe: Any, bits: tuple[int, int], seed: int, scale: Scale, progress: Progress
-) -> list[page.ComparisonRow]:
-    """PSNR of final samples for every grouping at the same bits, over several seeds."""
+) -> tuple[list[page.ComparisonRow], list[str]]:
+    """PSNR of final samples per grouping at the same bits, over several seeds; and all warnings."""
     name = bits_name(bits)
     label = _labelled(progress, name)
     original = find_denoiser(pipe)
     seeds = [seed + 1 + i for i in range(scale.seeds)]
     wanted = [_samples(original, pipe.scheduler, scale.images, s) for s in seeds]
-    rows = []
+    rows, warnings = [], []
     for index, grouping in enumerate(COMPARISON_GROUPINGS):
         denoiser = copy.deepcopy(original)
         started = time.perf_counter()
@@ -173,6 +174,7 @@ def _compare_groupings(
             for w, s in zip(wanted, seeds, strict=True)
         ]
         outcome = report.trace.outcome
+        warnings += [f"{name} {grouping}: {sentence}." for sentence in report.trace.warnings]
         rows.append(
             page.ComparisonRow(
                 grouping,
@@ -185,7 +187,7 @@ def _compare_groupings(
             )
         )
         label("comparison", index + 1, len(COMPARISON_GROUPINGS))
-    return rows
+    return rows, warnings
 
 
 def _samples(denoiser: nn.Module, scheduler: Any, count: int, seed: int) -> Tensor:
@@ -225,14 +227,20 @@ def _summary_rows(runs: Sequence[Run], rows: Sequence[page.ComparisonRow]) -> di
 
 
 def report_data(
-    runs: Sequence[Run], rows: Sequence[page.ComparisonRow], command: str, seed: int, seconds: float
+    runs: Sequence[Run],
+    rows: Sequence[page.ComparisonRow],
+    command: str,
+    seed: int,
+    seconds: float,
+    warnings: Sequence[str] = (),
 ) -> page.ReportData:
-    """Arrange runs as the report wants them; the first run is the main one."""
+    """Arrange runs as the report wants them; the first run is the main one, warnings are of other runs."""
     main = runs[0]
     trace, coverage = main.stored["trace"], main.stored["coverage"]
     timesteps = np.array(main.stored["timesteps"])
     kept = tuple(x["name"] for x in main.stored["layers"] if x["bits"] is None)
-    notes = [*trace["warnings"], *dict.fromkeys(s for run in runs for s in run.evaluation.missing)]
+    notes = [f"{run.name}: {sentence}." for run in runs for sentence in run.stored["trace"]["warnings"]]
+    notes += [*warnings, *dict.fromkeys(s for run in runs for s in run.evaluation.missing)]
     return page.ReportData(
         title="adpdm: quantized against full precision",
         command=command,
