@@ -60,14 +60,15 @@ Problem random_problem(const Shape& shape, int weight_bits, uint32_t seed, bool 
   args.input = shape.input;
   args.kernel = shape.kernel;
   args.stride = shape.stride;
-  args.padding = shape.padding;
+  args.padding = args.padding_end = shape.padding;
+  args.upsample = 1;
   args.dilation = shape.dilation;
   args.groups = shape.groups;
   args.weight_bits = weight_bits;
-  args.out.height = conv_out_size(shape.input.height, shape.kernel.height, shape.stride.height,
-                                  shape.padding.height, shape.dilation.height);
-  args.out.width = conv_out_size(shape.input.width, shape.kernel.width, shape.stride.width,
-                                 shape.padding.width, shape.dilation.width);
+  args.out.height = conv_out_size(shape.input.height + 2 * shape.padding.height, shape.kernel.height,
+                                  shape.stride.height, shape.dilation.height);
+  args.out.width = conv_out_size(shape.input.width + 2 * shape.padding.width, shape.kernel.width,
+                                 shape.stride.width, shape.dilation.width);
   return problem;
 }
 
@@ -77,11 +78,9 @@ std::vector<T> run(Problem& problem, cpu::Isa isa, FloatType type, T guard) {
   cpu::ScopedIsa scope(isa);
   Conv2dArgs& args = problem.args;
   for (int s = 0; s < args.num_segments; ++s) args.segments[s] = problem.segments[s].segment();
-  args.bias = problem.bias.data();
   const int64_t size = args.batch * args.out.height * args.out.width * args.out_channels;
   std::vector<T> output(size + 64, guard);
-  args.output = output.data();
-  args.output_type = type;
+  args.output = plain_output(problem.bias.data(), output.data(), type);
   cpu::conv2d(args);
   for (int64_t i = size; i < size + 64; ++i) EXPECT_EQ(output[i], guard) << "written beyond the output";
   output.resize(size);
@@ -90,7 +89,7 @@ std::vector<T> run(Problem& problem, cpu::Isa isa, FloatType type, T guard) {
 
 void expect_matches_definition(const Shape& shape, int weight_bits, uint32_t seed) {
   Problem problem = random_problem(shape, weight_bits, seed);
-  problem.args.bias = problem.bias.data();
+  problem.args.output = plain_output(problem.bias.data(), nullptr, FloatType::kFloat32);
   const std::vector<float> wanted = testing::naive_conv2d(problem.args, problem.segments);
   for (cpu::Isa isa : supported_isas()) {
     EXPECT_EQ(run<float>(problem, isa, FloatType::kFloat32, -7.0f), wanted) << cpu::isa_name(isa);

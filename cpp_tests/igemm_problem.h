@@ -98,7 +98,7 @@ inline std::vector<float> naive_conv2d(const Conv2dArgs& args, const std::vector
     for (int64_t y = 0; y < args.out.height; ++y) {
       for (int64_t x = 0; x < args.out.width; ++x) {
         for (int64_t o = 0; o < args.out_channels; ++o) {
-          float value = args.bias ? args.bias[o] : 0.0f;
+          float value = args.output.bias ? args.output.bias[o] : 0.0f;
           for (const SegmentData& data : segments) {
             const float factor = data.scale[data.group_index] * data.weight_scale[o];
             value = std::fma(static_cast<float>(naive_centred(args, data, n, y, x, o)), factor, value);

@@ -20,13 +20,11 @@ std::vector<float> run(const std::vector<SegmentData>& segments, const float* bi
   LinearArgs args{};
   args.num_segments = static_cast<int>(segments.size());
   for (int s = 0; s < args.num_segments; ++s) args.segments[s] = segments[s].segment();
-  args.bias = bias;
-  args.output_type = FloatType::kFloat32;
-  args.rows = rows;
+  args.rows = args.rows_per_image = rows;
   args.out_features = outputs;
   args.weight_bits = weight_bits;
   std::vector<float> output(rows * outputs, -7.0f);
-  args.output = output.data();
+  args.output = plain_output(bias, output.data(), FloatType::kFloat32);
   cpu::linear(args);
   return output;
 }
@@ -34,8 +32,8 @@ std::vector<float> run(const std::vector<SegmentData>& segments, const float* bi
 std::vector<float> naive(const std::vector<SegmentData>& segments, const float* bias, int64_t rows,
                          int64_t outputs) {
   Conv2dArgs args{};
-  args.bias = bias;
-  args.batch = args.groups = 1;
+  args.output = plain_output(bias, nullptr, FloatType::kFloat32);
+  args.batch = args.groups = args.upsample = 1;
   args.out_channels = outputs;
   args.input = args.out = {1, rows};
   args.kernel = args.stride = args.dilation = {1, 1};

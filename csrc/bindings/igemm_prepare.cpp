@@ -111,11 +111,13 @@ Conv2dArgs conv2d_args(const SegmentLists& lists, const ConvGeometry& geometry) 
   args.kernel = checked_pair("kernel_size", geometry.kernel_size, 1);
   args.stride = checked_pair("stride", geometry.stride, 1);
   args.padding = checked_pair("padding", geometry.padding, 0);
+  args.padding_end = args.padding;
+  args.upsample = 1;
   args.dilation = checked_pair("dilation", geometry.dilation, 1);
   args.groups = geometry.groups;
-  args.out = {conv_out_size(args.input.height, args.kernel.height, args.stride.height, args.padding.height,
-                            args.dilation.height),
-              conv_out_size(args.input.width, args.kernel.width, args.stride.width, args.padding.width,
+  args.out = {conv_out_size(args.input.height + 2 * args.padding.height, args.kernel.height,
+                            args.stride.height, args.dilation.height),
+              conv_out_size(args.input.width + 2 * args.padding.width, args.kernel.width, args.stride.width,
                             args.dilation.width)};
   check_geometry(args);
   return args;
@@ -151,8 +153,8 @@ PreparedLinear prepare_linear(const SegmentLists& lists, const std::optional<at:
   args.num_segments = static_cast<int>(lists.inputs.size());
   args.out_features = out_features;
   args.weight_bits = checked_bits("linear", "weight_bits", weight_bits);
-  args.output_type = float_type("linear", "dtype", dtype);
-  args.bias = bias_pointer("linear", bias, first, out_features);
+  const FloatType type = float_type("linear", "dtype", dtype);
+  const float* bias_data = bias_pointer("linear", bias, first, out_features);
   for (size_t s = 0; s < lists.inputs.size(); ++s) {
     const at::Tensor& input = lists.inputs[s];
     check_linear_input(first, input, s);
@@ -165,8 +167,8 @@ PreparedLinear prepare_linear(const SegmentLists& lists, const std::optional<at:
   at::DimVector sizes(first.sizes().begin(), first.sizes().end());
   sizes.back() = out_features;
   prepared.output = at::empty(sizes, first.options().dtype(dtype));
-  args.rows = prepared.output.numel() / out_features;
-  args.output = prepared.output.data_ptr();
+  args.rows = args.rows_per_image = prepared.output.numel() / out_features;
+  args.output = plain_output(bias_data, prepared.output.data_ptr(), type);
   return prepared;
 }
 
@@ -178,8 +180,8 @@ PreparedConv2d prepare_conv2d(const SegmentLists& lists, const std::optional<at:
   Conv2dArgs& args = prepared.args;
   const at::Tensor& first = lists.inputs[0];
   args.weight_bits = checked_bits("conv2d", "weight_bits", weight_bits);
-  args.output_type = float_type("conv2d", "dtype", dtype);
-  args.bias = bias_pointer("conv2d", bias, first, args.out_channels);
+  const FloatType type = float_type("conv2d", "dtype", dtype);
+  const float* bias_data = bias_pointer("conv2d", bias, first, args.out_channels);
   for (size_t s = 0; s < lists.inputs.size(); ++s) {
     const at::Tensor& input = lists.inputs[s];
     check_conv_input(args, input, s);
@@ -191,7 +193,7 @@ PreparedConv2d prepare_conv2d(const SegmentLists& lists, const std::optional<at:
   }
   prepared.output = at::empty({args.batch, args.out_channels, args.out.height, args.out.width},
                               first.options().dtype(dtype), at::MemoryFormat::ChannelsLast);
-  args.output = prepared.output.data_ptr();
+  args.output = plain_output(bias_data, prepared.output.data_ptr(), type);
   return prepared;
 }
 

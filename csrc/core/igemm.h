@@ -14,6 +14,42 @@ constexpr int kMaxSegments = 2;
 // |sum_k (q - zero_point) * w| <= K * 255 * 128 has to fit int32.
 constexpr int64_t kMaxReduction = INT32_MAX / (255 * 128);
 
+// Function applied to a result before it is stored.
+enum class Activation : uint8_t {
+  kNone,
+  kSilu,   // y * sigmoid(y)
+  kGeglu,  // outputs are pairs (value, gate): value * gelu(gate), half as many results
+};
+
+// What becomes of y = sum_s scale_s * weight_scale_s[o] * (acc_s - zero_point_s * weight_sum_s[o]) + bias[o]:
+//   y = (y + row_bias[image, o] + residual[m, o]) * output_scale;  y = activation(y);  stored, or quantized.
+// Each step rounds to float32; a step whose operand is missing is left out.
+struct IgemmOutput {
+  const float* bias;      // [O] f32 or nullptr
+  const float* row_bias;  // [images, O] f32 or nullptr: time embedding
+  const void* residual;   // [M, O] residual_type or nullptr; not with kGeglu
+  FloatType residual_type;
+  float output_scale;  // 1 / output_scale_factor of a residual block; 1 leaves y as it is
+  Activation activation;
+  int num_bits;            // 0: stores type; 2..8: stores int8 codes under qparams
+  GroupedQParams qparams;  // of the next layer, where num_bits > 0
+  void* data;              // [M, O or O / 2] type, or i8 codes
+  FloatType type;
+};
+
+// A float result that is stored as it is.
+inline IgemmOutput plain_output(const float* bias,  // [O] f32 or nullptr
+                                void* data,         // [M, O] type
+                                FloatType type) {
+  IgemmOutput output{};
+  output.bias = bias;
+  output.residual_type = type;
+  output.output_scale = 1.0f;
+  output.data = data;
+  output.type = type;
+  return output;
+}
+
 struct IgemmSegment {
   const int8_t* codes;        // conv2d [N, H, W, C] i8, linear [M, C] i8
   int64_t channels;           // C

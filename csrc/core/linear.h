@@ -11,11 +11,10 @@ namespace adpdm {
 struct LinearArgs {
   IgemmSegment segments[kMaxSegments];
   int num_segments;
-  const float* bias;  // [O] f32 or nullptr
-  void* output;       // [M, O] output_type
-  FloatType output_type;
-  int64_t rows;          // M
-  int64_t out_features;  // O
+  IgemmOutput output;      // [M, O]; an image is rows_per_image rows
+  int64_t rows;            // M
+  int64_t rows_per_image;  // of row_bias; M where there is none
+  int64_t out_features;    // O
   int weight_bits;
 };
 

@@ -141,10 +141,10 @@ void conv2d(const Conv2dArgs& args) {
   problem.tile.num_segments = args.num_segments;
   problem.tile.tap_rows = args.kernel.height;
   problem.tile.tap_columns = args.kernel.width;
-  problem.tile.bias = args.bias;
-  problem.tile.output = static_cast<char*>(args.output);
+  problem.tile.bias = args.output.bias;
+  problem.tile.output = static_cast<char*>(args.output.data);
   problem.tile.output_step = args.out_channels;
-  problem.tile.output_type = args.output_type;
+  problem.tile.output_type = args.output.type;
   problem.tile.nibbles = stored_in_nibbles(args.weight_bits);
 
   // Kept between calls, because fresh pages cost more than the copy; owned by the thread, so calls do not

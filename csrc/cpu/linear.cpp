@@ -11,14 +11,12 @@ void linear(const LinearArgs& args) {
   Conv2dArgs conv{};
   std::copy(args.segments, args.segments + kMaxSegments, conv.segments);
   conv.num_segments = args.num_segments;
-  conv.bias = args.bias;
   conv.output = args.output;
-  conv.output_type = args.output_type;
-  conv.batch = 1;
+  conv.batch = conv.upsample = 1;
   conv.out_channels = args.out_features;
   conv.input = conv.out = {1, args.rows};
   conv.kernel = conv.stride = conv.dilation = {1, 1};
-  conv.padding = {0, 0};
+  conv.padding = conv.padding_end = {0, 0};
   conv.groups = 1;
   conv.weight_bits = args.weight_bits;
   conv2d(conv);

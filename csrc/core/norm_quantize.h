@@ -1,0 +1,50 @@
+// Normalisation and quantization in one pass: the float result between them is never stored.
+#pragma once
+
+#include <cstdint>
+
+#include "core/igemm.h"
+#include "core/types.h"
+
+namespace adpdm {
+
+// One of the tensors whose channels are concatenated before a normalisation.
+struct NormSource {
+  const void* data;  // [N, pixels, channels] type
+  int64_t channels;
+};
+
+struct GroupNormQuantizeArgs {
+  NormSource sources[kMaxSegments];  // read side by side, never concatenated
+  int num_sources;
+  FloatType type;
+  int64_t batch;            // N
+  int64_t pixels;           // H * W
+  int64_t channels;         // C, of all sources together
+  int64_t norm_groups;      // divides C
+  const float* weight;      // [C] f32 or nullptr: 1
+  const float* bias;        // [C] f32 or nullptr: 0
+  const float* modulation;  // [N, 2 * C] f32 (scale, shift): y * (1 + scale) + shift; or nullptr
+  float eps;
+  Activation activation;  // kNone or kSilu
+  GroupedQParams qparams;
+  int num_bits;
+  int8_t* codes;  // [N, pixels, C] i8
+};
+
+struct LayerNormQuantizeArgs {
+  const void* x;  // [rows, C] type
+  FloatType type;
+  int64_t rows;
+  int64_t channels;         // C
+  const float* weight;      // [C] f32 or nullptr: 1
+  const float* bias;        // [C] f32 or nullptr: 0
+  const float* modulation;  // [images, 2 * C] f32 (scale, shift): y * (1 + scale) + shift; or nullptr
+  int64_t rows_per_image;
+  float eps;
+  GroupedQParams qparams;
+  int num_bits;
+  int8_t* codes;  // [rows, C] i8
+};
+
+}  // namespace adpdm
