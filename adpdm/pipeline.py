@@ -55,7 +55,7 @@ def find_denoiser(pipe_or_denoiser: Any) -> nn.Module:
         if isinstance(component, nn.Module):
             return component
     raise TypeError(
-        "quantize: wanted a diffusers pipeline with a unet or transformer, or a denoiser module; "
+        "adpdm: wanted a diffusers pipeline with a unet or transformer, or a denoiser module; "
         f"got {type(pipe_or_denoiser).__name__}"
     )
 

@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"calibrate"},
     {"diffusers_quantizer"},
     {"pipeline"},
-    {"testing", "demo"},
+    {"testing", "demo", "graph"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -1,0 +1,176 @@
+"""adpdm.graph: what is captured, when it is replayed, and what it refuses.
+
+Without a GPU a recorder stands in that repeats the work by calling it again into the same memory, which is
+the contract of a CUDA graph; the `cuda` tests use the real one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from adpdm import QuantConfig, graph, quantize
+from adpdm.testing import ddim_scheduler, tiny_unet
+
+RECORDERS: list[Rerun] = []
+
+
+class Rerun:
+    """Repeats recorded work into the memory of its first results."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.replays = 0
+        RECORDERS.append(self)
+
+    def record(self, work: Callable[[], Any]) -> Any:
+        self._work = work
+        self._result = work()
+        return self._result
+
+    def replay(self) -> None:
+        self.replays += 1
+        fresh = pytree.tree_leaves(self._work())
+        for old, new in zip(pytree.tree_leaves(self._result), fresh, strict=True):
+            if isinstance(old, Tensor):
+                old.copy_(new)
+
+
+class Denoiser(nn.Module):
+    """A stand-in with a flag and a condition, which counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+        self.calls = 0
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None, return_dict: bool = True
+    ) -> Any:
+        self.calls += 1
+        y = self.weight * sample + timestep.reshape(-1, 1)
+        y = y if condition is None else y + condition
+        return {"sample": y} if return_dict else (y,)
+
+
+@pytest.fixture
+def denoiser() -> Denoiser:
+    RECORDERS.clear()
+    return Denoiser()
+
+
+@torch.no_grad()
+def test_capture_serves_every_timestep_with_one_graph(denoiser: Denoiser) -> None:
+    plain = copy.deepcopy(denoiser)
+    graphed = graph.capture(denoiser, make_recorder=Rerun)
+    sample = torch.randn(2, 3)
+    for timestep in (7, 3.5, torch.tensor(1), torch.tensor([9, 9])):
+        wanted = plain(sample, torch.as_tensor(timestep).reshape(-1)[:1])["sample"]
+        assert torch.equal(denoiser(sample, timestep)["sample"], wanted)
+        sample = sample + 1
+    # ints, floats and int tensors differ in dtype, not in anything else
+    assert len(graphed) == len({torch.int64, torch.float32})
+    assert sum(r.replays for r in RECORDERS) == 4
+
+
+@torch.no_grad()
+def test_capture_returns_tensors_of_its_own(denoiser: Denoiser) -> None:
+    graph.capture(denoiser, make_recorder=Rerun)
+    first = denoiser(torch.ones(1, 2), 1)["sample"]
+    before = first.clone()
+    denoiser(torch.zeros(1, 2), 1)
+    assert torch.equal(first, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"sample": torch.ones(2, 2)},
+        {"condition": torch.ones(1, 2)},
+        {"return_dict": False},
+        {"sample": torch.ones(1, 2, dtype=torch.float64)},
+    ],
+)
+def test_capture_records_again_for_another_signature(denoiser: Denoiser, call: dict[str, Any]) -> None:
+    graphed = graph.capture(denoiser, make_recorder=Rerun)
+    first = {"sample": torch.ones(1, 2), "timestep": 1}
+    denoiser(**first)
+    denoiser(**{**first, **call})
+    denoiser(**{**first, **call})
+    assert len(graphed) == 2
+
+
+@torch.no_grad()
+def test_capture_refuses_more_graphs_than_agreed(denoiser: Denoiser) -> None:
+    graph.capture(denoiser, make_recorder=Rerun, max_graphs=1)
+    denoiser(torch.ones(1, 2), 1)
+    with pytest.raises(RuntimeError, match="at most max_graphs=1 different inputs"):
+        denoiser(torch.ones(2, 2), 1)
+
+
+def test_capture_refuses_gradients(denoiser: Denoiser) -> None:
+    graph.capture(denoiser, make_recorder=Rerun)
+    with pytest.raises(RuntimeError, match="no gradients"):
+        denoiser(torch.ones(1, 2), 1)
+
+
+@torch.no_grad()
+def test_capture_refuses_arguments_it_cannot_compare(denoiser: Denoiser) -> None:
+    graph.capture(denoiser, make_recorder=Rerun)
+    with pytest.raises(TypeError, match="tensors or hashable values, got set"):
+        denoiser(torch.ones(1, 2), 1, {1, 2})
+
+
+def test_capture_wants_a_cuda_device(denoiser: Denoiser) -> None:
+    with pytest.raises(ValueError, match="wanted a denoiser on a CUDA device, got one on cpu"):
+        graph.capture(denoiser)
+
+
+def test_capture_twice_is_an_error(denoiser: Denoiser) -> None:
+    graph.capture(denoiser, make_recorder=Rerun)
+    with pytest.raises(ValueError, match="captured already"):
+        graph.capture(denoiser, make_recorder=Rerun)
+
+
+@torch.no_grad()
+def test_release_gives_the_forward_back(denoiser: Denoiser) -> None:
+    graph.capture(denoiser, make_recorder=Rerun)
+    graph.release(denoiser)
+    denoiser(torch.ones(1, 2), torch.tensor([1]))
+    assert denoiser.calls == 1
+    assert not RECORDERS
+    with pytest.raises(ValueError, match="is not captured"):
+        graph.release(denoiser)
+
+
+@torch.no_grad()
+def test_capture_switches_the_groups_of_a_quantized_denoiser(device: torch.device) -> None:
+    unet = tiny_unet()
+    config = QuantConfig(
+        num_groups=2,
+        num_inference_steps=4,
+        grouping="uniform",
+        calibration_images=2,
+        round_size=2,
+        histogram_images=2,
+    )
+    quantize(unet, config, scheduler=ddim_scheduler())
+    plain = copy.deepcopy(unet).to(device)
+    unet.to(device)
+    make_recorder = Rerun if device.type == "cpu" else graph.CudaRecorder
+    graphed = graph.capture(unet, make_recorder=make_recorder)
+    sample = torch.randn(2, unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    groups = set()
+    for timestep in (999, 500, 1):
+        assert torch.equal(unet(sample, timestep).sample, plain(sample, timestep).sample)
+        groups.add(tuple(unet.adpdm_step.group_index.tolist()))
+    assert len(groups) > 1, "the timesteps must differ in their groups for this test to say anything"
+    assert len(graphed) == 1
