@@ -1,0 +1,103 @@
+// Switching between the scheduler and the stacks of the emulated threads.
+
+// glibc's checked longjmp refuses to jump to another stack.
+#undef _FORTIFY_SOURCE
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+
+#include "simt/executor.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#define ADPDM_SIMT_ASAN
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define ADPDM_SIMT_ASAN
+#endif
+#endif
+#ifdef ADPDM_SIMT_ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace adpdm::simt {
+namespace {
+
+// A kernel keeps at most a few KiB of accumulators per thread; sanitizers multiply that.
+constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kCanaryBytes = 256;  // at the end a stack grows towards
+constexpr unsigned char kCanary = 0xC5;
+
+// AddressSanitizer has to know which stack it is on.
+void start_switch([[maybe_unused]] void** save, [[maybe_unused]] const void* stack,
+                  [[maybe_unused]] size_t bytes) {
+#ifdef ADPDM_SIMT_ASAN
+  __sanitizer_start_switch_fiber(save, stack, bytes);
+#endif
+}
+
+void finish_switch([[maybe_unused]] void* save, [[maybe_unused]] const void** previous_stack,
+                   [[maybe_unused]] size_t* previous_bytes) {
+#ifdef ADPDM_SIMT_ASAN
+  __sanitizer_finish_switch_fiber(save, previous_stack, previous_bytes);
+#endif
+}
+
+// The first visit of a stack goes through ucontext; later ones jump, because swapcontext makes two system
+// calls.
+[[noreturn]] void enter(unsigned char* stack, void (*entry)()) {
+  thread_local ucontext_t context;  // not on this stack frame, which is never left in order
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, entry, 0);
+  setcontext(&context);
+  std::terminate();  // setcontext returns only when it fails
+}
+
+}  // namespace
+
+void Executor::create(Fiber& fiber) {
+  fiber.stack.reset(new unsigned char[kStackBytes]);  // not zeroed: pages are touched as they are used
+  std::fill_n(fiber.stack.get(), kCanaryBytes, kCanary);
+}
+
+void Executor::resume(Fiber& fiber) {
+  if (!fiber.created) create(fiber);
+  running_ = &fiber;
+  start_switch(&scheduler_asan_stack_, fiber.stack.get(), kStackBytes);
+  if (_setjmp(scheduler_) == 0) {
+    if (running_->created) _longjmp(running_->context, 1);
+    running_->created = true;
+    enter(running_->stack.get(), &Executor::fiber_main);
+  }
+  finish_switch(scheduler_asan_stack_, nullptr, nullptr);
+  const bool done = running_->state == Fiber::State::kDone;
+  const unsigned char* stack = running_->stack.get();
+  running_ = nullptr;
+  if (done && std::any_of(stack, stack + kCanaryBytes, [](unsigned char byte) { return byte != kCanary; })) {
+    std::fputs("simt: a thread of a kernel has overflowed its stack\n", stderr);
+    std::abort();  // memory outside of the stack may be overwritten: no way to go on
+  }
+}
+
+void Executor::suspend() {
+  start_switch(&running_->asan_stack, scheduler_stack_, scheduler_stack_bytes_);
+  if (_setjmp(running_->context) == 0) _longjmp(scheduler_, 1);
+  finish_switch(running_->asan_stack, nullptr, nullptr);
+}
+
+// Runs the kernel of one block after the other on this stack.
+void Executor::fiber_main() {
+  Executor& self = executor();
+  finish_switch(nullptr, &self.scheduler_stack_, &self.scheduler_stack_bytes_);
+  for (;;) {
+    self.run_body();
+    self.suspend();
+  }
+}
+
+}  // namespace adpdm::simt
