@@ -1,4 +1,4 @@
-"""Builds the torch-free core with CMake, then the extension adpdm._C against the installed torch.
+"""Builds the torch-free libraries with CMake, then the extension adpdm._C against the installed torch.
 
 Environment: MAX_JOBS (parallel compilations), ADPDM_CUDA (auto, 0, 1), ADPDM_CUDA_ARCHS, ADPDM_WERROR (0, 1).
 """
@@ -27,7 +27,6 @@ except ImportError as error:
 
 ROOT = Path(__file__).resolve().parent
 CORE_BUILD = Path("build", "core")
-CORE_LIBRARY = CORE_BUILD / "libadpdm_core.a"
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 # An environment that is used without being activated still lends its cmake and ninja.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
@@ -49,7 +48,7 @@ def find_tool(name: str) -> str:
 
 
 def build_core() -> dict[str, str]:
-    """Configures and builds adpdm_core; returns what CMake wrote about it (core_config.txt)."""
+    """Configures and builds the libraries; returns what CMake wrote about them (core_config.txt)."""
     cmake = find_tool("cmake")
     options = {
         # Named on every run, because an isolated build has another ninja each time and CMake caches the path.
@@ -60,7 +59,8 @@ def build_core() -> dict[str, str]:
     if "ADPDM_CUDA_ARCHS" in os.environ:
         options["ADPDM_CUDA_ARCHS"] = os.environ["ADPDM_CUDA_ARCHS"]
     configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(ROOT / CORE_BUILD)]
-    build = [cmake, "--build", str(ROOT / CORE_BUILD), "--target", "adpdm_core", "-j", os.environ["MAX_JOBS"]]
+    build = [cmake, "--build", str(ROOT / CORE_BUILD), "--target", "adpdm_libraries"]
+    build += ["-j", os.environ["MAX_JOBS"]]
     for command in (configure + [f"-D{name}={value}" for name, value in options.items()], build):
         if subprocess.run(command).returncode != 0:
             raise SystemExit(f"Building adpdm's C++ core failed at: {' '.join(command)}")
@@ -69,7 +69,7 @@ def build_core() -> dict[str, str]:
 
 
 def extension() -> CppExtension:
-    """adpdm._C, linking the core that build_core() makes."""
+    """adpdm._C, as yet without the libraries that build_core() makes."""
     # Only checks and calls live here; Python's -O3 -g takes twice as long (igemm_prepare.cpp: 25 s, not 12).
     flags = ["-O2", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"]
     flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -85,9 +85,8 @@ def extension() -> CppExtension:
         sorted(glob.glob("csrc/bindings/*.cpp")),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("ADPDM_VERSION", f'"{read_version()}"')],
-        depends=[str(CORE_LIBRARY), "setup.py", "adpdm/__init__.py", *headers],
+        depends=["setup.py", "adpdm/__init__.py", *headers],
         extra_compile_args={"cxx": flags},
-        extra_link_args=[str(CORE_LIBRARY)],
     )
 
 
@@ -102,9 +101,12 @@ class BuildAdpdm(BuildExtension):
 
     def run(self) -> None:
         core = build_core()
-        if core["cuda_archs"]:
-            archs = f'"{core["cuda_archs"]}"'
-            for module in self.extensions:
+        libraries = [str(CORE_BUILD / name) for name in core["libraries"].split(";")]
+        for module in self.extensions:
+            module.depends += libraries
+            module.extra_link_args += libraries
+            if core["cuda_archs"]:
+                archs = f'"{core["cuda_archs"]}"'
                 module.define_macros += [("ADPDM_WITH_CUDA", None), ("ADPDM_CUDA_ARCHS", archs)]
                 module.extra_link_args += [*core["cuda_libraries"].split(";"), "-lrt", "-ldl", "-lpthread"]
         super().run()

@@ -33,10 +33,13 @@ MAY_IMPORT_DIFFUSERS = {"pipeline", "diffusers_quantizer", "testing"}
 CPP_FOLDERS: dict[str, tuple[set[str], str]] = {
     "core": ({"core"}, r"(cuda_fp16|cuda_bf16)\.h"),
     "cpu": ({"core", "cpu"}, r"(immintrin|sys/syscall|unistd)\.h"),
-    "cuda": ({"core", "cuda"}, r"cuda\w*\.h|mma\.h"),
+    "simt": ({"simt"}, r"ucontext\.h|sanitizer/\w+\.h"),
+    "cuda": ({"core", "cuda"}, r"cuda\w*\.h"),
     "bindings": ({"core", "cpu", "cuda", "bindings"}, r"(torch|ATen|c10|pybind11)/.*"),
 }
 STANDARD_HEADER = r"[a-z_]+"
+# Where the instructions of the device are replaced by calls of the host executor.
+MAY_INCLUDE_SIMT = {"device.cuh", "launch.cuh", "device_info.cu"}
 
 
 def module_of(path: Path) -> str:
@@ -74,17 +77,19 @@ def python_faults(module: str, package: tuple[str, ...], source: str) -> list[st
     return faults
 
 
-def cpp_faults(folder: str, source: str) -> list[str]:
-    """Sentences on what a file in csrc/<folder> may not include."""
+def cpp_faults(folder: str, source: str, name: str = "") -> list[str]:
+    """Sentences on what the file csrc/<folder>/<name> may not include."""
     if folder not in CPP_FOLDERS:
         return [f"csrc/{folder} has no layer: add it to CPP_FOLDERS in python_tests/test_layering.py"]
     folders, others = CPP_FOLDERS[folder]
+    if folder == "cuda" and name in MAY_INCLUDE_SIMT:
+        folders = folders | {"simt"}
     faults = []
-    for kind, name in re.findall(r'^\s*#\s*include\s*(["<])([^">]+)[">]', source, re.MULTILINE):
-        if kind == '"' and name.partition("/")[0] not in folders:
-            faults.append(f'csrc/{folder} includes "{name}"; wanted a path below csrc in {sorted(folders)}')
-        if kind == "<" and not re.fullmatch(f"{STANDARD_HEADER}|{others}", name):
-            faults.append(f"csrc/{folder} includes <{name}>; wanted the standard library or {others}")
+    for kind, header in re.findall(r'^\s*#\s*include\s*(["<])([^">]+)[">]', source, re.MULTILINE):
+        if kind == '"' and header.partition("/")[0] not in folders:
+            faults.append(f'csrc/{folder} includes "{header}"; wanted a path below csrc in {sorted(folders)}')
+        if kind == "<" and not re.fullmatch(f"{STANDARD_HEADER}|{others}", header):
+            faults.append(f"csrc/{folder} includes <{header}>; wanted the standard library or {others}")
     return faults
 
 
@@ -102,7 +107,7 @@ def test_python_file_depends_on_earlier_layers_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CPP_FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_cpp_file_includes_allowed_folders_only(path: Path) -> None:
-    assert cpp_faults(path.relative_to(ROOT / "csrc").parts[0], path.read_text()) == []
+    assert cpp_faults(path.relative_to(ROOT / "csrc").parts[0], path.read_text(), path.name) == []
 
 
 @pytest.mark.parametrize(
@@ -137,6 +142,8 @@ def test_python_rule_resolves_relative_imports_of_a_subpackage() -> None:
         ("cpu", "#  include <ATen/Parallel.h>"),
         ("cpu", '#include "isa.h"'),
         ("cuda", '#include "cpu/isa.h"'),
+        ("cuda", '#include "simt/executor.h"'),
+        ("simt", '#include "core/types.h"'),
         ("bindings", "#include <cuda_runtime.h>"),
         ("metal", ""),
     ],
@@ -148,3 +155,4 @@ def test_cpp_rule_finds_the_fault(folder: str, source: str) -> None:
 def test_cpp_rule_allows_what_the_layers_allow() -> None:
     assert cpp_faults("cpu", '#include "core/types.h"\n#include <immintrin.h>\n#include <vector>') == []
     assert cpp_faults("bindings", '#include <torch/library.h>\n#include "cpu/isa.h"') == []
+    assert cpp_faults("cuda", '#include "simt/executor.h"', "device.cuh") == []
