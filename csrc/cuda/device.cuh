@@ -13,6 +13,7 @@
 #ifdef ADPDM_SIMT
 #include "simt/executor.h"
 #include "simt/warp_ops.h"
+#include "simt/wgmma.h"
 #define ADPDM_DEVICE inline
 #define ADPDM_KERNEL(max_threads, min_blocks) void
 #define ADPDM_UNROLL
@@ -73,6 +74,7 @@ ADPDM_DEVICE T shared_load(const T* p) {
 template <typename T>
 ADPDM_DEVICE void shared_store(T* p, T value) {
   simt::executor().check_shared(p, sizeof(T), "shared_store");
+  simt::note_shared_write(p, sizeof(T));
   *p = value;
 }
 

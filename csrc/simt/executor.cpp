@@ -100,6 +100,7 @@ void Executor::begin_block() {
   for (Warp& warp : warps_) warp.boxes[0].arrived = warp.boxes[1].arrived = 0;
   num_at_barrier_ = 0;
   cancelled_ = false;
+  wgmma_state = nullptr;
   for (int i = 0; i < config_.threads; ++i) {
     Fiber& fiber = fibers_[static_cast<size_t>(i)];
     fiber.state = Fiber::State::kReady;

@@ -80,9 +80,12 @@ struct Fiber {
   AsyncQueue async[kAsyncKinds];
 };
 
+struct WgmmaState;
+
 class Executor {
  public:
   Options options;
+  std::shared_ptr<WgmmaState> wgmma_state;  // of the running block: simt/wgmma.cpp
 
   // ---- for the host ----
 
@@ -101,6 +104,7 @@ class Executor {
 
   int thread_index() const { return running().index; }
   int num_threads() const { return config_.threads; }
+  int64_t shared_bytes() const { return config_.shared_bytes; }
   const Dim3& block() const { return block_; }
   const Dim3& grid() const { return config_.grid; }
 

@@ -4,6 +4,8 @@
 #include <limits>
 #include <string>
 
+#include "simt/wgmma.h"
+
 namespace adpdm::simt {
 namespace {
 
@@ -61,7 +63,10 @@ void copy_async16(void* shared, const void* global) {
   self.check_shared(shared, 16, "copy_async16 to shared memory");
   self.check_global(global, 16, "copy_async16 from global memory");
   std::memset(shared, kCopyPoison, 16);
-  self.add_async(Async::kCopy, [shared, global] { std::memcpy(shared, global, 16); });
+  self.add_async(Async::kCopy, [shared, global] {
+    std::memcpy(shared, global, 16);
+    note_shared_write(shared, 16);
+  });
 }
 
 void load_matrix_x4(uint32_t (&r)[4], const void* shared_row) {
