@@ -1,0 +1,218 @@
+"""Checks the machine code of the CUDA kernels: the instructions promised are there, spills and traps are not.
+
+    python tools/check_sass.py build/tests/libadpdm_cuda.a
+
+Needs cuobjdump and nvdisasm, from the CUDA toolkit on PATH or from PyPI (nvidia-cuda-cuobjdump,
+nvidia-cuda-nvdisasm). Exit status: 0 all is well, 1 with a table of faults, 77 the tools are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SKIPPED = 77
+
+
+@dataclass
+class Kernel:
+    """One kernel of one architecture."""
+
+    name: str  # demangled
+    arch: str  # sm_80, sm_90a
+    opcodes: Counter[str] = field(default_factory=Counter)  # with modifiers: IMMA.16832.S8.S8
+    registers: int | None = None  # per thread
+    stack: int | None = None  # bytes per thread
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for kernels with a name like this; every architecture must have at least one."""
+
+    kernels: str  # pattern of names
+    archs: tuple[str, ...] = ("sm_80", "sm_90a")
+    wanted: tuple[str, ...] = ()  # patterns of opcodes, each of which must occur
+    refused: tuple[str, ...] = ()  # patterns of opcodes, none of which may occur
+    max_registers: int = 255
+
+
+# Instructions: cp.async of 16 bytes, vectors, and the matrix products.
+COPY_ASYNC = r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
+LOAD_128 = r"LDG\.E\.128"
+STORE_128 = r"STG\.E\.128"
+MMA_S8 = r"IMMA\.16832\.S8\.S8"
+MMA_S4 = r"IMMA\.16864\.S4\.S4"
+WGMMA_S8 = r"IGMMA\.64x\d+x32\.S8\.S8"
+SPILLS = (r"LDL\b", r"STL\b")
+# What ptxas calls instead of mma.m16n8k64 from sm_90 on.
+S4_HELPER = re.compile(r"mma_sub_byte")
+
+RULES: tuple[Rule, ...] = ()
+
+
+# ---- reading what cuobjdump prints ----
+
+
+def parse_sass(text: str) -> list[Kernel]:
+    """Kernels in the output of cuobjdump -sass."""
+    kernels: list[Kernel] = []
+    arch = ""
+    instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+    for line in text.splitlines():
+        line = line.strip()
+        if line.startswith("code for "):
+            arch = line.split()[-1]
+        elif line.startswith("Function : "):
+            kernels.append(Kernel(line.removeprefix("Function : "), arch))
+        elif found := instruction.match(line):
+            kernels[-1].opcodes[found.group(1)] += 1
+    return kernels
+
+
+def parse_usage(text: str) -> dict[tuple[str, str], tuple[int, int]]:
+    """Registers and bytes of stack by (architecture, mangled name), from cuobjdump -res-usage."""
+    usage = {}
+    arch = name = ""
+    for line in text.splitlines():
+        line = line.strip()
+        if line.startswith("arch = "):
+            arch = line.split()[-1]
+        elif line.startswith("Function "):
+            name = line.removeprefix("Function ").rstrip(":")
+        elif found := re.match(r"REG:(\d+) STACK:(\d+)", line):
+            usage[arch, name] = (int(found.group(1)), int(found.group(2)))
+    return usage
+
+
+def parse_helpers(text: str) -> list[tuple[str, str]]:
+    """(architecture, name) of the routines that ptxas has added, from cuobjdump -symbols."""
+    helpers = []
+    arch = ""
+    for line in text.splitlines():
+        if line.startswith("arch = "):
+            arch = line.split()[-1]
+        elif found := re.search(r"\$__internal_\d+_\$(\S+)", line):
+            helpers.append((arch, found.group(1)))
+    return helpers
+
+
+# ---- judging it ----
+
+
+def count(kernel: Kernel, pattern: str) -> int:
+    """Instructions of the kernel whose opcode begins with the pattern."""
+    return sum(number for opcode, number in kernel.opcodes.items() if re.match(pattern, opcode))
+
+
+def kernel_faults(kernel: Kernel, rule: Rule) -> list[str]:
+    """What is wrong with a kernel that the rule is about."""
+    faults = [f"wanted {pattern}, found none" for pattern in rule.wanted if count(kernel, pattern) == 0]
+    faults += [
+        f"wanted no {pattern}, found {number}"
+        for pattern in rule.refused
+        if (number := count(kernel, pattern)) > 0
+    ]
+    if kernel.registers is None:
+        faults.append("its registers are not listed")
+    elif kernel.registers > rule.max_registers:
+        faults.append(f"wanted at most {rule.max_registers} registers, got {kernel.registers}")
+    return faults
+
+
+def find_faults(
+    kernels: list[Kernel], helpers: Iterable[tuple[str, str]], rules: Iterable[Rule]
+) -> list[tuple[str, str, str]]:
+    """(architecture, kernel, sentence) of everything that is wrong."""
+    archs = {kernel.arch for kernel in kernels}
+    faults = [
+        (arch, name, "is called instead of an instruction: s4 products are not native here")
+        for arch, name in helpers
+        if S4_HELPER.search(name)
+    ]
+    if not kernels:
+        faults.append(("", "", "wanted kernels, found none"))
+    for kernel in kernels:
+        everywhere = Rule(kernels="", refused=SPILLS)
+        faults += [(kernel.arch, kernel.name, fault) for fault in kernel_faults(kernel, everywhere)]
+        if kernel.stack:
+            faults.append((kernel.arch, kernel.name, f"wanted no stack, got {kernel.stack} bytes"))
+    for rule in rules:
+        for arch in archs.intersection(rule.archs):
+            found = [k for k in kernels if k.arch == arch and re.search(rule.kernels, k.name)]
+            if not found:
+                faults.append((arch, rule.kernels, "no kernel has a name like this"))
+            faults += [(arch, k.name, fault) for k in found for fault in kernel_faults(k, rule)]
+    return sorted(set(faults))
+
+
+def table(faults: list[tuple[str, str, str]]) -> str:
+    """One line per fault, in columns."""
+    widths = [max(len(fault[column]) for fault in faults) for column in range(2)]
+    return "\n".join(f"{arch:{widths[0]}}  {name:{widths[1]}}  {fault}" for arch, name, fault in faults)
+
+
+# ---- the tools ----
+
+
+def find_tools() -> dict[str, str] | None:
+    """The environment in which cuobjdump finds nvdisasm; None where one of them is missing."""
+    # The wheels put them beside the site packages of NVIDIA, not on PATH.
+    folders = [str(path) for root in site.getsitepackages() for path in Path(root).glob("nvidia/*/bin")]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *folders])
+    if not all(shutil.which(tool, path=path) for tool in ("cuobjdump", "nvdisasm")):
+        return None
+    return {**os.environ, "PATH": path}
+
+
+def output_of(command: list[str], environment: dict[str, str], stdin: str | None = None) -> str:
+    """What a command prints; it must not fail."""
+    command[0] = shutil.which(command[0], path=environment["PATH"]) or command[0]
+    done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def read_library(library: str, environment: dict[str, str]) -> tuple[list[Kernel], list[tuple[str, str]]]:
+    """The kernels of a library or object file and the helpers of ptxas in it."""
+    kernels = parse_sass(output_of(["cuobjdump", "-sass", library], environment))
+    usage = parse_usage(output_of(["cuobjdump", "-res-usage", library], environment))
+    names = "\n".join(kernel.name for kernel in kernels)
+    for kernel, name in zip(kernels, output_of(["c++filt"], environment, names).splitlines(), strict=True):
+        kernel.registers, kernel.stack = usage.get((kernel.arch, kernel.name), (None, None))
+        kernel.name = name
+    return kernels, parse_helpers(output_of(["cuobjdump", "-symbols", library], environment))
+
+
+def main() -> int:
+    """Check one library."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("library", help="libadpdm_cuda.a or an object file")
+    library = parser.parse_args().library
+    environment = find_tools()
+    if environment is None:
+        print("check_sass: wanted cuobjdump and nvdisasm on PATH or from PyPI, found none: run")
+        print("`pip install -c constraints.txt nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`")
+        return SKIPPED
+    kernels, helpers = read_library(library, environment)
+    faults = find_faults(kernels, helpers, RULES)
+    if faults:
+        print(table(faults))
+    archs = ", ".join(sorted({kernel.arch for kernel in kernels}))
+    print(f"check_sass: {len(kernels)} kernels for {archs}, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
