@@ -17,10 +17,16 @@
 #define ADPDM_DEVICE inline
 #define ADPDM_KERNEL(max_threads, min_blocks) void
 #define ADPDM_UNROLL
+#define ADPDM_NO_UNROLL
+#define ADPDM_GRID_CONSTANT
 #else
 #define ADPDM_DEVICE __device__ __forceinline__
 #define ADPDM_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #define ADPDM_UNROLL _Pragma("unroll")
+#define ADPDM_NO_UNROLL _Pragma("unroll 1")
+// For a const struct parameter of a kernel: members are read where the driver put them, never from a local
+// copy.
+#define ADPDM_GRID_CONSTANT __grid_constant__
 #endif
 
 namespace adpdm::cuda {

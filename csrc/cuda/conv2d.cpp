@@ -1,0 +1,138 @@
+// conv2d on CUDA: describes the convolution as an implicit GEMM.
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/conv2d_as_igemm.h"
+#include "cuda/igemm.h"
+#include "cuda/igemm_launch.h"
+#include "cuda/igemm_mma.h"
+
+namespace adpdm::cuda {
+namespace {
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+int64_t taps(const Conv2dArgs& args) { return args.kernel.height * args.kernel.width; }
+int64_t num_rows(const Conv2dArgs& args) { return args.batch * args.out.height * args.out.width; }
+
+// Channels of one group as the loader sees them: packed codes of a 1x1 kernel include what fills up a block.
+int64_t group_channels(const Conv2dArgs& args, const IgemmSegment& segment, int activation_bits) {
+  const int64_t channels = segment.channels / args.groups;
+  const bool fill_up = activation_bits == 4 && args.groups == 1 && taps(args) == 1;
+  return fill_up ? ceil_div(channels, 32) * 32 : channels;
+}
+
+bool whole_chunks(const Conv2dArgs& args, int activation_bits) {
+  for (int s = 0; s < args.num_segments; ++s) {
+    const IgemmSegment& segment = args.segments[s];
+    if (!aligned(segment.codes)) return false;
+    if (group_channels(args, segment, activation_bits) % codes_in(kChunkBytes, activation_bits) != 0)
+      return false;
+  }
+  return true;
+}
+
+void check(const char* op, const Conv2dArgs& args) {
+  const int64_t most = std::numeric_limits<int32_t>::max() - 256;  // of which a last, partial tile
+  if (num_rows(args) > most) {
+    throw std::invalid_argument(std::string(op) + ": wanted at most " + std::to_string(most) +
+                                " output pixels in a batch, got " + std::to_string(num_rows(args)));
+  }
+  if (args.output.activation == Activation::kGeglu && args.out_channels / args.groups % 2 != 0) {
+    throw std::invalid_argument(std::string(op) + ": geglu needs an even number of outputs per group, got " +
+                                std::to_string(args.out_channels / args.groups));
+  }
+}
+
+// Whether every run of 8 outputs can be loaded and stored as vectors.
+bool is_wide(const Conv2dArgs& args) {
+  const IgemmOutput& output = args.output;
+  bool wide = args.out_channels / args.groups % 8 == 0 && aligned(output.data) && aligned(output.bias) &&
+              aligned(output.row_bias) && aligned(output.residual);
+  for (int s = 0; s < args.num_segments; ++s) {
+    wide = wide && aligned(args.segments[s].weight_scale) && aligned(args.segments[s].weight_sum);
+  }
+  return wide;
+}
+
+IgemmGeometry make_geometry(const Conv2dArgs& args) {
+  const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
+  IgemmGeometry geometry{};
+  geometry.height = narrow(args.input.height * args.upsample);
+  geometry.width = narrow(args.input.width * args.upsample);
+  geometry.upsample_shift = args.upsample == 2 ? 1 : 0;
+  geometry.out_height = narrow(args.out.height);
+  geometry.out_width = narrow(args.out.width);
+  geometry.kernel_height = narrow(args.kernel.height);
+  geometry.kernel_width = narrow(args.kernel.width);
+  geometry.stride_height = narrow(args.stride.height);
+  geometry.stride_width = narrow(args.stride.width);
+  geometry.padding_top = narrow(args.padding.height);
+  geometry.padding_left = narrow(args.padding.width);
+  geometry.dilation_height = narrow(args.dilation.height);
+  geometry.dilation_width = narrow(args.dilation.width);
+  return geometry;
+}
+
+IgemmSource make_source(const Conv2dArgs& args, const IgemmSegment& segment, IgemmMode mode) {
+  const int64_t channels = group_channels(args, segment, activation_bits(mode));
+  IgemmSource source{};
+  source.codes = reinterpret_cast<const uint8_t*>(segment.codes);
+  source.weight = segment.weight;
+  source.weight_scale = segment.weight_scale;
+  source.weight_sum = segment.weight_sum;
+  source.qparams = segment.qparams;
+  source.weight_row = weight_row_bytes(taps(args) * channels, args.weight_bits);
+  source.pixel_bytes = channels * args.groups * activation_bits(mode) / 8;
+  source.channels = static_cast<int32_t>(channels);
+  source.num_k_tiles = static_cast<int32_t>(ceil_div(taps(args) * channels, mma_codes_per_tile(mode)));
+  return source;
+}
+
+}  // namespace
+
+IgemmPlan plan_as_igemm(const char* op, const Conv2dArgs& args, int activation_bits,
+                        const std::optional<TileChoice>& choice) {
+  require_built_arch(op);
+  check(op, args);
+  IgemmRequest request{};
+  request.op = op;
+  request.rows = num_rows(args);
+  request.outputs = args.out_channels / args.groups;
+  request.groups = args.groups;
+  for (int s = 0; s < args.num_segments; ++s) {
+    request.reductions.push_back(taps(args) * group_channels(args, args.segments[s], activation_bits));
+  }
+  request.activation_bits = activation_bits;
+  request.weight_bits = stored_in_nibbles(args.weight_bits) ? 4 : 8;
+  request.whole_chunks = whole_chunks(args, activation_bits);
+  return plan_igemm(request, current_device_info(), choice ? choice : tile_from_environment());
+}
+
+void run_as_igemm(const char* op, const Conv2dArgs& args, const IgemmPlan& plan, void* workspace,
+                  Stream stream) {
+  IgemmProblem problem{};
+  for (int s = 0; s < args.num_segments; ++s) {
+    problem.sources[s] = make_source(args, args.segments[s], plan.mode);
+  }
+  problem.num_sources = args.num_segments;
+  problem.geometry = make_geometry(args);
+  problem.output = args.output;
+  problem.rows = static_cast<int32_t>(num_rows(args));
+  problem.rows_per_image = static_cast<int32_t>(args.out.height * args.out.width);
+  problem.outputs = static_cast<int32_t>(args.out_channels / args.groups);
+  problem.groups = static_cast<int32_t>(args.groups);
+  problem.wide = is_wide(args);
+  launch_igemm(op, problem, plan, workspace, stream);
+}
+
+IgemmPlan plan_conv2d(const Conv2dArgs& args, int activation_bits, const std::optional<TileChoice>& choice) {
+  return plan_as_igemm("conv2d", args, activation_bits, choice);
+}
+
+void conv2d(const Conv2dArgs& args, const IgemmPlan& plan, void* workspace, Stream stream) {
+  run_as_igemm("conv2d", args, plan, workspace, stream);
+}
+
+}  // namespace adpdm::cuda

@@ -1,0 +1,36 @@
+// conv2d, linear and their packed weights on CUDA; no CUDA header, so that the bindings can include it.
+#pragma once
+
+#include <optional>
+
+#include "core/conv2d.h"
+#include "core/linear.h"
+#include "core/pack_weight.h"
+#include "core/stream.h"
+#include "cuda/planner.h"
+
+namespace adpdm::cuda {
+
+// Bytes of the blob that conv2d and linear read, a layout of its own: igemm_problem.h.
+constexpr int64_t packed_weight_bytes(int64_t out_channels, int64_t group_channels, int64_t taps,
+                                      int num_bits) {
+  return out_channels * weight_row_bytes(group_channels * taps, num_bits);
+}
+
+// args.packed has packed_weight_bytes at an address that is a multiple of 16. Throws CudaError.
+void pack_weight(const PackWeightArgs& args, Stream stream);
+
+// activation_bits is how codes are stored: 8, or 4 for the packed form of quantize_int4, which needs weights
+// of at most 4 bits and, per group, channels in multiples of 32 (1x1 kernels without groups: any number, rows
+// filled up to 32). `choice` overrides ADPDM_CUDA_TILE. Throw std::invalid_argument, and CudaError for a
+// device that was not built for.
+IgemmPlan plan_conv2d(const Conv2dArgs& args, int activation_bits,
+                      const std::optional<TileChoice>& choice = std::nullopt);
+IgemmPlan plan_linear(const LinearArgs& args, int activation_bits,
+                      const std::optional<TileChoice>& choice = std::nullopt);
+
+// `plan` is the one of these args; workspace has plan.workspace_bytes at a multiple of 16. Throw CudaError.
+void conv2d(const Conv2dArgs& args, const IgemmPlan& plan, void* workspace, Stream stream);
+void linear(const LinearArgs& args, const IgemmPlan& plan, void* workspace, Stream stream);
+
+}  // namespace adpdm::cuda

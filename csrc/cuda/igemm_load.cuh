@@ -1,0 +1,198 @@
+// Copies tiles of activations and weights to shared memory for the implicit GEMM: 16-byte chunks, swizzled.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/igemm_problem.h"
+
+namespace adpdm::cuda {
+
+// Where a block works: tiles run down panels of 8 rows of tiles, so that blocks at work together share both
+// activations and weights in the second-level cache.
+struct TilePosition {
+  int32_t row;     // first output pixel
+  int32_t output;  // first output channel within the group
+  int32_t group;
+};
+
+ADPDM_DEVICE TilePosition tile_position(const IgemmProblem& problem, int tile_rows, int tile_outputs) {
+  constexpr int32_t kPanelTiles = 8;
+  const auto tile = static_cast<int32_t>(block_x());
+  const int32_t panel = tile / (kPanelTiles * problem.output_tiles);
+  const int32_t within = tile % (kPanelTiles * problem.output_tiles);
+  const int32_t left = problem.row_tiles - panel * kPanelTiles;
+  const int32_t height = left < kPanelTiles ? left : kPanelTiles;
+  return {(panel * kPanelTiles + within % height) * tile_rows, within / height * tile_outputs,
+          static_cast<int32_t>(block_y())};
+}
+
+// The current group, forced into range: a kernel cannot raise.
+ADPDM_DEVICE int64_t clamped_group(const GroupedQParams& qparams) {
+  const int64_t group = load(qparams.group_index);
+  const int64_t last = qparams.num_groups - 1;
+  return group < 0 ? 0 : group > last ? last : group;
+}
+
+// Byte offset of a chunk in a tile of rows of 32, 64 or 128 bytes. Chunks change places from row to row, so
+// that the 8 rows an ldmatrix reads at one chunk lie in different banks. For 128 bytes it is the 128-byte
+// swizzle of wgmma.
+template <int kRowBytes>
+ADPDM_DEVICE int swizzled(int row, int chunk) {
+  constexpr int kRowsPerLine = 128 / kRowBytes;
+  constexpr int kChunks = kRowBytes / kChunkBytes;
+  return row * kRowBytes + ((chunk ^ (row / kRowsPerLine & (kChunks - 1))) * kChunkBytes);
+}
+
+// The tap and channel of a chunk's first code.
+struct TapPosition {
+  int32_t row;
+  int32_t column;
+  int32_t channel;
+};
+
+ADPDM_DEVICE TapPosition tap_at(int32_t k, int32_t channels, int32_t kernel_width) {
+  const int32_t tap = k / channels;
+  return {tap / kernel_width, tap % kernel_width, k % channels};
+}
+
+ADPDM_DEVICE void advance(TapPosition& tap, int32_t codes, int32_t channels, int32_t kernel_width) {
+  tap.channel += codes;
+  while (tap.channel >= channels) {
+    tap.channel -= channels;
+    if (++tap.column == kernel_width) {
+      tap.column = 0;
+      ++tap.row;
+    }
+  }
+}
+
+// Copies [kTileRows, kRowBytes] of the activation matrix per call, one k tile after the other. A thread has
+// one column of chunks and every kStep-th row. Channels are whole chunks, or (kGather) any number of int8
+// codes.
+template <int kBits, int kTileRows, int kRowBytes, int kThreads, bool kGather>
+class ActivationLoader {
+ public:
+  ADPDM_DEVICE ActivationLoader(const IgemmProblem& problem, const IgemmSource& source,
+                                const TilePosition& tile, int32_t first_k_tile)
+      : channels_(source.channels), pixel_bytes_(source.pixel_bytes) {
+    const IgemmGeometry& geometry = problem.geometry;
+    const uint8_t* codes = source.codes + int64_t{tile.group} * channels_ * kBits / 8;
+    const int64_t image_bytes = int64_t{geometry.height >> geometry.upsample_shift} *
+                                (geometry.width >> geometry.upsample_shift) * pixel_bytes_;
+    ADPDM_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      // Rows beyond the last one repeat it: valid addresses, results that nobody stores.
+      const int32_t row = tile.row + first_row() + i * kStep;
+      const int32_t pixel = row < problem.rows ? row : problem.rows - 1;
+      const int32_t line = pixel / geometry.out_width;
+      image_[i] = codes + line / geometry.out_height * image_bytes;
+      y_[i] = line % geometry.out_height * geometry.stride_height - geometry.padding_top;
+      x_[i] = pixel % geometry.out_width * geometry.stride_width - geometry.padding_left;
+    }
+    const int32_t first_chunk = first_k_tile * kChunks + chunk();
+    tap_ = tap_at(first_chunk * kChunkCodes, channels_, geometry.kernel_width);
+    // The halo holds real 0, which is the zero-point.
+    const int32_t zero_point = load(source.qparams.zero_point + clamped_group(source.qparams));
+    fill_ = kBits == 8 ? (zero_point & 0xff) * 0x01010101u : (zero_point & 0xf) * 0x11111111u;
+  }
+
+  ADPDM_DEVICE void load_tile(const IgemmGeometry& geometry, uint8_t* tile) {
+    ADPDM_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      uint8_t* target = tile + swizzled<kRowBytes>(first_row() + i * kStep, chunk());
+      if constexpr (kGather) {
+        gather(geometry, i, target);
+      } else if (const uint8_t* pixel = find_pixel(geometry, i, tap_)) {
+        copy_async16(target, pixel + int64_t{tap_.channel} * kBits / 8);
+      } else {
+        shared_store(reinterpret_cast<Bytes16*>(target), Bytes16{{fill_, fill_, fill_, fill_}});
+      }
+    }
+    advance(tap_, kChunks * kChunkCodes, channels_, geometry.kernel_width);
+  }
+
+ private:
+  static constexpr int kChunks = kRowBytes / kChunkBytes;
+  static constexpr int kChunkCodes = codes_in(kChunkBytes, kBits);
+  static constexpr int kStep = kThreads / kChunks;
+  static constexpr int kRows = kTileRows / kStep;
+  static_assert(kThreads % kChunks == 0 && kTileRows % kStep == 0, "a tile is cut evenly");
+  static_assert(!kGather || kBits == 8, "4-bit codes are copied in whole chunks");
+
+  ADPDM_DEVICE static int chunk() { return thread_index() % kChunks; }
+  ADPDM_DEVICE static int first_row() { return thread_index() / kChunks; }
+
+  // The codes of the input pixel under a tap of row i; null in the halo and behind the last tap.
+  ADPDM_DEVICE const uint8_t* find_pixel(const IgemmGeometry& geometry, int i, const TapPosition& tap) const {
+    const int32_t y = y_[i] + tap.row * geometry.dilation_height;
+    const int32_t x = x_[i] + tap.column * geometry.dilation_width;
+    if (tap.row >= geometry.kernel_height ||
+        static_cast<uint32_t>(y) >= static_cast<uint32_t>(geometry.height) ||
+        static_cast<uint32_t>(x) >= static_cast<uint32_t>(geometry.width)) {
+      return nullptr;
+    }
+    const int shift = geometry.upsample_shift;
+    return image_[i] + ((y >> shift) * int64_t{geometry.width >> shift} + (x >> shift)) * pixel_bytes_;
+  }
+
+  // A chunk of codes that may belong to several taps: byte by byte, a word at a time.
+  ADPDM_DEVICE void gather(const IgemmGeometry& geometry, int i, uint8_t* target) const {
+    TapPosition tap = tap_;
+    ADPDM_NO_UNROLL
+    for (int w = 0; w < kChunkBytes / 4; ++w) {
+      uint32_t word = 0;
+      ADPDM_UNROLL
+      for (int b = 0; b < 4; ++b) {
+        const uint8_t* pixel = find_pixel(geometry, i, tap);
+        const uint32_t code = pixel != nullptr ? load(pixel + tap.channel) : fill_ & 0xff;
+        word |= code << (b * 8);
+        advance(tap, 1, channels_, geometry.kernel_width);
+      }
+      shared_store(reinterpret_cast<uint32_t*>(target) + w, word);
+    }
+  }
+
+  int32_t channels_;
+  int64_t pixel_bytes_;
+  const uint8_t* image_[kRows];
+  int32_t y_[kRows], x_[kRows];  // under the kernel's first tap
+  TapPosition tap_;
+  uint32_t fill_;
+};
+
+// Copies [kTileOutputs, kRowBytes] of the weight blob per call, one k tile after the other.
+template <int kTileOutputs, int kRowBytes, int kThreads>
+class WeightLoader {
+ public:
+  ADPDM_DEVICE WeightLoader(const IgemmProblem& problem, const IgemmSource& source, const TilePosition& tile,
+                            int32_t first_k_tile) {
+    const uint8_t* group = source.weight + int64_t{tile.group} * problem.outputs * source.weight_row;
+    ADPDM_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const int32_t output = tile.output + first_row() + i * kStep;
+      const int32_t valid = output < problem.outputs ? output : problem.outputs - 1;
+      next_[i] =
+          group + valid * source.weight_row + int64_t{first_k_tile} * kRowBytes + chunk() * kChunkBytes;
+    }
+  }
+
+  ADPDM_DEVICE void load_tile(uint8_t* tile) {
+    ADPDM_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      copy_async16(tile + swizzled<kRowBytes>(first_row() + i * kStep, chunk()), next_[i]);
+      next_[i] += kRowBytes;
+    }
+  }
+
+ private:
+  static constexpr int kChunks = kRowBytes / kChunkBytes;
+  static constexpr int kStep = kThreads / kChunks;
+  static constexpr int kRows = kTileOutputs / kStep;
+  static_assert(kThreads % kChunks == 0 && kTileOutputs % kStep == 0, "a tile is cut evenly");
+
+  ADPDM_DEVICE static int chunk() { return thread_index() % kChunks; }
+  ADPDM_DEVICE static int first_row() { return thread_index() / kChunks; }
+
+  const uint8_t* next_[kRows];
+};
+
+}  // namespace adpdm::cuda

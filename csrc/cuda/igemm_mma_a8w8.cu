@@ -1,0 +1,16 @@
+// Instances of the mma.sync kernel: int8 activations, int8 weights.
+#include "cuda/igemm_mma.cuh"
+
+namespace adpdm::cuda {
+
+MmaKernelList mma_kernels_a8w8() {
+  static const MmaKernel kernels[] = {
+      mma_kernel<IgemmMode::kA8W8, 64, 64, 32, false>(),
+      mma_kernel<IgemmMode::kA8W8, 128, 64, 64, false>(),
+      mma_kernel<IgemmMode::kA8W8, 128, 128, 64, false>(),
+      mma_kernel<IgemmMode::kA8W8, 64, 64, 32, true>(),
+  };
+  return {std::begin(kernels), std::end(kernels)};
+}
+
+}  // namespace adpdm::cuda
