@@ -1,6 +1,6 @@
 """Writes csrc/cuda/tile_table.inc, the planner's table of costs, from tools/tile_table.json.
 
-`python tools/make_tile_table.py` writes it; with --check it exits with 1 if the file is not what would be written.
+`python tools/make_tile_table.py` writes it; with --check it exits with 1 if the file is not what it would write.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def rows(architecture: dict[str, Any]) -> list[str]:
 
 def table(source: str) -> str:
     """The text of tile_table.inc for the text of tile_table.json."""
-    lines = ["// The planner's costs, made from tools/tile_table.json by tools/make_tile_table.py."]
+    lines = [
+        "// The planner's costs, made from tools/tile_table.json by tools/make_tile_table.py.",
+        "// clang-format off",
+    ]
     for architecture in json.loads(source)["architectures"]:
         lines += rows(architecture)
     return "\n".join(lines) + "\n"
