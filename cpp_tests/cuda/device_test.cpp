@@ -29,6 +29,8 @@ TEST(Device, ConvertsEveryHalfAsTheHostDoes) {
     const std::vector<float> converted = y.host();
     for (uint16_t half : halves) {
       const float expected = type == FloatType::kBFloat16 ? bf16_to_float(half) : f16_to_float(half);
+      // The bits of a NaN are the instruction's.
+      if (std::isnan(expected) && std::isnan(converted[half])) continue;
       ASSERT_EQ(float_to_bits(converted[half]), float_to_bits(expected)) << half;
     }
   }
@@ -56,8 +58,12 @@ TEST(Device, RoundsToHalvesAsTheHostDoes) {
     convert_from_float(x.data(), y.data(), x.size(), type);
     const std::vector<uint16_t> rounded = y.host();
     for (size_t i = 0; i < values.size(); ++i) {
-      const uint16_t expected =
-          type == FloatType::kBFloat16 ? float_to_bf16(values[i]) : float_to_f16(values[i]);
+      const bool is_bf16 = type == FloatType::kBFloat16;
+      const uint16_t expected = is_bf16 ? float_to_bf16(values[i]) : float_to_f16(values[i]);
+      if (std::isnan(values[i]) &&
+          std::isnan(is_bf16 ? bf16_to_float(rounded[i]) : f16_to_float(rounded[i]))) {
+        continue;
+      }
       ASSERT_EQ(rounded[i], expected) << float_to_bits(values[i]);
     }
   }
