@@ -28,9 +28,15 @@ constexpr float kRoundMagic = 12582912.0f;
 // T below is float, or the vector type of a CPU instruction set, which brings its own operators, at_least,
 // at_most and subtract_where (cpu/vec.h).
 
-// min/max whose NaN goes to the bound: the comparison is false for NaN.
+// min/max whose NaN goes to the bound: the comparison is false for NaN. On the device one instruction does
+// the same, where it need not mind that the bound itself might be NaN.
+#if defined(__CUDA_ARCH__)
+ADPDM_HD float at_least(float x, float low) { return fmaxf(x, low); }
+ADPDM_HD float at_most(float x, float high) { return fminf(x, high); }
+#else
 ADPDM_HD float at_least(float x, float low) { return x > low ? x : low; }
 ADPDM_HD float at_most(float x, float high) { return x < high ? x : high; }
+#endif
 ADPDM_HD float subtract_where(bool condition, float x, float y) { return condition ? x - y : x; }
 
 // Round half to even, |x| < 2^22.
