@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/row_view.h"
+#include "core/stream.h"
 #include "core/types.h"
 
 namespace adpdm {
@@ -40,4 +41,52 @@ void unpack_int4(const uint8_t* packed,  // [rows, int4_row_bytes(columns)]
                  int8_t* codes);  // [rows, columns]
 
 }  // namespace cpu
+
+// A dense channels-first tensor.
+struct PlanesView {
+  const void* data;  // [batch, channels, pixels] of `type`
+  FloatType type;
+  int64_t batch;
+  int64_t channels;
+  int64_t pixels;
+};
+
+// The same on the stream. An index outside [0, num_groups) acts as the nearest inside: a kernel cannot raise.
+// All throw CudaError where the launch fails.
+namespace cuda {
+
+void quantize(const RowView& x, const GroupedQParams& qparams, int num_bits,
+              int8_t* codes,  // [rows, columns] dense
+              Stream stream);
+
+// Codes of a channels-first tensor, channels last as conv2d reads them.
+void quantize_channels_last(const PlanesView& x, const GroupedQParams& qparams, int num_bits,
+                            int8_t* codes,  // [batch, pixels, channels]
+                            Stream stream);
+
+void quantize_int4(const RowView& x, const GroupedQParams& qparams,
+                   uint8_t* packed,  // [rows, int4_row_bytes(columns)]
+                   Stream stream);
+
+void dequantize(const int8_t* codes,  // [size]
+                int64_t size, const GroupedQParams& qparams, FloatType type,
+                void* x,  // [size] of type
+                Stream stream);
+
+void dequantize_int4(const uint8_t* packed,  // [rows, int4_row_bytes(columns)]
+                     int64_t rows, int64_t columns, const GroupedQParams& qparams, FloatType type,
+                     void* x,  // [rows, columns] of type
+                     Stream stream);
+
+void pack_int4(const int8_t* codes,  // [rows, columns], low four bits count
+               int64_t rows, int64_t columns,
+               uint8_t* packed,  // [rows, int4_row_bytes(columns)]
+               Stream stream);
+
+void unpack_int4(const uint8_t* packed,  // [rows, int4_row_bytes(columns)]
+                 int64_t rows, int64_t columns,
+                 int8_t* codes,  // [rows, columns]
+                 Stream stream);
+
+}  // namespace cuda
 }  // namespace adpdm
