@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/row_view.h"
+#include "core/stream.h"
 #include "core/types.h"
 
 namespace adpdm {
@@ -20,4 +21,12 @@ namespace cpu {
 void observe(const RowView& x, const ObserverTables& tables);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The same on the stream. A step outside [0, num_steps) acts as the nearest inside: a kernel cannot raise.
+// Throws CudaError where the launch fails.
+void observe(const RowView& x, const ObserverTables& tables, Stream stream);
+
+}  // namespace cuda
 }  // namespace adpdm
