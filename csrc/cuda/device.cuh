@@ -13,13 +13,20 @@
 #ifdef ADPDM_SIMT
 #include "simt/executor.h"
 #include "simt/warp_ops.h"
+#include "simt/wgmma.h"
 #define ADPDM_DEVICE inline
 #define ADPDM_KERNEL(max_threads, min_blocks) void
 #define ADPDM_UNROLL
+#define ADPDM_NO_UNROLL
+#define ADPDM_GRID_CONSTANT
 #else
 #define ADPDM_DEVICE __device__ __forceinline__
 #define ADPDM_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #define ADPDM_UNROLL _Pragma("unroll")
+#define ADPDM_NO_UNROLL _Pragma("unroll 1")
+// For a const struct parameter of a kernel: members are read where the driver put them, never from a local
+// copy.
+#define ADPDM_GRID_CONSTANT __grid_constant__
 #endif
 
 namespace adpdm::cuda {
@@ -73,6 +80,7 @@ ADPDM_DEVICE T shared_load(const T* p) {
 template <typename T>
 ADPDM_DEVICE void shared_store(T* p, T value) {
   simt::executor().check_shared(p, sizeof(T), "shared_store");
+  simt::note_shared_write(p, sizeof(T));
   *p = value;
 }
 
