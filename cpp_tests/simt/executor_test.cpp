@@ -252,6 +252,31 @@ TEST(Executor, FindsMisalignedGlobalAccess) {
             "op: block (0, 0, 0), thread 0: load of 8 bytes is misaligned: its address is 4 modulo 8");
 }
 
+TEST(Executor, FindsReadOnlyLoadsOfWhatTheLaunchWrites) {
+  DeviceBuffer<int32_t> x(std::vector<int32_t>(64, 1));
+  const std::string reason =
+      " of 4 bytes: this launch both writes them and reads them by load(), whose data must not change; use "
+      "load_coherent()";
+  EXPECT_EQ(fault(32, 0, [&] { store(x.data() + thread_index(), load(x.data() + thread_index())); }),
+            "op: block (0, 0, 0), thread 0: store" + reason);
+  EXPECT_EQ(fault(32, 0,
+                  [&] {
+                    store(x.data() + thread_index(), 2);
+                    load(x.data() + thread_index());
+                  }),
+            "op: block (0, 0, 0), thread 0: load" + reason);
+}
+
+TEST(Executor, AllowsReadingAndWritingDifferentElementsAndCoherentLoads) {
+  DeviceBuffer<int32_t> x(std::vector<int32_t>(64, 1));
+  const auto body = [&] {
+    store(x.data() + thread_index(), load(x.data() + 32 + thread_index()) + 1);
+    store(x.data() + thread_index(), load_coherent(x.data() + thread_index()) + 1);
+  };
+  EXPECT_EQ(fault(32, 0, body), "no error");
+  EXPECT_EQ(fault(32, 0, [&] { load(x.data() + thread_index()); }), "no error");  // a launch of its own
+}
+
 TEST(Executor, FindsSharedAccessBehindTheEnd) {
   EXPECT_EQ(fault(64, 128, [] { shared_store(shared_memory() + 4 * thread_index(), uint8_t{1}); }),
             "op: block (0, 0, 0), thread 32: shared_store of 1 bytes is out of bounds of shared memory: "

@@ -86,19 +86,19 @@ ADPDM_DEVICE void shared_store(T* p, T value) {
 
 template <typename T>
 ADPDM_DEVICE T load(const T* p) {
-  simt::executor().check_global(p, sizeof(T), "load");
+  simt::executor().check_global(p, sizeof(T), "load", simt::GlobalAccess::kReadOnly);
   return *p;
 }
 
 template <typename T>
 ADPDM_DEVICE T load_coherent(const T* p) {
-  simt::executor().check_global(p, sizeof(T), "load_coherent");
+  simt::executor().check_global(p, sizeof(T), "load_coherent", simt::GlobalAccess::kRead);
   return *p;
 }
 
 template <typename T>
 ADPDM_DEVICE void store(T* p, T value) {
-  simt::executor().check_global(p, sizeof(T), "store");
+  simt::executor().check_global(p, sizeof(T), "store", simt::GlobalAccess::kWrite);
   *p = value;
 }
 
@@ -112,7 +112,7 @@ ADPDM_DEVICE int32_t atomic_add_shared(int32_t* p, int32_t value) {
 template <typename T>
 ADPDM_DEVICE T atomic_add(T* p, T value) {
   static_assert(std::is_same_v<T, int32_t> || std::is_same_v<T, uint32_t> || std::is_same_v<T, uint64_t>);
-  simt::executor().check_global(p, sizeof(T), "atomic_add");
+  simt::executor().check_global(p, sizeof(T), "atomic_add", simt::GlobalAccess::kWrite);
   const T old = *p;
   *p = old + value;
   return old;
@@ -121,7 +121,7 @@ ADPDM_DEVICE T atomic_add(T* p, T value) {
 template <typename T>
 ADPDM_DEVICE T atomic_min(T* p, T value) {
   static_assert(std::is_same_v<T, int32_t> || std::is_same_v<T, uint32_t>);
-  simt::executor().check_global(p, 4, "atomic_min");
+  simt::executor().check_global(p, 4, "atomic_min", simt::GlobalAccess::kWrite);
   const T old = *p;
   *p = value < old ? value : old;
   return old;
@@ -130,7 +130,7 @@ ADPDM_DEVICE T atomic_min(T* p, T value) {
 template <typename T>
 ADPDM_DEVICE T atomic_max(T* p, T value) {
   static_assert(std::is_same_v<T, int32_t> || std::is_same_v<T, uint32_t>);
-  simt::executor().check_global(p, 4, "atomic_max");
+  simt::executor().check_global(p, 4, "atomic_max", simt::GlobalAccess::kWrite);
   const T old = *p;
   *p = value > old ? value : old;
   return old;
@@ -265,13 +265,13 @@ ADPDM_DEVICE void shared_store(T* p, T value) {
   *reinterpret_cast<detail::WordOf<T>*>(p) = detail::same_bits<detail::WordOf<T> >(value);
 }
 
-// Global memory that nobody writes while the kernel runs.
+// Global memory that nobody, this thread included, writes while the kernel runs.
 template <typename T>
 ADPDM_DEVICE T load(const T* p) {
   return detail::same_bits<T>(__ldg(reinterpret_cast<const detail::WordOf<T>*>(p)));
 }
 
-// Global memory that other blocks may have written: from L2, past the first-level cache.
+// Global memory that this kernel may have written: from L2, past the first-level cache.
 template <typename T>
 ADPDM_DEVICE T load_coherent(const T* p) {
   return detail::same_bits<T>(__ldcg(reinterpret_cast<const detail::WordOf<T>*>(p)));

@@ -76,6 +76,10 @@ void Executor::launch(const LaunchConfig& config, const std::function<void()>& b
   shared_storage_.resize(shared_bytes + kSharedAlignment + kRedZone);
   const auto address = reinterpret_cast<uintptr_t>(shared_storage_.data());
   shared_ = shared_storage_.data() + (kSharedAlignment - address % kSharedAlignment);
+  for (Buffer& buffer : buffers_) {
+    if (buffer.accessed) std::fill(buffer.accesses.begin(), buffer.accesses.end(), 0);
+    buffer.accessed = false;
+  }
   run_grid();
   body_ = nullptr;
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
@@ -245,7 +249,19 @@ void Executor::fail(const std::string& sentence) {
   throw Unwind{};
 }
 
-void Executor::fail_global(const void* p, int bytes, const char* access) {
+void Executor::mark(Buffer& buffer, uintptr_t offset, uintptr_t bytes, const char* name,
+                    GlobalAccess access) {
+  const auto mine = static_cast<unsigned char>(access);
+  unsigned char seen = 0;
+  for (uintptr_t i = offset; i < offset + bytes; ++i) seen |= buffer.accesses[i] |= mine;
+  buffer.accessed = true;
+  if (seen == mine) return;
+  fail(std::string(name) + " of " + std::to_string(bytes) +
+       " bytes: this launch both writes them and reads them by load(), whose data must not change; use "
+       "load_coherent()");
+}
+
+void Executor::fail_global(const void* p, int bytes, const char* name) {
   const auto address = reinterpret_cast<uintptr_t>(p);
   std::string nearest = "no global memory is registered";
   uintptr_t best = UINTPTR_MAX;
@@ -257,19 +273,19 @@ void Executor::fail_global(const void* p, int bytes, const char* access) {
     nearest = "it begins " + std::to_string(distance) + (before ? " bytes before" : " bytes into") +
               " a buffer of " + std::to_string(buffer.bytes);
   }
-  fail(std::string(access) + " of " + std::to_string(bytes) +
+  fail(std::string(name) + " of " + std::to_string(bytes) +
        " bytes is out of bounds of global memory: " + nearest);
 }
 
-void Executor::fail_shared(const void* p, int bytes, const char* access) {
+void Executor::fail_shared(const void* p, int bytes, const char* name) {
   const auto offset = static_cast<const unsigned char*>(p) - shared_;
-  fail(std::string(access) + " of " + std::to_string(bytes) +
+  fail(std::string(name) + " of " + std::to_string(bytes) +
        " bytes is out of bounds of shared memory: offset " + std::to_string(offset) + " of " +
        std::to_string(config_.shared_bytes));
 }
 
-void Executor::fail_misaligned(const void* p, int bytes, const char* access) {
-  fail(std::string(access) + " of " + std::to_string(bytes) + " bytes is misaligned: its address is " +
+void Executor::fail_misaligned(const void* p, int bytes, const char* name) {
+  fail(std::string(name) + " of " + std::to_string(bytes) + " bytes is misaligned: its address is " +
        std::to_string(reinterpret_cast<uintptr_t>(p) % static_cast<unsigned>(bytes)) + " modulo " +
        std::to_string(bytes));
 }
@@ -282,7 +298,8 @@ Fiber& Executor::running() const {
 // ---- registered memory ----
 
 void Executor::register_buffer(const void* begin, int64_t bytes) {
-  buffers_.push_back({reinterpret_cast<uintptr_t>(begin), static_cast<uintptr_t>(bytes)});
+  buffers_.push_back({reinterpret_cast<uintptr_t>(begin), static_cast<uintptr_t>(bytes),
+                      std::vector<unsigned char>(static_cast<size_t>(bytes)), false});
 }
 
 void Executor::unregister_buffer(const void* begin) {

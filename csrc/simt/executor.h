@@ -43,6 +43,10 @@ struct LaunchConfig {
 enum class Async { kCopy, kMatrix };  // cp.async, wgmma
 constexpr int kAsyncKinds = 2;
 
+// What an access to global memory does. The read-only path (ld.global.nc) may return stale bytes where the
+// same launch writes.
+enum class GlobalAccess : unsigned char { kRead = 0, kReadOnly = 1, kWrite = 2 };
+
 // Pending operations of one kind and one thread, in groups that complete in order.
 class AsyncQueue {
  public:
@@ -111,25 +115,27 @@ class Executor {
   // The block's dynamic shared memory, 1024-byte aligned.
   unsigned char* shared_memory() const { return shared_; }
 
-  // Fails unless [p, p + bytes) is registered and p a multiple of bytes. `access` names it in the message.
-  void check_global(const void* p, int bytes, const char* access) {
+  // Fails unless [p, p + bytes) is registered and p a multiple of bytes, and where one launch both writes a
+  // byte and reads it by the read-only path. `name` is that of the access in the message.
+  void check_global(const void* p, int bytes, const char* name, GlobalAccess access) {
     const auto address = reinterpret_cast<uintptr_t>(p);
-    for (const Buffer& buffer : buffers_) {
-      if (address - buffer.begin < buffer.bytes &&
-          buffer.bytes - (address - buffer.begin) >= uintptr_t(bytes)) {
-        if (address % unsigned(bytes) != 0) fail_misaligned(p, bytes, access);
-        return;
-      }
+    const auto size = static_cast<uintptr_t>(bytes);
+    for (Buffer& buffer : buffers_) {
+      const uintptr_t offset = address - buffer.begin;
+      if (offset >= buffer.bytes || buffer.bytes - offset < size) continue;
+      if (address % size != 0) fail_misaligned(p, bytes, name);
+      if (access != GlobalAccess::kRead) mark(buffer, offset, size, name, access);
+      return;
     }
-    fail_global(p, bytes, access);
+    fail_global(p, bytes, name);
   }
 
-  // The same for the block's shared memory.
-  void check_shared(const void* p, int bytes, const char* access) {
+  // Fails unless [p, p + bytes) is the block's shared memory and p a multiple of bytes.
+  void check_shared(const void* p, int bytes, const char* name) {
     const auto offset = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(shared_);
     const auto size = static_cast<uintptr_t>(config_.shared_bytes);
-    if (offset >= size || size - offset < uintptr_t(bytes)) fail_shared(p, bytes, access);
-    if (offset % unsigned(bytes) != 0) fail_misaligned(p, bytes, access);
+    if (offset >= size || size - offset < uintptr_t(bytes)) fail_shared(p, bytes, name);
+    if (offset % unsigned(bytes) != 0) fail_misaligned(p, bytes, name);
   }
 
   // Waits for all threads of the block.
@@ -151,6 +157,8 @@ class Executor {
   struct Buffer {
     uintptr_t begin;
     uintptr_t bytes;
+    std::vector<unsigned char> accesses;  // [bytes] GlobalAccess values of this launch, or-ed
+    bool accessed;                        // whether any is not 0
   };
 
   struct Mailbox {
@@ -179,9 +187,10 @@ class Executor {
   static void fiber_main();
   void run_body();
   std::string deadlock() const;
-  [[noreturn]] void fail_global(const void* p, int bytes, const char* access);
-  [[noreturn]] void fail_shared(const void* p, int bytes, const char* access);
-  [[noreturn]] void fail_misaligned(const void* p, int bytes, const char* access);
+  void mark(Buffer& buffer, uintptr_t offset, uintptr_t bytes, const char* name, GlobalAccess access);
+  [[noreturn]] void fail_global(const void* p, int bytes, const char* name);
+  [[noreturn]] void fail_shared(const void* p, int bytes, const char* name);
+  [[noreturn]] void fail_misaligned(const void* p, int bytes, const char* name);
 
   LaunchConfig config_{};
   const std::function<void()>* body_ = nullptr;  // null: no launch is running

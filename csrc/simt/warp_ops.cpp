@@ -61,7 +61,7 @@ void mma(const char* name, int32_t (&c)[4], const uint32_t (&a)[4], const uint32
 void copy_async16(void* shared, const void* global) {
   Executor& self = executor();
   self.check_shared(shared, 16, "copy_async16 to shared memory");
-  self.check_global(global, 16, "copy_async16 from global memory");
+  self.check_global(global, 16, "copy_async16 from global memory", GlobalAccess::kRead);
   std::memset(shared, kCopyPoison, 16);
   self.add_async(Async::kCopy, [shared, global] {
     std::memcpy(shared, global, 16);
