@@ -15,6 +15,10 @@ from torch import Tensor
 
 from . import _native as _native  # loads the extension, which registers torch.ops.adpdm
 from .reference import INT4_BLOCK
+from .reference import Activation as Activation
+from .reference import ConvGeometry as ConvGeometry
+from .reference import Epilogue as Epilogue
+from .reference import OutputQuantizer as OutputQuantizer
 
 _ops = torch.ops.adpdm
 
@@ -23,7 +27,7 @@ _ops = torch.ops.adpdm
 class Segment:
     """One input of an integer layer with its quantizer and the weight columns it meets."""
 
-    codes: Tensor  # [N, C, H, W] channels_last or [*, K], i8
+    codes: Tensor  # [N, C, H, W] channels_last or [*, K], i8; or packed, [N, H, W, C/2] or [*, K/2] u8
     scale: Tensor  # [G] f32
     zero_point: Tensor  # [G] i32
     group_index: Tensor  # [1] i32
@@ -108,59 +112,88 @@ def pack_weight(codes: Tensor, num_bits: int, groups: int = 1) -> Tensor:
 
 
 def linear(
-    segments: Sequence[Segment], bias: Tensor | None, out_features: int, weight_bits: int, dtype: torch.dtype
+    segments: Sequence[Segment], epilogue: Epilogue, out_features: int, weight_bits: int, dtype: torch.dtype
 ) -> Tensor:
-    """Integer linear layer over one or two segments, [*, out_features] dtype; see `reference.linear`."""
-    return _ops.linear(  # type: ignore[no-any-return]
-        *_columns(segments), bias, out_features, weight_bits, dtype
+    """Integer linear layer over one or two segments, [*, O] dtype or int8 codes; see `reference.linear`."""
+    return _ops.linear.default(  # type: ignore[no-any-return]
+        *igemm_arguments(segments, epilogue, out_features, weight_bits, dtype)
     )
-
-
-@dataclass(frozen=True)
-class ConvGeometry:
-    """The numbers that describe a convolution, as in torch.nn.Conv2d."""
-
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
 
 
 def conv2d(
     segments: Sequence[Segment],
-    bias: Tensor | None,
+    epilogue: Epilogue,
     geometry: ConvGeometry,
     weight_bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """Integer convolution over one or two segments, [N, O, Ho, Wo] channels_last; see `reference.conv2d`."""
-    g = geometry
-    return _ops.conv2d(  # type: ignore[no-any-return]
-        *_columns(segments),
-        bias,
-        g.out_channels,
-        g.kernel_size,
-        g.stride,
-        g.padding,
-        g.dilation,
-        g.groups,
+    return _ops.conv2d.default(  # type: ignore[no-any-return]
+        *igemm_arguments(segments, epilogue, geometry.numbers(), weight_bits, dtype)
+    )
+
+
+def igemm_arguments(
+    segments: Sequence[Segment],
+    epilogue: Epilogue,
+    outputs: int | list[int],
+    weight_bits: int,
+    dtype: torch.dtype,
+) -> tuple[Any, ...]:
+    """The arguments of the schemas of linear and conv2d; outputs is out_features or the geometry."""
+    if not 1 <= len(segments) <= 2:
+        raise ValueError(f"linear and conv2d: wanted 1 or 2 segments, got {len(segments)}")
+    e, q = epilogue, epilogue.quantizer
+    return (
+        *_segment_tensors(segments[0]),
+        [] if len(segments) == 1 else _segment_tensors(segments[1]),
+        e.bias,
+        e.row_bias,
+        e.residual,
+        [] if q is None else [q.scale, q.zero_point, q.group_index],
+        outputs,
         weight_bits,
+        int(e.activation),
+        e.output_scale,
+        0 if q is None else q.num_bits,
         dtype,
     )
 
 
-def _columns(segments: Sequence[Segment]) -> tuple[list[Tensor], ...]:
-    """Transpose segments into the parallel lists that the schema wants."""
-    return (
-        [s.codes for s in segments],
-        [s.scale for s in segments],
-        [s.zero_point for s in segments],
-        [s.group_index for s in segments],
-        [s.weight for s in segments],
-        [s.weight_scale for s in segments],
-        [s.weight_sum for s in segments],
+def _segment_tensors(s: Segment) -> tuple[Tensor, ...]:
+    return (s.codes, s.scale, s.zero_point, s.group_index, s.weight, s.weight_scale, s.weight_sum)
+
+
+def group_norm_quantize(
+    inputs: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    modulation: Tensor | None,
+    quantizer: OutputQuantizer,
+    norm_groups: int,
+    eps: float,
+    activation: Activation,
+) -> Tensor:
+    """Normalise one or two concatenated inputs, int8 codes [N, C, H, W] channels_last; see `reference`."""
+    q = quantizer
+    qparams = (q.scale, q.zero_point, q.group_index)
+    return _ops.group_norm_quantize.default(  # type: ignore[no-any-return]
+        inputs, weight, bias, modulation, *qparams, norm_groups, eps, int(activation), q.num_bits
+    )
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    modulation: Tensor | None,
+    quantizer: OutputQuantizer,
+    eps: float,
+) -> Tensor:
+    """Normalise x [*, C] along its last dimension, int8 codes; see `reference.layer_norm_quantize`."""
+    q = quantizer
+    return _ops.layer_norm_quantize.default(  # type: ignore[no-any-return]
+        x, weight, bias, modulation, q.scale, q.zero_point, q.group_index, eps, q.num_bits
     )
 
 
@@ -275,18 +308,35 @@ def _(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> None:
     return None
 
 
+def _results(outputs: int, activation: int) -> int:
+    return outputs // 2 if activation == Activation.GEGLU else outputs
+
+
 @torch.library.register_fake("adpdm::linear")
-def _(inputs: list[Tensor], *rest: Any) -> Tensor:
-    out_features, dtype = rest[-3], rest[-1]
-    return inputs[0].new_empty([*inputs[0].shape[:-1], out_features], dtype=dtype)
+def _(x: Tensor, *rest: Any) -> Tensor:
+    out_features, _, activation, _, output_bits, dtype = rest[-6:]
+    shape = [*x.shape[:-1], _results(out_features, activation)]
+    return x.new_empty(shape, dtype=torch.int8 if output_bits else dtype)
 
 
 @torch.library.register_fake("adpdm::conv2d")
+def _(x: Tensor, *rest: Any) -> Tensor:
+    g, _, activation, _, output_bits, dtype = rest[-6:]
+    size = x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:]
+    pairs = ((g[1], g[2]), (g[3], g[4]), (g[5], g[6]), (g[9], g[10]))
+    geometry = ConvGeometry(g[0], *pairs, g[11], (g[7], g[8]), g[12])
+    shape = [x.shape[0], _results(g[0], activation), *geometry.output_size(*size)]
+    dtype = torch.int8 if output_bits else dtype
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("adpdm::group_norm_quantize")
 def _(inputs: list[Tensor], *rest: Any) -> Tensor:
-    out_channels, kernel, stride, padding, dilation, _, _, dtype = rest[-8:]
     batch, _, *size = inputs[0].shape
-    height, width = (
-        (size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    )
-    shape = [batch, out_channels, height, width]
-    return torch.empty(shape, dtype=dtype, device=inputs[0].device, memory_format=torch.channels_last)
+    shape = [batch, sum(x.shape[1] for x in inputs), *size]
+    return torch.empty(shape, dtype=torch.int8, device=inputs[0].device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("adpdm::layer_norm_quantize")
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
@@ -215,6 +217,68 @@ def observe(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> N
     extrema[row, 1] = torch.maximum(extrema[row, 1], values.max())
 
 
+class Activation(IntEnum):
+    """Function applied to the result of an integer layer or a normalisation."""
+
+    NONE = 0
+    SILU = 1  # y * sigmoid(y)
+    GEGLU = 2  # outputs are pairs (value, gate): value * gelu(gate), half as many results
+
+
+@dataclass(frozen=True)
+class OutputQuantizer:
+    """The quantizer of the next layer, where a layer ends in its codes."""
+
+    scale: Tensor  # [G] f32
+    zero_point: Tensor  # [G] i32
+    group_index: Tensor  # [1] i32
+    num_bits: int
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What becomes of the result y [M, O] f32 of an integer layer; the order is that of the fields.
+
+    y + bias[o] + row_bias[image, o] + residual[m, o], times output_scale, the activation, the quantizer.
+    """
+
+    bias: Tensor | None = None  # [O] f32
+    row_bias: Tensor | None = None  # [images, O] f32: time embedding
+    residual: Tensor | None = None  # the shape of the result, f32|bf16|f16; not with GEGLU
+    output_scale: float = 1.0
+    activation: Activation = Activation.NONE
+    quantizer: OutputQuantizer | None = None
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """The numbers that describe a convolution, as in torch.nn.Conv2d."""
+
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)  # above and left
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    padding_end: tuple[int, int] | None = None  # below and right; None: as padding
+    upsample: int = 1  # 2: the convolution sees every pixel of the input twice in both directions
+
+    def numbers(self) -> list[int]:
+        """The 13 numbers of the operator's schema, in its order."""
+        ends = self.padding if self.padding_end is None else self.padding_end
+        pairs = (self.kernel_size, self.stride, self.padding, ends, self.dilation)
+        return [self.out_channels, *(n for pair in pairs for n in pair), self.groups, self.upsample]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the result for those of the input as stored."""
+        ends = self.padding if self.padding_end is None else self.padding_end
+        sizes = []
+        for i, size in enumerate((height, width)):
+            padded = self.upsample * size + self.padding[i] + ends[i]
+            sizes.append((padded - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i] + 1)
+        return sizes[0], sizes[1]
+
+
 def _segment_sum(
     accumulators: Sequence[Tensor],
     scales: Sequence[Tensor],
@@ -223,7 +287,6 @@ def _segment_sum(
     weight_scales: Sequence[Tensor],
     weight_sums: Sequence[Tensor],
     bias: Tensor | None,
-    dtype: torch.dtype,
 ) -> Tensor:
     """Dequantise and add exact int accumulators [*, O]: per segment one fused multiply-add onto the bias."""
     total = torch.zeros_like(accumulators[0], dtype=torch.float64)
@@ -233,10 +296,34 @@ def _segment_sum(
         group = int(group_indices[s])
         centred = (acc - zero_points[s][group].long() * weight_sums[s].long()).float()
         factor = scales[s][group] * weight_scales[s]  # rounded to float32, as the kernels do
-        # float64 holds the product exactly; adding then rounding once is the fused multiply-add up to
-        # double rounding, which cannot exceed one unit in the last place.
         total = (total + centred.double() * factor.double()).float().double()
-    return total.to(dtype)
+    return total.float()
+
+
+def activate(y: Tensor, activation: Activation) -> Tensor:
+    """The activation of y [*, O] f32 along its last dimension, computed in float64, [*, O] or [*, O / 2]."""
+    if activation is Activation.SILU:
+        return F.silu(y.double()).float()
+    if activation is Activation.GEGLU:
+        value, gate = y[..., 0::2].double(), y[..., 1::2].double()
+        return (value * F.gelu(gate)).float()
+    return y
+
+
+def finish(y: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> Tensor:
+    """The rest of an epilogue for y [images, *, O] f32 that holds the bias: dtype, or int8 codes.
+
+    The residual has its channels last here. Every step rounds to float32.
+    """
+    if epilogue.row_bias is not None:
+        y = y + epilogue.row_bias.reshape(-1, *[1] * (y.dim() - 2), y.shape[-1])
+    if epilogue.residual is not None:
+        y = y + epilogue.residual.float()
+    y = activate(y * epilogue.output_scale, epilogue.activation)
+    if epilogue.quantizer is None:
+        return y.to(dtype)
+    q = epilogue.quantizer
+    return quantize(y, q.scale, q.zero_point, q.group_index, q.num_bits)
 
 
 def linear(
@@ -247,19 +334,26 @@ def linear(
     weight_codes: Sequence[Tensor],
     weight_scales: Sequence[Tensor],
     weight_sums: Sequence[Tensor],
-    bias: Tensor | None,
+    epilogue: Epilogue,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Integer linear layer over one or two segments: inputs [*, K_s] i8 codes, weight_codes [O, K_s] i8.
 
-    Unlike the native op it takes plain codes, not packed weights. Returns [*, O] dtype.
+    Unlike the native op it takes plain codes, not packed weights or activations. Returns [*, O] dtype.
     """
     accumulators = [
         (x.double() @ w.double().t()).round().long() for x, w in zip(inputs, weight_codes, strict=True)
     ]
-    return _segment_sum(
-        accumulators, scales, zero_points, group_indices, weight_scales, weight_sums, bias, dtype
+    y = _segment_sum(
+        accumulators, scales, zero_points, group_indices, weight_scales, weight_sums, epilogue.bias
     )
+    if epilogue.row_bias is None:
+        return finish(y, epilogue, dtype)
+    images = y.reshape(epilogue.row_bias.shape[0], -1, y.shape[-1])
+    if epilogue.residual is not None:
+        epilogue = replace(epilogue, residual=epilogue.residual.reshape(images.shape))
+    result = finish(images, epilogue, dtype)
+    return result.reshape(*y.shape[:-1], result.shape[-1])
 
 
 def conv2d(
@@ -270,24 +364,99 @@ def conv2d(
     weight_codes: Sequence[Tensor],
     weight_scales: Sequence[Tensor],
     weight_sums: Sequence[Tensor],
-    bias: Tensor | None,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
+    epilogue: Epilogue,
+    geometry: ConvGeometry,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Integer convolution: inputs [N, C_s, H, W] i8 codes, weight_codes [O, C_s/groups, kh, kw] i8.
 
     The halo holds real 0, i.e. the segment's zero-point code. Returns [N, O, Ho, Wo] dtype, channels_last.
     """
+    g = geometry
+    top, left = g.padding
+    bottom, right = g.padding if g.padding_end is None else g.padding_end
     accumulators = []
     for s, (x, w) in enumerate(zip(inputs, weight_codes, strict=True)):
         halo = float(zero_points[s][int(group_indices[s])])
-        padded = F.pad(x.double(), (padding[1], padding[1], padding[0], padding[0]), value=halo)
-        acc = F.conv2d(padded, w.double(), None, stride, 0, dilation, groups)
+        seen = x.double().repeat_interleave(g.upsample, 2).repeat_interleave(g.upsample, 3)
+        padded = F.pad(seen, (left, right, top, bottom), value=halo)
+        acc = F.conv2d(padded, w.double(), None, g.stride, 0, g.dilation, g.groups)
         accumulators.append(acc.round().long().permute(0, 2, 3, 1))
-    out = _segment_sum(
-        accumulators, scales, zero_points, group_indices, weight_scales, weight_sums, bias, dtype
+    y = _segment_sum(
+        accumulators, scales, zero_points, group_indices, weight_scales, weight_sums, epilogue.bias
     )
-    return out.permute(0, 3, 1, 2)
+    if epilogue.residual is not None:
+        epilogue = replace(epilogue, residual=epilogue.residual.permute(0, 2, 3, 1))
+    return finish(y, epilogue, dtype).permute(0, 3, 1, 2)
+
+
+def _normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of x over dims, computed in float64, kept as float32."""
+    mean = x.double().mean(dims, keepdim=True)
+    variance = (x.double() - mean).square().mean(dims, keepdim=True)
+    return mean.float(), (1.0 / (variance + eps).sqrt()).float()
+
+
+def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c in float64, rounded to float32: a fused multiply-add up to double rounding."""
+    return (a.double() * b.double() + c.double()).float()
+
+
+def _affine(
+    x: Tensor,
+    moments: tuple[Tensor, Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    modulation: Sequence[Tensor] | None,  # scale, shift
+) -> Tensor:
+    """(x - mean) * rstd * weight + bias, then y * (1 + scale) + shift: one fma each; operands broadcast."""
+    mean, rstd = moments
+    factor = rstd if weight is None else rstd * weight
+    offset = _fma(-mean, factor, torch.zeros(()) if bias is None else bias)
+    y = _fma(x.float(), factor, offset)
+    return y if modulation is None else _fma(y, 1.0 + modulation[0], modulation[1])
+
+
+def group_norm_quantize(
+    inputs: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    modulation: Tensor | None,
+    quantizer: OutputQuantizer,
+    norm_groups: int,
+    eps: float,
+    activation: Activation,
+) -> Tensor:
+    """Codes of the normalised concatenation of inputs [N, C_s, H, W] f32|bf16|f16: [N, C, H, W] i8.
+
+    Args: weight, bias [C] f32; modulation [N, 2C] f32 (scale, shift), y * (1 + scale) + shift.
+    """
+    x = torch.cat([part.float() for part in inputs], 1)
+    batch, channels = x.shape[:2]
+    moments = _normalize(x.reshape(batch, norm_groups, -1), (2,), eps)
+    mean, rstd = (m[:, :, 0].repeat_interleave(channels // norm_groups, 1) for m in moments)
+    mean, rstd = mean[:, :, None, None], rstd[:, :, None, None]
+    rows = [None if row is None else row[:, None, None] for row in (weight, bias)]
+    parts = None if modulation is None else modulation[:, :, None, None].chunk(2, 1)
+    y = activate(_affine(x, (mean, rstd), rows[0], rows[1], parts), activation)
+    q = quantizer
+    return quantize(y, q.scale, q.zero_point, q.group_index, q.num_bits)
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    modulation: Tensor | None,
+    quantizer: OutputQuantizer,
+    eps: float,
+) -> Tensor:
+    """Codes of x [*, C] f32|bf16|f16 normalised along its last dimension: [*, C] i8.
+
+    Args: weight, bias [C] f32; modulation [images, 2C] f32 (scale, shift), images dividing the rows evenly.
+    """
+    rows = x.float().reshape(1 if modulation is None else modulation.shape[0], -1, x.shape[-1])
+    parts = None if modulation is None else modulation[:, None].chunk(2, 2)
+    y = _affine(rows, _normalize(rows, (2,), eps), weight, bias, parts).reshape(x.shape)
+    q = quantizer
+    return quantize(y, q.scale, q.zero_point, q.group_index, q.num_bits)

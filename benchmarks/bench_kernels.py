@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adpdm import ops
 from adpdm._native import build_info
-from adpdm.ops import ConvGeometry, Segment
+from adpdm.ops import ConvGeometry, Epilogue, Segment
 
 NUM_GROUPS = 8
 MIN_SAMPLE_SECONDS = 0.002  # a sample repeats a call until it lasts this long
@@ -154,12 +154,12 @@ def calls(layer: Layer, batch: int) -> dict[str, Call]:
     w4 = (weight * 3).round().clamp(-8, 7).to(torch.int8)
     pad = layer.kernel // 2
     g = ConvGeometry(layer.outputs, (layer.kernel,) * 2, (layer.stride,) * 2, (pad, pad))
-    f32 = torch.float32
+    f32, epilogue = torch.float32, Epilogue(bias)
 
     def integer(segment: Segment, bits: int) -> Tensor:
         if layer.kernel == 0:
-            return ops.linear([segment], bias, layer.outputs, bits, f32)
-        return ops.conv2d([segment], bias, g, bits, f32)
+            return ops.linear([segment], epilogue, layer.outputs, bits, f32)
+        return ops.conv2d([segment], epilogue, g, bits, f32)
 
     s8, s4 = make_segment(codes, w8, 8), make_segment(codes, w4, 4)
 

@@ -118,7 +118,8 @@ TEST(Conv2d, HandComputedWithHalo) {
   problem.args.input = problem.args.out = {1, 2};
   problem.args.kernel = {1, 3};
   problem.args.stride = problem.args.dilation = {1, 1};
-  problem.args.padding = {0, 1};
+  problem.args.padding = problem.args.padding_end = {0, 1};
+  problem.args.upsample = 1;
   problem.args.groups = 1;
   problem.args.weight_bits = 8;
   for (cpu::Isa isa : supported_isas()) {

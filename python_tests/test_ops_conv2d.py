@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adpdm import ops, reference
-from adpdm.ops import ConvGeometry, Segment
+from adpdm.ops import ConvGeometry, Epilogue, Segment
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
@@ -59,11 +59,8 @@ def expected(segments: list[Segment], weights: list[Tensor], bias: Tensor | None
         weights,
         [s.weight_scale for s in segments],
         [s.weight_sum for s in segments],
-        bias,
-        g.stride,
-        g.padding,
-        g.dilation,
-        g.groups,
+        Epilogue(bias),
+        g,
     )
 
 
@@ -94,7 +91,7 @@ def test_conv2d_accumulators_are_exact(
     generator = torch.Generator().manual_seed(seed)
     geometry = ConvGeometry(outputs, kernel, stride, padding, dilation)
     segments, weights = make_layer(generator, image, channels, geometry, bits, unit=True)
-    actual = ops.conv2d(segments, None, geometry, bits, torch.float32)
+    actual = ops.conv2d(segments, Epilogue(), geometry, bits, torch.float32)
     assert torch.equal(actual, expected(segments, weights, None, geometry))
     assert actual.is_contiguous(memory_format=torch.channels_last)
 
@@ -112,7 +109,7 @@ def test_conv2d_groups_are_exact(
     generator = torch.Generator().manual_seed(seed)
     geometry = ConvGeometry(groups * group_outputs, (3, 2), (1, 2), (1, 0), (1, 1), groups)
     segments, weights = make_layer(generator, [2, 5, 4], [groups * group_channels], geometry, bits, unit=True)
-    actual = ops.conv2d(segments, None, geometry, bits, torch.float32)
+    actual = ops.conv2d(segments, Epilogue(), geometry, bits, torch.float32)
     assert torch.equal(actual, expected(segments, weights, None, geometry))
 
 
@@ -124,7 +121,7 @@ def test_conv2d_values_are_within_one_ulp(channels: list[int], seed: int) -> Non
     geometry = ConvGeometry(24, (3, 3), padding=(1, 1))
     segments, weights = make_layer(generator, [2, 5, 6], channels, geometry, 8, unit=False)
     bias = torch.randn(24, generator=generator)
-    actual = ops.conv2d(segments, bias, geometry, 8, torch.float32)
+    actual = ops.conv2d(segments, Epilogue(bias), geometry, 8, torch.float32)
     wanted = expected(segments, weights, bias, geometry)
     first = expected(segments[:1], weights[:1], bias, geometry)
     largest = torch.stack([actual, wanted, first]).abs().amax(0)
@@ -136,8 +133,8 @@ def test_conv2d_values_are_within_one_ulp(channels: list[int], seed: int) -> Non
 def test_conv2d_rounds_the_float32_result(dtype: torch.dtype, generator: torch.Generator) -> None:
     geometry = ConvGeometry(35, (3, 3), padding=(1, 1))
     segments, _ = make_layer(generator, [2, 6, 5], [12, 20], geometry, 8, unit=False)
-    exact = ops.conv2d(segments, None, geometry, 8, torch.float32)
-    rounded = ops.conv2d(segments, None, geometry, 8, dtype)
+    exact = ops.conv2d(segments, Epilogue(), geometry, 8, torch.float32)
+    rounded = ops.conv2d(segments, Epilogue(), geometry, 8, dtype)
     assert rounded.dtype == dtype
     assert torch.equal(rounded, exact.to(dtype))
 
@@ -146,14 +143,14 @@ def test_conv2d_takes_contiguous_codes(generator: torch.Generator) -> None:
     geometry = ConvGeometry(8, (3, 3), padding=(1, 1))
     (segment,), weights = make_layer(generator, [2, 4, 5], [6], geometry, 8, unit=True)
     contiguous = replace(segment, codes=segment.codes.contiguous())
-    actual = ops.conv2d([contiguous], None, geometry, 8, torch.float32)
+    actual = ops.conv2d([contiguous], Epilogue(), geometry, 8, torch.float32)
     assert torch.equal(actual, expected([segment], weights, None, geometry))
 
 
 def test_conv2d_empty_batch_keeps_shape(generator: torch.Generator) -> None:
     geometry = ConvGeometry(8, (3, 3), stride=(2, 2), padding=(1, 1))
     segments, _ = make_layer(generator, [0, 5, 7], [4], geometry, 8, unit=True)
-    assert ops.conv2d(segments, None, geometry, 8, torch.float32).shape == (0, 8, 3, 4)
+    assert ops.conv2d(segments, Epilogue(), geometry, 8, torch.float32).shape == (0, 8, 3, 4)
 
 
 def test_conv2d_does_not_depend_on_threads(generator: torch.Generator) -> None:
@@ -164,7 +161,7 @@ def test_conv2d_does_not_depend_on_threads(generator: torch.Generator) -> None:
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(ops.conv2d(segments, None, geometry, 8, torch.float32))
+        results.append(ops.conv2d(segments, Epilogue(), geometry, 8, torch.float32))
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -173,8 +170,8 @@ def test_conv2d_does_not_depend_on_threads(generator: torch.Generator) -> None:
 def test_conv2d_opcheck(generator: torch.Generator) -> None:
     g = ConvGeometry(6, (3, 2), stride=(2, 1), padding=(1, 0))
     segments, _ = make_layer(generator, [2, 5, 4], [4, 3], g, 8, unit=False)
-    geometry = (g.out_channels, g.kernel_size, g.stride, g.padding, g.dilation, g.groups)
-    args = (*ops._columns(segments), torch.randn(6, generator=generator), *geometry, 8, torch.float32)
+    epilogue = Epilogue(torch.randn(6, generator=generator))
+    args = ops.igemm_arguments(segments, epilogue, g.numbers(), 8, torch.float32)
     torch.library.opcheck(torch.ops.adpdm.conv2d.default, args)
 
 
@@ -182,14 +179,14 @@ def test_conv2d_opcheck(generator: torch.Generator) -> None:
     ("changes", "message"),
     [
         ({"kernel_size": (6, 3)}, "conv2d: kernel_size with dilation must fit the padded 4x4 input, got 6x3"),
-        ({"stride": (0, 1)}, r"conv2d: stride must be 2 numbers of at least 1, got \[0, 1\]"),
-        ({"padding": (-1, 0)}, r"conv2d: padding must be 2 numbers of at least 0, got \[-1, 0\]"),
+        ({"stride": (0, 1)}, r"conv2d: stride must be 2 numbers of at least 1, got 0 and 1"),
+        ({"padding": (-1, 0)}, r"conv2d: padding must be 2 numbers of at least 0, got -1 and 0"),
         ({"groups": 3}, "conv2d: groups must divide out_channels=8, got 3"),
-        ({"groups": 4}, r"conv2d: groups must divide the 6 channels of inputs\[0\], got 4"),
-        ({"out_channels": 16}, r"conv2d: weight_scales\[0\] must have shape \[16\], got \[8\]"),
+        ({"groups": 4}, r"conv2d: groups must divide the 6 channels of input, got 4"),
+        ({"out_channels": 16}, r"conv2d: weight_scale must have shape \[16\], got \[8\]"),
         (
             {"kernel_size": (1, 1)},
-            r"conv2d: weights\[0\] must have 128 bytes for this shape and weight_bits, got 1152",
+            r"conv2d: weight must have 128 bytes for this shape and weight_bits, got 1152",
         ),
     ],
 )
@@ -199,14 +196,14 @@ def test_conv2d_rejects_wrong_geometry(
     geometry = ConvGeometry(8, (3, 3))
     segments, _ = make_layer(generator, [1, 4, 4], [6], geometry, 8, unit=True)
     with pytest.raises(ValueError, match=message):
-        ops.conv2d(segments, None, replace(geometry, **changes), 8, torch.float32)
+        ops.conv2d(segments, Epilogue(), replace(geometry, **changes), 8, torch.float32)
 
 
 def test_conv2d_rejects_two_segments_with_groups(generator: torch.Generator) -> None:
     geometry = ConvGeometry(8, (1, 1), groups=2)
     segments, _ = make_layer(generator, [1, 2, 2], [4, 4], geometry, 8, unit=True)
     with pytest.raises(ValueError, match="conv2d: groups must be 1 with two inputs, got 2"):
-        ops.conv2d(segments, None, geometry, 8, torch.float32)
+        ops.conv2d(segments, Epilogue(), geometry, 8, torch.float32)
 
 
 def test_conv2d_rejects_segments_of_different_size(generator: torch.Generator) -> None:
@@ -214,16 +211,15 @@ def test_conv2d_rejects_segments_of_different_size(generator: torch.Generator) -
     (first, second), _ = make_layer(generator, [1, 4, 4], [4, 4], geometry, 8, unit=True)
     smaller = replace(second, codes=second.codes[:, :, :3])
     with pytest.raises(
-        ValueError, match=r"conv2d: inputs\[1\] must be \[1, C, 4, 4\] as inputs\[0\], got \[1, 4, 3"
+        ValueError,
+        match=r"conv2d: second input must have the batch and size of input, 1 of 4x4, got shape \[1, 4, 3",
     ):
-        ops.conv2d([first, smaller], None, geometry, 8, torch.float32)
+        ops.conv2d([first, smaller], Epilogue(), geometry, 8, torch.float32)
 
 
 def test_conv2d_rejects_a_group_index_out_of_range(generator: torch.Generator) -> None:
     geometry = ConvGeometry(8, (1, 1))
     (segment,), _ = make_layer(generator, [1, 4, 4], [4], geometry, 8, unit=True)
     wrong = replace(segment, group_index=torch.tensor([-1], dtype=torch.int32))
-    with pytest.raises(
-        IndexError, match=r"conv2d: group_indices\[0\] must be in \[0, num_groups=2\), got -1"
-    ):
-        ops.conv2d([wrong], None, geometry, 8, torch.float32)
+    with pytest.raises(IndexError, match=r"conv2d: group_index must be in \[0, num_groups=2\), got -1"):
+        ops.conv2d([wrong], Epilogue(), geometry, 8, torch.float32)

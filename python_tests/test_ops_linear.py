@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adpdm import ops, reference
-from adpdm.ops import Segment
+from adpdm.ops import Epilogue, Segment
 
 
 def make_segment(
@@ -45,7 +45,7 @@ def expected(
         weights,
         [s.weight_scale for s in segments],
         [s.weight_sum for s in segments],
-        bias,
+        Epilogue(bias),
         dtype,
     )
 
@@ -74,7 +74,7 @@ def test_linear_accumulators_are_exact(
     # |sum| <= 2 * 70 * 255 * 128 < 2^24: float32 holds it exactly.
     generator = torch.Generator().manual_seed(seed)
     segments, weights = make_layer(generator, leading, features, outputs, bits, unit=True)
-    actual = ops.linear(segments, None, outputs, bits, torch.float32)
+    actual = ops.linear(segments, Epilogue(), outputs, bits, torch.float32)
     assert torch.equal(actual, expected(segments, weights, None, torch.float32))
     assert actual.is_contiguous()
 
@@ -91,7 +91,7 @@ def test_linear_values_are_within_one_ulp(rows: int, features: list[int], output
     generator = torch.Generator().manual_seed(seed)
     segments, weights = make_layer(generator, [rows], features, outputs, 8, unit=False)
     bias = torch.randn(outputs, generator=generator)
-    actual = ops.linear(segments, bias, outputs, 8, torch.float32)
+    actual = ops.linear(segments, Epilogue(bias), outputs, 8, torch.float32)
     wanted = expected(segments, weights, bias, torch.float32)
     first = expected(segments[:1], weights[:1], bias, torch.float32)
     largest = torch.stack([actual, wanted, first]).abs().amax(0)
@@ -102,8 +102,8 @@ def test_linear_values_are_within_one_ulp(rows: int, features: list[int], output
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_rounds_the_float32_result(dtype: torch.dtype, generator: torch.Generator) -> None:
     segments, _ = make_layer(generator, [13], [48, 20], 50, 8, unit=False)
-    exact = ops.linear(segments, None, 50, 8, torch.float32)
-    rounded = ops.linear(segments, None, 50, 8, dtype)
+    exact = ops.linear(segments, Epilogue(), 50, 8, torch.float32)
+    rounded = ops.linear(segments, Epilogue(), 50, 8, dtype)
     assert rounded.dtype == dtype
     assert torch.equal(rounded, exact.to(dtype))
 
@@ -112,13 +112,14 @@ def test_linear_takes_strided_codes(generator: torch.Generator) -> None:
     wide = random_codes(generator, 8, 6, 40)
     weight = random_codes(generator, 8, 5, 20)
     segment = make_segment(wide[:, ::2], weight, 8, generator, unit=True)
-    actual = ops.linear([segment], None, 5, 8, torch.float32)
+    actual = ops.linear([segment], Epilogue(), 5, 8, torch.float32)
     assert torch.equal(actual, expected([segment], [weight], None, torch.float32))
 
 
 def test_linear_opcheck(generator: torch.Generator) -> None:
     segments, _ = make_layer(generator, [2, 3], [9, 4], 6, 4, unit=False)
-    args = (*ops._columns(segments), torch.randn(6, generator=generator), 6, 4, torch.bfloat16)
+    epilogue = Epilogue(torch.randn(6, generator=generator))
+    args = ops.igemm_arguments(segments, epilogue, 6, 4, torch.bfloat16)
     torch.library.opcheck(torch.ops.adpdm.linear.default, args)
 
 
@@ -126,31 +127,31 @@ def test_linear_opcheck(generator: torch.Generator) -> None:
     ("changes", "error", "message"),
     [
         (
-            {"codes": torch.zeros(2, 8, dtype=torch.uint8)},
+            {"codes": torch.zeros(2, 8, dtype=torch.int16)},
             TypeError,
-            r"linear: inputs\[0\] must be torch.int8, got",
+            r"linear: input must be torch.int8, or packed codes of torch.uint8, got",
         ),
-        ({"scale": torch.ones(2)}, ValueError, r"linear: zero_points\[0\] must have shape \[2\], got \[3\]"),
+        ({"scale": torch.ones(2)}, ValueError, r"linear: zero_point must have shape \[2\], got \[3\]"),
         (
             {"weight_scale": torch.ones(3)},
             ValueError,
-            r"linear: weight_scales\[0\] must have shape \[4\], got \[3\]",
+            r"linear: weight_scale must have shape \[4\], got \[3\]",
         ),
-        ({"weight_sum": torch.ones(4)}, TypeError, r"linear: weight_sums\[0\] must be torch.int32, got"),
+        ({"weight_sum": torch.ones(4)}, TypeError, r"linear: weight_sum must be torch.int32, got"),
         (
             {"weight": torch.zeros(7, dtype=torch.uint8)},
             ValueError,
-            r"linear: weights\[0\] must have 128 bytes for this shape and weight_bits, got 7",
+            r"linear: weight must have 128 bytes for this shape and weight_bits, got 7",
         ),
         (
             {"group_index": torch.tensor([3], dtype=torch.int32)},
             IndexError,
-            r"linear: group_indices\[0\] must be in \[0, num_groups=3\), got 3",
+            r"linear: group_index must be in \[0, num_groups=3\), got 3",
         ),
         (
             {"zero_point": torch.full((3,), 128, dtype=torch.int32)},
             ValueError,
-            r"linear: zero_points\[0\]\[2\] must be a code in \[-128, 127\], got 128",
+            r"linear: zero_point\[2\] must be a code in \[-128, 127\], got 128",
         ),
         (
             {"codes": torch.zeros(1, 65794, dtype=torch.int8)},
@@ -165,30 +166,30 @@ def test_linear_rejects_a_wrong_segment(
     (segment,), _ = make_layer(generator, [2], [8], 4, 8, unit=False)
     wrong = Segment(**{**vars(segment), **changes})
     with pytest.raises(error, match=message):
-        ops.linear([wrong], None, 4, 8, torch.float32)
+        ops.linear([wrong], Epilogue(), 4, 8, torch.float32)
 
 
 def test_linear_rejects_wrong_arguments(generator: torch.Generator) -> None:
     (segment,), _ = make_layer(generator, [2], [8], 4, 8, unit=False)
-    with pytest.raises(ValueError, match="linear: inputs must be 1 or 2 tensors, got 3"):
-        ops.linear([segment] * 3, None, 4, 8, torch.float32)
+    with pytest.raises(ValueError, match="linear and conv2d: wanted 1 or 2 segments, got 3"):
+        ops.linear([segment] * 3, Epilogue(), 4, 8, torch.float32)
     with pytest.raises(ValueError, match="linear: weight_bits must be 2..8, got 9"):
-        ops.linear([segment], None, 4, 9, torch.float32)
+        ops.linear([segment], Epilogue(), 4, 9, torch.float32)
     with pytest.raises(ValueError, match=r"linear: bias must have shape \[4\], got \[5\]"):
-        ops.linear([segment], torch.zeros(5), 4, 8, torch.float32)
+        ops.linear([segment], Epilogue(torch.zeros(5)), 4, 8, torch.float32)
     with pytest.raises(
         TypeError, match="linear: dtype must be torch.float32, torch.bfloat16 or torch.float16"
     ):
-        ops.linear([segment], None, 4, 8, torch.float64)
+        ops.linear([segment], Epilogue(), 4, 8, torch.float64)
 
 
 def test_linear_rejects_segments_of_different_rows(generator: torch.Generator) -> None:
     (first, second), _ = make_layer(generator, [2], [8, 8], 4, 8, unit=False)
     longer = Segment(**{**vars(second), "codes": torch.zeros(3, 8, dtype=torch.int8)})
     with pytest.raises(
-        ValueError, match=r"linear: inputs\[1\] must equal inputs\[0\] in all but the last dimension"
+        ValueError, match=r"linear: second input must equal input in all but the last dimension"
     ):
-        ops.linear([first, longer], None, 4, 8, torch.float32)
+        ops.linear([first, longer], Epilogue(), 4, 8, torch.float32)
 
 
 def test_pack_weight_rejects_codes_out_of_range() -> None:

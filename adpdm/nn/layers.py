@@ -39,7 +39,7 @@ class QuantLayer(nn.Module):
         self.is_frozen = False
         self.bias_shift: Tensor | None = None  # [O], joins the bias when the layer is frozen
         self._fake_weight: Tensor | None = None
-        self._packed: tuple[list[Tensor], list[Tensor], Tensor | None] | None = None
+        self._packed: tuple[list[Tensor], list[Tensor], ops.Epilogue] | None = None
 
     @property
     def quantizers(self) -> list[ActivationQuantizer]:
@@ -96,19 +96,20 @@ class QuantLayer(nn.Module):
         self._fake_weight = self._packed = None
         self.is_frozen = True
 
-    def segments(self, x: Tensor) -> tuple[list[ops.Segment], Tensor | None]:
-        """Quantize x and pair its segments with the packed weights; also the bias [O] in float32."""
+    def segments(self, x: Tensor) -> tuple[list[ops.Segment], ops.Epilogue]:
+        """Quantize x and pair its segments with the packed weights; also the bias, as an epilogue."""
         if self._packed is None or self._packed[0][0].device != x.device:
             packed, sums = self.weight_quantizer.pack(self.codes(), self.groups)
-            self._packed = (packed, sums, None if self.bias is None else self.bias.detach().float())
-        packed, sums, bias = self._packed
+            bias = None if self.bias is None else self.bias.detach().float()
+            self._packed = (packed, sums, ops.Epilogue(bias))
+        packed, sums, epilogue = self._packed
         segments = [
             ops.Segment(
                 q.codes(part), q.scale, q.zero_point, q.group_index, packed[s], self.weight_scale[s], sums[s]
             )
             for s, (q, part) in enumerate(zip(self.quantizers, self.split_input(x), strict=True))
         ]
-        return segments, bias
+        return segments, epilogue
 
     def fake_input(self, x: Tensor) -> Tensor:
         """Pass x through the activation quantizers in their current mode."""

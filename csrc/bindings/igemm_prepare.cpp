@@ -4,68 +4,73 @@
 #include <ATen/Functions.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
+
 #include "bindings/prepare.h"
 
 namespace adpdm::bindings {
 namespace {
 
-void check_list(OpName op, OpName name, at::TensorList list, size_t segments) {
-  TORCH_CHECK_VALUE(list.size() == segments, op, ": ", name, " must have one tensor per input=", segments,
-                    ", got ", list.size());
+constexpr size_t kSegmentTensors = 7;
+constexpr size_t kGeometryNumbers = 13;
+
+// The tensors of segment s, by name.
+struct SegmentTensors {
+  const at::Tensor &input, &scale, &zero_point, &group_index, &weight, &weight_scale, &weight_sum;
+};
+
+SegmentTensors segment_tensors(const IgemmTensors& t, int s) {
+  const at::TensorList l = t.second;
+  if (s == 1) return {l[0], l[1], l[2], l[3], l[4], l[5], l[6]};
+  return {t.input, t.scale, t.zero_point, t.group_index, t.weight, t.weight_scale, t.weight_sum};
 }
 
-void check_lists(OpName op, const SegmentLists& lists) {
-  const size_t segments = lists.inputs.size();
-  TORCH_CHECK_VALUE(segments >= 1 && segments <= kMaxSegments, op, ": inputs must be 1 or 2 tensors, got ",
-                    segments);
-  check_list(op, "scales", lists.scales, segments);
-  check_list(op, "zero_points", lists.zero_points, segments);
-  check_list(op, "group_indices", lists.group_indices, segments);
-  check_list(op, "weights", lists.weights, segments);
-  check_list(op, "weight_scales", lists.weight_scales, segments);
-  check_list(op, "weight_sums", lists.weight_sums, segments);
+int count_segments(OpName op, const IgemmTensors& tensors) {
+  if (tensors.second.empty()) return 1;
+  TORCH_CHECK_VALUE(
+      tensors.second.size() == kSegmentTensors, op, ": second must be 0 or ", kSegmentTensors,
+      " tensors (input, scale, zero_point, group_index, weight, weight_scale, weight_sum), got ",
+      tensors.second.size());
+  return 2;
 }
 
-// Names of list elements in error sentences, ready made because they are passed on every call.
-struct ElementNames {
-  OpName input, scale, zero_point, group_index, weight, weight_scale, weight_sum;
-};
-constexpr ElementNames kNames[kMaxSegments] = {
-    {"inputs[0]", "scales[0]", "zero_points[0]", "group_indices[0]", "weights[0]", "weight_scales[0]",
-     "weight_sums[0]"},
-    {"inputs[1]", "scales[1]", "zero_points[1]", "group_indices[1]", "weights[1]", "weight_scales[1]",
-     "weight_sums[1]"},
-};
+GroupedQParams checked_qparams(OpName op, OpName scale_name, const at::Tensor& scale, OpName zero_point_name,
+                               const at::Tensor& zero_point, OpName group_index_name,
+                               const at::Tensor& group_index, const at::Tensor& x) {
+  const int64_t num_groups = scale.numel();
+  TORCH_CHECK_VALUE(num_groups >= 1, op, ": ", scale_name, " must have at least 1 element, got 0");
+  check_vector(op, scale_name, scale, at::kFloat, num_groups, x);
+  check_vector(op, zero_point_name, zero_point, at::kInt, num_groups, x);
+  check_vector(op, group_index_name, group_index, at::kInt, 1, x);
+  return {scale.const_data_ptr<float>(), zero_point.const_data_ptr<int32_t>(),
+          group_index.const_data_ptr<int32_t>(), num_groups};
+}
+
+bool is_packed(const at::Tensor& input) { return input.scalar_type() == at::kByte; }
+
+void check_input_type(OpName op, OpName name, const at::Tensor& input, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(input.scalar_type() == at::kChar || is_packed(input), op, ": ", name,
+                   " must be torch.int8, or packed codes of torch.uint8, got ", input.scalar_type());
+  check_device(op, name, input, x);
+}
 
 // Fills everything but codes.
-IgemmSegment make_segment(OpName op, const SegmentLists& lists, size_t s, int64_t outputs, int64_t channels) {
-  const ElementNames& names = kNames[s];
-  const at::Tensor& x = lists.inputs[0];
-  const int64_t num_groups = lists.scales[s].numel();
-  check_dtype(op, names.input, lists.inputs[s], at::kChar);
-  check_device(op, names.input, lists.inputs[s], x);
-  TORCH_CHECK_VALUE(num_groups >= 1, op, ": ", names.scale, " must have at least 1 element, got 0");
-  check_vector(op, names.scale, lists.scales[s], at::kFloat, num_groups, x);
-  check_vector(op, names.zero_point, lists.zero_points[s], at::kInt, num_groups, x);
-  check_vector(op, names.group_index, lists.group_indices[s], at::kInt, 1, x);
-  check_vector(op, names.weight, lists.weights[s], at::kByte, lists.weights[s].numel(), x);
-  check_vector(op, names.weight_scale, lists.weight_scales[s], at::kFloat, outputs, x);
-  check_vector(op, names.weight_sum, lists.weight_sums[s], at::kInt, outputs, x);
+IgemmSegment make_segment(OpName op, const IgemmTensors& tensors, int s, int64_t outputs, int64_t channels) {
+  const SegmentNames& names = kSegmentNames[s];
+  const SegmentTensors t = segment_tensors(tensors, s);
+  const at::Tensor& x = tensors.input;
   IgemmSegment segment{};
+  segment.qparams = checked_qparams(op, names.scale, t.scale, names.zero_point, t.zero_point,
+                                    names.group_index, t.group_index, x);
+  check_vector(op, names.weight, t.weight, at::kByte, t.weight.numel(), x);
+  check_vector(op, names.weight_scale, t.weight_scale, at::kFloat, outputs, x);
+  check_vector(op, names.weight_sum, t.weight_sum, at::kInt, outputs, x);
+  segment.packed = is_packed(t.input);
   segment.channels = channels;
-  segment.weight = lists.weights[s].const_data_ptr<uint8_t>();
-  segment.weight_scale = lists.weight_scales[s].const_data_ptr<float>();
-  segment.weight_sum = lists.weight_sums[s].const_data_ptr<int32_t>();
-  segment.qparams = {lists.scales[s].const_data_ptr<float>(), lists.zero_points[s].const_data_ptr<int32_t>(),
-                     lists.group_indices[s].const_data_ptr<int32_t>(), num_groups};
+  segment.weight = t.weight.const_data_ptr<uint8_t>();
+  segment.weight_scale = t.weight_scale.const_data_ptr<float>();
+  segment.weight_sum = t.weight_sum.const_data_ptr<int32_t>();
   return segment;
-}
-
-const float* bias_pointer(OpName op, const std::optional<at::Tensor>& bias, const at::Tensor& x,
-                          int64_t outputs) {
-  if (!bias.has_value()) return nullptr;
-  check_vector(op, "bias", *bias, at::kFloat, outputs, x);
-  return bias->const_data_ptr<float>();
 }
 
 int checked_bits(OpName op, OpName name, int64_t bits) {
@@ -78,122 +83,238 @@ void check_reduction(OpName op, int64_t reduction) {
                     kMaxReduction, " for exact int32 sums, got ", reduction);
 }
 
-Size2d checked_pair(OpName name, at::IntArrayRef values, int64_t minimum) {
-  TORCH_CHECK_VALUE(values.size() == 2 && values[0] >= minimum && values[1] >= minimum, "conv2d: ", name,
-                    " must be 2 numbers of at least ", minimum, ", got ", values);
-  return {values[0], values[1]};
+Activation checked_activation(OpName op, const OutputOptions& options, int64_t outputs) {
+  TORCH_CHECK_VALUE(options.activation >= 0 && options.activation <= 2, op,
+                    ": activation must be 0 (none), 1 (silu) or 2 (geglu), got ", options.activation);
+  const auto activation = static_cast<Activation>(options.activation);
+  if (activation != Activation::kGeglu) return activation;
+  TORCH_CHECK_VALUE(outputs % 2 == 0, op, ": geglu takes pairs of outputs, got ", outputs, " outputs");
+  TORCH_CHECK_VALUE(!options.residual.has_value(), op, ": residual must be missing with geglu, got one");
+  return activation;
 }
 
-void check_geometry(const Conv2dArgs& args) {
+void check_output_qparams(OpName op, const OutputOptions& options, const at::Tensor& x, IgemmOutput& output) {
+  const size_t wanted = options.output_bits == 0 ? 0 : 3;
+  TORCH_CHECK_VALUE(options.qparams.size() == wanted, op, ": output_qparams must be ", wanted,
+                    " tensors with output_bits=", options.output_bits, ", got ", options.qparams.size());
+  if (wanted == 0) return;
+  output.num_bits = checked_bits(op, "output_bits", options.output_bits);
+  output.qparams = checked_qparams(op, "output scale", options.qparams[0], "output zero_point",
+                                   options.qparams[1], "output group_index", options.qparams[2], x);
+}
+
+// All that does not depend on the shape of the result; residual and data are missing.
+IgemmOutput make_output(OpName op, const OutputOptions& options, const at::Tensor& x, int64_t outputs) {
+  IgemmOutput output{};
+  output.type = float_type(op, "dtype", options.dtype);
+  output.activation = checked_activation(op, options, outputs);
+  output.output_scale = static_cast<float>(options.output_scale);
+  TORCH_CHECK_VALUE(std::isfinite(output.output_scale), op, ": output_scale must be finite, got ",
+                    options.output_scale);
+  check_output_qparams(op, options, x, output);
+  if (options.bias.has_value()) {
+    check_vector(op, "bias", *options.bias, at::kFloat, outputs, x);
+    output.bias = options.bias->const_data_ptr<float>();
+  }
+  return output;
+}
+
+// row_bias [images, outputs] f32.
+void set_row_bias(OpName op, const OutputOptions& options, const at::Tensor& x, int64_t images,
+                  int64_t outputs, IgemmOutput& output) {
+  const at::Tensor& row_bias = *options.row_bias;
+  check_dtype(op, "row_bias", row_bias, at::kFloat);
+  check_device(op, "row_bias", row_bias, x);
+  TORCH_CHECK_VALUE(row_bias.dim() == 2 && row_bias.size(0) == images && row_bias.size(1) == outputs, op,
+                    ": row_bias must have shape [", images, ", ", outputs, "], got ", row_bias.sizes());
+  TORCH_CHECK_VALUE(row_bias.is_contiguous(), op, ": row_bias must be contiguous, got strides ",
+                    row_bias.strides());
+  output.row_bias = row_bias.const_data_ptr<float>();
+}
+
+// Allocates the result, and brings the residual into its layout.
+template <typename Args>
+void set_tensors(OpName op, const OutputOptions& options, const at::Tensor& x, at::IntArrayRef sizes,
+                 at::MemoryFormat format, Prepared<Args>& prepared) {
+  IgemmOutput& output = prepared.args.output;
+  if (options.residual.has_value()) {
+    const at::Tensor& residual = *options.residual;
+    output.residual_type = float_type(op, "residual", residual.scalar_type());
+    check_device(op, "residual", residual, x);
+    TORCH_CHECK_VALUE(residual.sizes() == sizes, op, ": residual must have the shape of the result ", sizes,
+                      ", got ", residual.sizes());
+    prepared.residual = residual.contiguous(format);
+    output.residual = prepared.residual.const_data_ptr();
+  }
+  const at::ScalarType dtype = output.num_bits > 0 ? at::kChar : options.dtype;
+  prepared.output = at::empty(sizes, x.options().dtype(dtype), format);
+  output.data = prepared.output.mutable_data_ptr();
+}
+
+// Results per row: pairs of outputs become one under geglu.
+int64_t result_size(const IgemmOutput& output, int64_t outputs) {
+  return output.activation == Activation::kGeglu ? outputs / 2 : outputs;
+}
+
+Conv2dArgs checked_geometry(at::IntArrayRef g) {
+  TORCH_CHECK_VALUE(g.size() == kGeometryNumbers, "conv2d: geometry must be ", kGeometryNumbers,
+                    " numbers (out_channels, kernel h, w, stride h, w, padding top, left, bottom, right, "
+                    "dilation h, w, groups, upsample), got ",
+                    g.size());
+  Conv2dArgs args{};
+  args.out_channels = g[0];
+  args.kernel = {g[1], g[2]};
+  args.stride = {g[3], g[4]};
+  args.padding = {g[5], g[6]};
+  args.padding_end = {g[7], g[8]};
+  args.dilation = {g[9], g[10]};
+  args.groups = g[11];
+  args.upsample = g[12];
+  const auto check_pair = [](OpName name, const Size2d& pair, int64_t minimum) {
+    TORCH_CHECK_VALUE(pair.height >= minimum && pair.width >= minimum, "conv2d: ", name,
+                      " must be 2 numbers of at least ", minimum, ", got ", pair.height, " and ", pair.width);
+  };
+  check_pair("kernel_size", args.kernel, 1);
+  check_pair("stride", args.stride, 1);
+  check_pair("padding", args.padding, 0);
+  check_pair("padding_end", args.padding_end, 0);
+  check_pair("dilation", args.dilation, 1);
   TORCH_CHECK_VALUE(args.out_channels >= 1, "conv2d: out_channels must be at least 1, got ",
                     args.out_channels);
   TORCH_CHECK_VALUE(args.groups >= 1 && args.out_channels % args.groups == 0,
                     "conv2d: groups must divide out_channels=", args.out_channels, ", got ", args.groups);
-  TORCH_CHECK_VALUE(args.groups == 1 || args.num_segments == 1,
-                    "conv2d: groups must be 1 with two inputs, got ", args.groups);
-  TORCH_CHECK_VALUE(
-      args.out.height >= 1 && args.out.width >= 1, "conv2d: kernel_size with dilation must fit the padded ",
-      args.input.height + 2 * args.padding.height, "x", args.input.width + 2 * args.padding.width,
-      " input, got ", args.dilation.height * (args.kernel.height - 1) + 1, "x",
-      args.dilation.width * (args.kernel.width - 1) + 1);
-}
-
-// The part of Conv2dArgs that the geometry and the first input decide.
-Conv2dArgs conv2d_args(const SegmentLists& lists, const ConvGeometry& geometry) {
-  const at::Tensor& first = lists.inputs[0];
-  TORCH_CHECK_VALUE(first.dim() == 4, "conv2d: inputs[0] must have 4 dimensions [N, C, H, W], got ",
-                    first.dim());
-  Conv2dArgs args{};
-  args.num_segments = static_cast<int>(lists.inputs.size());
-  args.batch = first.size(0);
-  args.out_channels = geometry.out_channels;
-  args.input = {first.size(2), first.size(3)};
-  args.kernel = checked_pair("kernel_size", geometry.kernel_size, 1);
-  args.stride = checked_pair("stride", geometry.stride, 1);
-  args.padding = checked_pair("padding", geometry.padding, 0);
-  args.padding_end = args.padding;
-  args.upsample = 1;
-  args.dilation = checked_pair("dilation", geometry.dilation, 1);
-  args.groups = geometry.groups;
-  args.out = {conv_out_size(args.input.height + 2 * args.padding.height, args.kernel.height,
-                            args.stride.height, args.dilation.height),
-              conv_out_size(args.input.width + 2 * args.padding.width, args.kernel.width, args.stride.width,
-                            args.dilation.width)};
-  check_geometry(args);
+  TORCH_CHECK_VALUE(args.upsample == 1 || args.upsample == 2, "conv2d: upsample must be 1 or 2, got ",
+                    args.upsample);
   return args;
 }
 
-void check_conv_input(const Conv2dArgs& args, const at::Tensor& input, size_t s) {
-  const bool same = input.dim() == 4 && input.size(0) == args.batch && input.size(2) == args.input.height &&
-                    input.size(3) == args.input.width;
-  TORCH_CHECK_VALUE(same, "conv2d: inputs[", s, "] must be [", args.batch, ", C, ", args.input.height, ", ",
-                    args.input.width, "] as inputs[0], got ", input.sizes());
-  TORCH_CHECK_VALUE(input.size(1) % args.groups == 0, "conv2d: groups must divide the ", input.size(1),
-                    " channels of inputs[", s, "], got ", args.groups);
-  check_reduction("conv2d", input.size(1) / args.groups * args.kernel.height * args.kernel.width);
+struct ImageShape {
+  int64_t batch, channels;
+  Size2d size;
+};
+
+// Of codes [N, C, H, W] or packed codes [N, H, W, C / 2].
+ImageShape image_shape(OpName name, const at::Tensor& input) {
+  const bool packed = is_packed(input);
+  TORCH_CHECK_VALUE(input.dim() == 4, "conv2d: ", name, " must have 4 dimensions ",
+                    packed ? "[N, H, W, C / 2]" : "[N, C, H, W]", ", got ", input.dim());
+  if (!packed) return {input.size(0), input.size(1), {input.size(2), input.size(3)}};
+  return {input.size(0), 2 * input.size(3), {input.size(1), input.size(2)}};
 }
 
-void check_linear_input(const at::Tensor& first, const at::Tensor& input, size_t s) {
-  TORCH_CHECK_VALUE(input.dim() >= 1, "linear: inputs[", s, "] must have at least 1 dimension, got 0");
+void check_packed_channels(OpName op, OpName name, const at::Tensor& input, int64_t channels) {
+  TORCH_CHECK_VALUE(!is_packed(input) || channels % kInt4Block == 0, op, ": ", name,
+                    " holds packed codes, whose last dimension must be a multiple of ", kInt4Block / 2,
+                    ", got ", channels / 2);
+}
+
+// The sizes that input and geometry give together.
+void set_sizes(const ImageShape& image, Conv2dArgs& args) {
+  args.batch = image.batch;
+  args.input = image.size;
+  const int64_t height = args.upsample * image.size.height + args.padding.height + args.padding_end.height;
+  const int64_t width = args.upsample * image.size.width + args.padding.width + args.padding_end.width;
+  args.out = {conv_out_size(height, args.kernel.height, args.stride.height, args.dilation.height),
+              conv_out_size(width, args.kernel.width, args.stride.width, args.dilation.width)};
+  TORCH_CHECK_VALUE(args.out.height >= 1 && args.out.width >= 1,
+                    "conv2d: kernel_size with dilation must fit the padded ", height, "x", width,
+                    " input, got ", args.dilation.height * (args.kernel.height - 1) + 1, "x",
+                    args.dilation.width * (args.kernel.width - 1) + 1);
+}
+
+void check_image(const Conv2dArgs& args, OpName name, const at::Tensor& input, const ImageShape& image) {
+  const bool same = image.batch == args.batch && image.size.height == args.input.height &&
+                    image.size.width == args.input.width;
+  TORCH_CHECK_VALUE(same, "conv2d: ", name, " must have the batch and size of input, ", args.batch, " of ",
+                    args.input.height, "x", args.input.width, ", got shape ", input.sizes());
+  TORCH_CHECK_VALUE(image.channels % args.groups == 0, "conv2d: groups must divide the ", image.channels,
+                    " channels of ", name, ", got ", args.groups);
+  check_packed_channels("conv2d", name, input, image.channels);
+  check_reduction("conv2d", image.channels / args.groups * args.kernel.height * args.kernel.width);
+}
+
+int64_t checked_columns(const at::Tensor& first, OpName name, const at::Tensor& input) {
+  TORCH_CHECK_VALUE(input.dim() >= 1, "linear: ", name, " must have at least 1 dimension, got 0");
   TORCH_CHECK_VALUE(input.sizes().slice(0, input.dim() - 1).equals(first.sizes().slice(0, first.dim() - 1)),
-                    "linear: inputs[", s, "] must equal inputs[0] in all but the last dimension, got ",
-                    input.sizes(), " and ", first.sizes());
-  check_reduction("linear", input.size(-1));
+                    "linear: ", name, " must equal input in all but the last dimension, got ", input.sizes(),
+                    " and ", first.sizes());
+  const int64_t columns = is_packed(input) ? 2 * input.size(-1) : input.size(-1);
+  check_packed_channels("linear", name, input, columns);
+  check_reduction("linear", columns);
+  return columns;
 }
 
 }  // namespace
 
-PreparedLinear prepare_linear(const SegmentLists& lists, const std::optional<at::Tensor>& bias,
-                              int64_t out_features, int64_t weight_bits, at::ScalarType dtype) {
-  check_lists("linear", lists);
-  TORCH_CHECK_VALUE(out_features >= 1, "linear: out_features must be at least 1, got ", out_features);
-  PreparedLinear prepared{};
+Prepared<LinearArgs> prepare_linear(const IgemmTensors& tensors, const OutputOptions& options,
+                                    int64_t out_features) {
+  Prepared<LinearArgs> prepared{};
   LinearArgs& args = prepared.args;
-  const at::Tensor& first = lists.inputs[0];
-  args.num_segments = static_cast<int>(lists.inputs.size());
+  const at::Tensor& first = tensors.input;
+  TORCH_CHECK_VALUE(out_features >= 1, "linear: out_features must be at least 1, got ", out_features);
+  args.num_segments = count_segments("linear", tensors);
   args.out_features = out_features;
-  args.weight_bits = checked_bits("linear", "weight_bits", weight_bits);
-  const FloatType type = float_type("linear", "dtype", dtype);
-  const float* bias_data = bias_pointer("linear", bias, first, out_features);
-  for (size_t s = 0; s < lists.inputs.size(); ++s) {
-    const at::Tensor& input = lists.inputs[s];
-    check_linear_input(first, input, s);
-    args.segments[s] = make_segment("linear", lists, s, out_features, input.size(-1));
+  args.weight_bits = checked_bits("linear", "weight_bits", options.weight_bits);
+  for (int s = 0; s < args.num_segments; ++s) {
+    const at::Tensor& input = segment_tensors(tensors, s).input;
+    check_input_type("linear", kSegmentNames[s].input, input, first);
+    const int64_t columns = checked_columns(first, kSegmentNames[s].input, input);
+    args.segments[s] = make_segment("linear", tensors, s, out_features, columns);
   }
-  for (size_t s = 0; s < lists.inputs.size(); ++s) {
-    prepared.inputs[s] = lists.inputs[s].contiguous();
-    args.segments[s].codes = prepared.inputs[s].const_data_ptr<int8_t>();
+  args.output = make_output("linear", options, first, out_features);
+  args.rows = args.rows_per_image = first.sizes().back() == 0
+                                        ? c10::multiply_integers(first.sizes().slice(0, first.dim() - 1))
+                                        : first.numel() / first.sizes().back();
+  if (options.row_bias.has_value()) {
+    const int64_t images = options.row_bias->dim() > 0 ? options.row_bias->size(0) : 0;
+    TORCH_CHECK_VALUE(images >= 1 && args.rows % images == 0, "linear: row_bias must divide the ", args.rows,
+                      " rows of input evenly, got ", images, " rows");
+    set_row_bias("linear", options, first, images, out_features, args.output);
+    args.rows_per_image = args.rows / images;
   }
   at::DimVector sizes(first.sizes().begin(), first.sizes().end());
-  sizes.back() = out_features;
-  prepared.output = at::empty(sizes, first.options().dtype(dtype));
-  args.rows = args.rows_per_image = prepared.output.numel() / out_features;
-  args.output = plain_output(bias_data, prepared.output.data_ptr(), type);
+  sizes.back() = result_size(args.output, out_features);
+  set_tensors("linear", options, first, sizes, at::MemoryFormat::Contiguous, prepared);
+  for (int s = 0; s < args.num_segments; ++s) {
+    prepared.inputs[s] = segment_tensors(tensors, s).input.contiguous();
+    args.segments[s].codes = static_cast<const int8_t*>(prepared.inputs[s].const_data_ptr());
+  }
   return prepared;
 }
 
-PreparedConv2d prepare_conv2d(const SegmentLists& lists, const std::optional<at::Tensor>& bias,
-                              const ConvGeometry& geometry, int64_t weight_bits, at::ScalarType dtype) {
-  check_lists("conv2d", lists);
-  PreparedConv2d prepared{};
-  prepared.args = conv2d_args(lists, geometry);
+Prepared<Conv2dArgs> prepare_conv2d(const IgemmTensors& tensors, const OutputOptions& options,
+                                    at::IntArrayRef geometry) {
+  Prepared<Conv2dArgs> prepared{};
   Conv2dArgs& args = prepared.args;
-  const at::Tensor& first = lists.inputs[0];
-  args.weight_bits = checked_bits("conv2d", "weight_bits", weight_bits);
-  const FloatType type = float_type("conv2d", "dtype", dtype);
-  const float* bias_data = bias_pointer("conv2d", bias, first, args.out_channels);
-  for (size_t s = 0; s < lists.inputs.size(); ++s) {
-    const at::Tensor& input = lists.inputs[s];
-    check_conv_input(args, input, s);
-    args.segments[s] = make_segment("conv2d", lists, s, args.out_channels, input.size(1));
+  const at::Tensor& first = tensors.input;
+  args = checked_geometry(geometry);
+  args.num_segments = count_segments("conv2d", tensors);
+  args.weight_bits = checked_bits("conv2d", "weight_bits", options.weight_bits);
+  TORCH_CHECK_VALUE(args.groups == 1 || args.num_segments == 1,
+                    "conv2d: groups must be 1 with two inputs, got ", args.groups);
+  for (int s = 0; s < args.num_segments; ++s) {
+    const at::Tensor& input = segment_tensors(tensors, s).input;
+    check_input_type("conv2d", kSegmentNames[s].input, input, first);
+    const ImageShape image = image_shape(kSegmentNames[s].input, input);
+    if (s == 0) set_sizes(image, args);
+    check_image(args, kSegmentNames[s].input, input, image);
+    args.segments[s] = make_segment("conv2d", tensors, s, args.out_channels, image.channels);
   }
-  for (size_t s = 0; s < lists.inputs.size(); ++s) {
-    prepared.inputs[s] = lists.inputs[s].contiguous(at::MemoryFormat::ChannelsLast);
-    args.segments[s].codes = prepared.inputs[s].const_data_ptr<int8_t>();
+  args.output = make_output("conv2d", options, first, args.out_channels);
+  TORCH_CHECK_VALUE(args.output.activation != Activation::kGeglu || args.groups == 1,
+                    "conv2d: groups must be 1 with geglu, got ", args.groups);
+  if (options.row_bias.has_value()) {
+    set_row_bias("conv2d", options, first, args.batch, args.out_channels, args.output);
   }
-  prepared.output = at::empty({args.batch, args.out_channels, args.out.height, args.out.width},
-                              first.options().dtype(dtype), at::MemoryFormat::ChannelsLast);
-  args.output = plain_output(bias_data, prepared.output.data_ptr(), type);
+  const int64_t sizes[] = {args.batch, result_size(args.output, args.out_channels), args.out.height,
+                           args.out.width};
+  set_tensors("conv2d", options, first, sizes, at::MemoryFormat::ChannelsLast, prepared);
+  for (int s = 0; s < args.num_segments; ++s) {
+    const at::Tensor& input = segment_tensors(tensors, s).input;
+    prepared.inputs[s] =
+        is_packed(input) ? input.contiguous() : input.contiguous(at::MemoryFormat::ChannelsLast);
+    args.segments[s].codes = static_cast<const int8_t*>(prepared.inputs[s].const_data_ptr());
+  }
   return prepared;
 }
 

@@ -13,47 +13,58 @@
 
 namespace adpdm::bindings {
 
-// The parallel lists of the schema, one entry per segment.
-struct SegmentLists {
-  at::TensorList inputs;         // linear [*, K_s], conv2d [N, C_s, H, W], i8
-  at::TensorList scales;         // [G] f32
-  at::TensorList zero_points;    // [G] i32
-  at::TensorList group_indices;  // [1] i32
-  at::TensorList weights;        // blobs of pack_weight, u8
-  at::TensorList weight_scales;  // [O] f32
-  at::TensorList weight_sums;    // [O] i32
+// What linear and conv2d share of their schemas; refers to the arguments of one call.
+struct IgemmTensors {
+  const at::Tensor& input;         // linear [*, K], conv2d [N, C, H, W], i8; or packed u8, see schema.cpp
+  const at::Tensor& scale;         // [G] f32
+  const at::Tensor& zero_point;    // [G] i32
+  const at::Tensor& group_index;   // [1] i32
+  const at::Tensor& weight;        // blob of pack_weight, u8
+  const at::Tensor& weight_scale;  // [O] f32
+  const at::Tensor& weight_sum;    // [O] i32
+  at::TensorList second;           // empty, or those seven of the second segment
 };
 
-struct ConvGeometry {
-  int64_t out_channels;
-  at::IntArrayRef kernel_size;
-  at::IntArrayRef stride;
-  at::IntArrayRef padding;
-  at::IntArrayRef dilation;
-  int64_t groups;
+struct OutputOptions {
+  const std::optional<at::Tensor>& bias;      // [O] f32
+  const std::optional<at::Tensor>& row_bias;  // [images, O] f32
+  const std::optional<at::Tensor>& residual;  // the shape of the result, f32|bf16|f16
+  at::TensorList qparams;                     // empty, or scale [G] f32, zero_point [G] i32, group_index [1]
+  int64_t weight_bits;
+  int64_t activation;
+  double output_scale;
+  int64_t output_bits;
+  at::ScalarType dtype;
 };
 
-struct PreparedLinear {
-  LinearArgs args;
+// Args is LinearArgs or Conv2dArgs; it points into the tensors beside it.
+template <typename Args>
+struct Prepared {
+  Args args;
   at::Tensor output;
-  std::array<at::Tensor, kMaxSegments> inputs;  // what args points into where layouts had to change
+  std::array<at::Tensor, kMaxSegments> inputs;  // the codes in the layout that args describes
+  at::Tensor residual;
 };
 
-struct PreparedConv2d {
-  Conv2dArgs args;
-  at::Tensor output;
-  std::array<at::Tensor, kMaxSegments> inputs;
-};
+// All raise ValueError or TypeError with the reason. What depends on a backend is left to it: the size of the
+// blobs, and values that lie on the device.
+Prepared<LinearArgs> prepare_linear(const IgemmTensors& tensors, const OutputOptions& options,
+                                    int64_t out_features);
 
-// All raise ValueError or TypeError with the reason. The size of the blobs is left to the backend, whose
-// layout it is.
-PreparedLinear prepare_linear(const SegmentLists& lists, const std::optional<at::Tensor>& bias,
-                              int64_t out_features, int64_t weight_bits, at::ScalarType dtype);
-
-PreparedConv2d prepare_conv2d(const SegmentLists& lists, const std::optional<at::Tensor>& bias,
-                              const ConvGeometry& geometry, int64_t weight_bits, at::ScalarType dtype);
+Prepared<Conv2dArgs> prepare_conv2d(const IgemmTensors& tensors, const OutputOptions& options,
+                                    at::IntArrayRef geometry);
 
 // codes [O, C / groups, kh, kw] or [O, K] i8, checked against num_bits and groups; `packed` is left unset.
 PackWeightArgs prepare_pack_weight(const at::Tensor& codes, int64_t num_bits, int64_t groups);
+
+// Names of the tensors of a segment in sentences, ready made because they are passed on every call.
+struct SegmentNames {
+  const char *input, *scale, *zero_point, *group_index, *weight, *weight_scale, *weight_sum;
+};
+constexpr SegmentNames kSegmentNames[kMaxSegments] = {
+    {"input", "scale", "zero_point", "group_index", "weight", "weight_scale", "weight_sum"},
+    {"second input", "second scale", "second zero_point", "second group_index", "second weight",
+     "second weight_scale", "second weight_sum"},
+};
 
 }  // namespace adpdm::bindings

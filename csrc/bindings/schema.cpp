@@ -36,17 +36,32 @@ TORCH_LIBRARY(adpdm, m) {
   m.def("observe(Tensor x, Tensor(a!) counts, Tensor(b!) extrema, Tensor step_index) -> ()");
 
   // Integer layers over one or two input segments, each with its own quantizer and weight columns:
-  // y = sum_s scale_s[g] * weight_scale_s[o] * (acc_s - zero_point_s[g] * weight_sum_s[o]) + bias[o].
+  // y = sum_s scale_s[g] * weight_scale_s[o] * (acc_s - zero_point_s[g] * weight_sum_s[o]) + bias[o], then
+  // (y + row_bias + residual) * output_scale, the activation, and the result as dtype or as codes.
+  // input: i8 codes, or u8 packed by quantize_int4 (conv2d: [N, H, W, C / 2]; C, K a multiple of 32).
+  // second: empty, or the second segment's seven tensors (input .. weight_sum).
+  // output_qparams: empty, or scale, zero_point and group_index of the codes.
+  // geometry: out_channels, kernel h, w, stride h, w, padding top, left, bottom, right, dilation h, w,
+  // groups, upsample (1|2). activation: 0 none, 1 silu, 2 geglu. output_bits: 0 float, 2..8 codes.
   m.def("pack_weight(Tensor codes, int num_bits, int groups) -> Tensor");
   m.def(
-      "linear(Tensor[] inputs, Tensor[] scales, Tensor[] zero_points, Tensor[] group_indices, Tensor[] "
-      "weights, "
-      "Tensor[] weight_scales, Tensor[] weight_sums, Tensor? bias, int out_features, int weight_bits, "
-      "ScalarType dtype) -> Tensor");
+      "linear(Tensor input, Tensor scale, Tensor zero_point, Tensor group_index, Tensor weight, Tensor "
+      "weight_scale, Tensor weight_sum, Tensor[] second, Tensor? bias, Tensor? row_bias, Tensor? residual, "
+      "Tensor[] output_qparams, int out_features, int weight_bits, int activation, float output_scale, int "
+      "output_bits, ScalarType dtype) -> Tensor");
   m.def(
-      "conv2d(Tensor[] inputs, Tensor[] scales, Tensor[] zero_points, Tensor[] group_indices, Tensor[] "
-      "weights, "
-      "Tensor[] weight_scales, Tensor[] weight_sums, Tensor? bias, int out_channels, int[2] kernel_size, "
-      "int[2] stride, int[2] padding, int[2] dilation, int groups, int weight_bits, ScalarType dtype) -> "
+      "conv2d(Tensor input, Tensor scale, Tensor zero_point, Tensor group_index, Tensor weight, Tensor "
+      "weight_scale, Tensor weight_sum, Tensor[] second, Tensor? bias, Tensor? row_bias, Tensor? residual, "
+      "Tensor[] output_qparams, int[] geometry, int weight_bits, int activation, float output_scale, int "
+      "output_bits, ScalarType dtype) -> Tensor");
+
+  // Normalisation that ends in codes. inputs: 1 or 2 tensors [N, C_s, H, W], read as one of C = C_1 + C_2
+  // channels; modulation: [N, 2 * C] f32 scale and shift, y * (1 + scale) + shift.
+  m.def(
+      "group_norm_quantize(Tensor[] inputs, Tensor? weight, Tensor? bias, Tensor? modulation, Tensor scale, "
+      "Tensor zero_point, Tensor group_index, int norm_groups, float eps, int activation, int num_bits) -> "
       "Tensor");
+  m.def(
+      "layer_norm_quantize(Tensor x, Tensor? weight, Tensor? bias, Tensor? modulation, Tensor scale, Tensor "
+      "zero_point, Tensor group_index, float eps, int num_bits) -> Tensor");
 }

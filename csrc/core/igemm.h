@@ -52,11 +52,12 @@ inline IgemmOutput plain_output(const float* bias,  // [O] f32 or nullptr
 
 struct IgemmSegment {
   const int8_t* codes;        // conv2d [N, H, W, C] i8, linear [M, C] i8
-  int64_t channels;           // C
+  int64_t channels;           // C; a multiple of kInt4Block where packed
   const uint8_t* weight;      // blob of pack_weight
   const float* weight_scale;  // [O] f32
   const int32_t* weight_sum;  // [O] i32: sum of the output channel's weight codes
   GroupedQParams qparams;
+  bool packed = false;  // codes are two to a byte as quantize_int4 writes them; kernels of CUDA only
 };
 
 // The blob: [group][ceil(O/16)][tap][quad][16 outputs][4 channels], where a quad is 4 successive channels of

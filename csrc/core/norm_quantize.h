@@ -47,4 +47,10 @@ struct LayerNormQuantizeArgs {
   int8_t* codes;  // [rows, C] i8
 };
 
+namespace cpu {
+// Throw std::out_of_range for a group index outside [0, num_groups) before anything is written.
+void group_norm_quantize(const GroupNormQuantizeArgs& args);
+void layer_norm_quantize(const LayerNormQuantizeArgs& args);
+}  // namespace cpu
+
 }  // namespace adpdm

@@ -6,6 +6,7 @@
 
 #include "core/float_convert.h"
 #include "core/row_view.h"
+#include "cpu/quantize_kernels.h"
 #include "cpu/vec.h"
 
 namespace adpdm::cpu::ADPDM_ISA_NAMESPACE {
@@ -14,8 +15,6 @@ namespace {
 // 4 KiB of float32: x, gradient, result and their 16-bit originals together stay below half of a 32 KiB L1
 // cache.
 constexpr int64_t kBlock = 1024;
-
-constexpr int64_t padded_to_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // Up to kBlock elements as float32, readable up to the next multiple of kLanes. A whole float32 block is read
 // in place.
@@ -78,6 +77,18 @@ class BlockWriter {
   FloatType type_;
   alignas(64) float buffer_[kBlock];
 };
+
+// x [n], readable to a multiple of 16 -> codes [n rounded up to 16].
+ADPDM_VEC void quantize_block(const float* x, int64_t n, const Quantizer& q, int8_t* codes) {
+  const Vec inv_scale(q.inv_scale), zero_point(q.zero_point), low(q.quant_min), high(q.quant_max);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Vec lanes[kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+      lanes[v] = quantize_value(load(x + i + v * Vec::kSize), inv_scale, zero_point, low, high);
+    }
+    store_codes(codes + i, lanes);
+  }
+}
 
 // Calls body(begin, n) for the blocks of [0, size).
 template <typename Body>

@@ -15,7 +15,7 @@ namespace {
 // Copying less than this per thread is quicker than waking a second one.
 constexpr int64_t kMinCopyBytes = 128 * 1024;
 
-// The padded copy of one segment: [N, H + 2 * padding, W + 2 * padding, groups, padded group channels].
+// The padded copy of one segment: [N, height, width, groups, padded group channels].
 struct PaddedCopy {
   int64_t height;
   int64_t width;
@@ -30,14 +30,15 @@ int64_t tap_bytes(const Conv2dArgs& args, const IgemmSegment& segment) {
 }
 
 bool needs_copy(const Conv2dArgs& args, const IgemmSegment& segment) {
-  return args.padding.height > 0 || args.padding.width > 0 ||
-         tap_bytes(args, segment) != segment.channels / args.groups;
+  const bool padded = args.padding.height > 0 || args.padding.width > 0 || args.padding_end.height > 0 ||
+                      args.padding_end.width > 0;
+  return padded || args.upsample > 1 || tap_bytes(args, segment) != segment.channels / args.groups;
 }
 
 PaddedCopy padded_copy(const Conv2dArgs& args, const IgemmSegment& segment) {
   PaddedCopy copy{};
-  copy.height = args.input.height + 2 * args.padding.height;
-  copy.width = args.input.width + 2 * args.padding.width;
+  copy.height = args.upsample * args.input.height + args.padding.height + args.padding_end.height;
+  copy.width = args.upsample * args.input.width + args.padding.width + args.padding_end.width;
   copy.group_channels = segment.channels / args.groups;
   copy.padded_channels = tap_bytes(args, segment);
   copy.pixel_bytes = args.groups * copy.padded_channels;
@@ -58,25 +59,46 @@ void copy_pixels(const int8_t* source, const PaddedCopy& copy, int64_t pixel_gro
   }
 }
 
+// Every pixel twice, as nearest upsampling reads them.
+void copy_pixels_twice(const int8_t* source, const PaddedCopy& copy, int64_t groups, int64_t pixels,
+                       int8_t* target) {
+  for (int64_t i = 0; i < pixels; ++i, target += 2 * copy.pixel_bytes) {
+    copy_pixels(source + i * groups * copy.group_channels, copy, groups, target);
+    std::memcpy(target + copy.pixel_bytes, target, static_cast<size_t>(copy.pixel_bytes));
+  }
+}
+
+// Row y of the upsampled image with its halo to both sides.
+void fill_row(const Conv2dArgs& args, const PaddedCopy& copy, const int8_t* source, int zero_point,
+              int8_t* row) {
+  const int64_t left = args.padding.width * copy.pixel_bytes;
+  const int64_t inner = args.upsample * args.input.width * copy.pixel_bytes;
+  std::memset(row, zero_point, static_cast<size_t>(left));
+  if (args.upsample == 2) {
+    copy_pixels_twice(source, copy, args.groups, args.input.width, row + left);
+  } else {
+    copy_pixels(source, copy, args.input.width * args.groups, row + left);
+  }
+  std::memset(row + left + inner, zero_point, static_cast<size_t>(args.padding_end.width * copy.pixel_bytes));
+}
+
 void fill_padded(const Conv2dArgs& args, const IgemmSegment& segment, const PaddedCopy& copy,
                  int8_t* target) {
   const int zero_point = segment.qparams.zero_point[*segment.qparams.group_index];
   const int64_t row_bytes = copy.width * copy.pixel_bytes;
-  const int64_t side_bytes = args.padding.width * copy.pixel_bytes;
   const int64_t source_row = args.input.width * segment.channels;
   parallel_for(0, args.batch * copy.height, ceil_div(kMinCopyBytes, row_bytes),
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) {
-                   int8_t* row = target + i * row_bytes;
+                   const int64_t image = i / copy.height;
                    const int64_t y = i % copy.height - args.padding.height;
-                   if (y < 0 || y >= args.input.height) {
+                   int8_t* row = target + i * row_bytes;
+                   if (y < 0 || y >= args.upsample * args.input.height) {
                      std::memset(row, zero_point, static_cast<size_t>(row_bytes));
                      continue;
                    }
-                   std::memset(row, zero_point, static_cast<size_t>(side_bytes));
-                   std::memset(row + row_bytes - side_bytes, zero_point, static_cast<size_t>(side_bytes));
-                   copy_pixels(segment.codes + (i / copy.height * args.input.height + y) * source_row, copy,
-                               args.input.width * args.groups, row + side_bytes);
+                   const int64_t source = image * args.input.height + y / args.upsample;
+                   fill_row(args, copy, segment.codes + source * source_row, zero_point, row);
                  }
                });
 }
@@ -128,6 +150,29 @@ int64_t scratch_bytes(const Conv2dArgs& args, const IgemmSegment& segment) {
   return args.batch * copy.height * copy.width * copy.pixel_bytes;
 }
 
+// Without pointers moved: output 0, pixel 0.
+TileOutput tile_output(const Conv2dArgs& args) {
+  const IgemmOutput& from = args.output;
+  TileOutput output{};
+  output.bias = from.bias;
+  output.row_bias = from.row_bias;
+  output.residual = static_cast<const char*>(from.residual);
+  output.data = static_cast<char*>(from.data);
+  output.outputs = args.out_channels;
+  output.step = from.activation == Activation::kGeglu ? args.out_channels / 2 : args.out_channels;
+  output.image_pixels = args.out.height * args.out.width;
+  output.type = from.type;
+  output.residual_type = from.residual_type;
+  output.activation = from.activation;
+  output.scale = from.output_scale;
+  output.quantized = from.num_bits > 0;
+  if (output.quantized) output.quantizer = current_quantizer("conv2d", from.qparams, from.num_bits);
+  output.plain = from.type == FloatType::kFloat32 && !output.quantized && from.row_bias == nullptr &&
+                 from.residual == nullptr && from.output_scale == 1.0f &&
+                 from.activation == Activation::kNone;
+  return output;
+}
+
 }  // namespace
 
 void conv2d(const Conv2dArgs& args) {
@@ -141,10 +186,7 @@ void conv2d(const Conv2dArgs& args) {
   problem.tile.num_segments = args.num_segments;
   problem.tile.tap_rows = args.kernel.height;
   problem.tile.tap_columns = args.kernel.width;
-  problem.tile.bias = args.output.bias;
-  problem.tile.output = static_cast<char*>(args.output.data);
-  problem.tile.output_step = args.out_channels;
-  problem.tile.output_type = args.output.type;
+  problem.tile.output = tile_output(args);
   problem.tile.nibbles = stored_in_nibbles(args.weight_bits);
 
   // Kept between calls, because fresh pages cost more than the copy; owned by the thread, so calls do not

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/row_view.h"
 #include "cpu/parallel.h"
 
 namespace adpdm::cpu {
@@ -12,7 +13,7 @@ namespace {
 // more than it saves: waking one takes some microseconds.
 constexpr int64_t kMinStepsPerThread = 20000;
 
-int64_t element_bytes(FloatType type) { return type == FloatType::kFloat32 ? 4 : 2; }
+int64_t result_bytes(const TileOutput& output) { return output.quantized ? 1 : float_size(output.type); }
 
 // A slab is up to max_blocks blocks of outputs of one group, over all pixels: its weights stay in the cache.
 struct Partition {
@@ -33,6 +34,20 @@ Partition make_partition(const Igemm& problem, const IgemmKernel& kernel) {
   return part;
 }
 
+// Moves to a later output; one that pairs of geglu do not straddle, a multiple of 16.
+void skip_outputs(int64_t outputs, TileOutput& output) {
+  const int64_t results = output.activation == Activation::kGeglu ? outputs / 2 : outputs;
+  if (output.bias) output.bias += outputs;
+  if (output.row_bias) output.row_bias += outputs;
+  if (output.residual) output.residual += outputs * float_size(output.residual_type);
+  output.data += results * result_bytes(output);
+}
+
+void skip_pixels(int64_t pixels, TileOutput& output) {
+  if (output.residual) output.residual += pixels * output.outputs * float_size(output.residual_type);
+  output.data += pixels * output.step * result_bytes(output);
+}
+
 // Points the tile at the outputs of one slab.
 void select_slab(const Igemm& problem, const Partition& part, int64_t slab, Tile& tile) {
   const int64_t group = slab / part.slabs;
@@ -41,8 +56,8 @@ void select_slab(const Igemm& problem, const Partition& part, int64_t slab, Tile
   const int64_t output = group * part.group_outputs + first * kBlockOutputs;
   tile.num_blocks = static_cast<int>(last - first);
   tile.num_outputs = std::min(last * kBlockOutputs, part.group_outputs) - first * kBlockOutputs;
-  tile.bias = problem.tile.bias ? problem.tile.bias + output : nullptr;
-  tile.output = problem.tile.output + output * element_bytes(tile.output_type);
+  tile.output = problem.tile.output;
+  skip_outputs(output, tile.output);
   for (int s = 0; s < tile.num_segments; ++s) {
     const TileSegment& whole = problem.inputs[s].tile;
     TileSegment& segment = tile.segments[s];
@@ -55,6 +70,7 @@ void select_slab(const Igemm& problem, const Partition& part, int64_t slab, Tile
 // Points the tile at the output pixels [first, last).
 void select_pixels(const Igemm& problem, int64_t group, int64_t first, int64_t last, Tile& tile) {
   tile.num_pixels = static_cast<int>(last - first);
+  tile.first_pixel = first;
   const int64_t first_column = first % problem.columns;
   const int64_t first_row = first / problem.columns % problem.rows;
   const int64_t first_image = first / problem.columns / problem.rows;
@@ -92,8 +108,7 @@ void run_igemm(const Igemm& problem) {
   parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
     Tile tile = problem.tile;
     for (int s = 0; s < tile.num_segments; ++s) tile.segments[s] = problem.inputs[s].tile;
-    const int64_t pixel_bytes = tile.output_step * element_bytes(tile.output_type);
-    char* slab_output = nullptr;
+    TileOutput slab_output{};
     for (int64_t item = begin; item < end; ++item) {
       const int64_t slab = item / part.tiles;
       const int64_t index = item % part.tiles;
@@ -103,7 +118,8 @@ void run_igemm(const Igemm& problem) {
       }
       const int64_t first = part.pixels * index / part.tiles;
       select_pixels(problem, slab / part.slabs, first, part.pixels * (index + 1) / part.tiles, tile);
-      tile.output = slab_output + first * pixel_bytes;
+      tile.output = slab_output;
+      skip_pixels(first, tile.output);
       kernel.run(tile);
     }
   });

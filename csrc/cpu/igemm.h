@@ -6,6 +6,7 @@
 
 #include "core/igemm.h"
 #include "cpu/isa.h"
+#include "cpu/quantize_kernels.h"
 
 namespace adpdm::cpu {
 
@@ -26,19 +27,35 @@ struct TileSegment {
   int32_t zero_point;
 };
 
+// Where the results of pixels go and what happens to them on the way: IgemmOutput with pointers of its own.
+struct TileOutput {
+  const float* bias;      // [num_outputs] f32 or nullptr
+  const float* row_bias;  // [images, outputs] f32, at image 0; or nullptr
+  const char* residual;   // [pixels, outputs] residual_type or nullptr
+  char* data;             // [pixels, step] type, or i8 where quantized
+  int64_t outputs;        // from pixel to pixel of residual, from image to image of row_bias
+  int64_t step;           // from pixel to pixel of data
+  int64_t image_pixels;   // pixels that share a row of row_bias
+  FloatType type;
+  FloatType residual_type;
+  Activation activation;
+  float scale;
+  bool quantized;
+  bool plain;  // float32 as it comes: nothing but the bias
+  Quantizer quantizer;
+};
+
 struct Tile {
   TileSegment segments[kMaxSegments];
   int num_segments;
   int num_pixels;       // 1..max_pixels[num_blocks] of the kernel
   int num_blocks;       // 1..max_blocks of the kernel
   int64_t num_outputs;  // 16 * (num_blocks - 1) < num_outputs <= 16 * num_blocks
+  int64_t first_pixel;  // of all pixels
   int64_t tap_rows;
   int64_t tap_columns;
-  const float* bias;    // [num_outputs] f32 or nullptr
-  char* output;         // first output of the first pixel; pixels follow one another
-  int64_t output_step;  // elements from pixel to pixel
-  FloatType output_type;
-  bool nibbles;  // weights are 4-bit
+  TileOutput output;  // at the tile's first output and pixel; pixels follow one another
+  bool nibbles;       // weights are 4-bit
 };
 
 struct IgemmKernel {
@@ -66,7 +83,7 @@ struct Igemm {
   int64_t columns;
   int64_t groups;
   int64_t outputs;  // all groups together
-  Tile tile;        // what all tiles share; bias and output at output 0
+  Tile tile;        // what all tiles share; its output at output 0, pixel 0
 };
 
 // Computes all tiles, in parallel; the result does not depend on the number of threads.

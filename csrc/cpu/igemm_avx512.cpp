@@ -1,9 +1,11 @@
 // The integer GEMM tile for AVX-512 VNNI: up to 24 accumulators of 16 outputs, one vpdpbusd per 4 channels.
+#define ADPDM_ISA_NAMESPACE avx512
 #include <immintrin.h>
 
 #include <utility>
 
 #include "cpu/igemm.h"
+#include "cpu/igemm_epilogue.h"
 
 namespace adpdm::cpu::avx512 {
 namespace {
@@ -100,37 +102,13 @@ inline __attribute__((always_inline)) void accumulate(const Tile& tile, const Ti
   }
 }
 
-// As core/float_convert.h; vcvtneps2bf16 would flush subnormals.
-__m256i bfloat16_bits(__m512 values) {
-  const __m512i bits = _mm512_castps_si512(values);
-  const __m512i upper = _mm512_srli_epi32(bits, 16);
-  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-  const __m512i quiet_nan = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, quiet_nan));
-}
-
 __mmask16 block_mask(const Tile& tile, int64_t block) {
   const int64_t left = tile.num_outputs - block * kBlockOutputs;
   return static_cast<__mmask16>(left >= kBlockOutputs ? 0xffff : (1 << left) - 1);
 }
 
-// Float values of a tile between segments, and before they become 16-bit: [pixels][blocks][16 outputs].
+// Float values of a tile between segments, and before finish_tile: [pixels][blocks][16 outputs].
 using Carry = float[kBlockOutputs];
-
-void store_halves(const Tile& tile, const Carry* carry) {
-  auto* output = reinterpret_cast<uint16_t*>(tile.output);
-  for (int p = 0; p < tile.num_pixels; ++p, output += tile.output_step) {
-    for (int b = 0; b < tile.num_blocks; ++b, ++carry) {
-      const __m512 values = _mm512_load_ps(*carry);
-      const __m256i halves = tile.output_type == FloatType::kBFloat16
-                                 ? bfloat16_bits(values)
-                                 : _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      _mm256_mask_storeu_epi16(output + b * kBlockOutputs, block_mask(tile, b), halves);
-    }
-  }
-}
 
 // Adds segment s to the bias or to the sum of the segments before; `to_output`: not to be carried further.
 template <int P, int B>
@@ -138,7 +116,8 @@ inline __attribute__((always_inline)) void finish(const Tile& tile, int s, const
                                                   bool to_output, Carry* carry) {
   const TileSegment& segment = tile.segments[s];
   const __m512i shift = _mm512_set1_epi32(segment.zero_point + kCodeShift);
-  auto* output = reinterpret_cast<float*>(tile.output);
+  auto* output = reinterpret_cast<float*>(tile.output.data);
+  const float* bias_row = tile.output.bias;
 #pragma GCC unroll 4
   for (int b = 0; b < B; ++b) {
     const int64_t first = b * kBlockOutputs;
@@ -147,14 +126,14 @@ inline __attribute__((always_inline)) void finish(const Tile& tile, int s, const
         _mm512_mullo_epi32(shift, _mm512_maskz_loadu_epi32(mask, segment.weight_sum + first));
     const __m512 factor = _mm512_mul_ps(_mm512_set1_ps(segment.scale),
                                         _mm512_maskz_loadu_ps(mask, segment.weight_scale + first));
-    const __m512 bias = tile.bias ? _mm512_maskz_loadu_ps(mask, tile.bias + first) : _mm512_setzero_ps();
+    const __m512 bias = bias_row ? _mm512_maskz_loadu_ps(mask, bias_row + first) : _mm512_setzero_ps();
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
       const __m512 before = s == 0 ? bias : _mm512_load_ps(carry[p * B + b]);
       const __m512 centred = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[p][b], correction));
       const __m512 sum = _mm512_fmadd_ps(centred, factor, before);
       if (to_output) {
-        _mm512_mask_storeu_ps(output + p * tile.output_step + first, mask, sum);
+        _mm512_mask_storeu_ps(output + p * tile.output.step + first, mask, sum);
       } else {
         _mm512_store_ps(carry[p * B + b], sum);
       }
@@ -165,7 +144,6 @@ inline __attribute__((always_inline)) void finish(const Tile& tile, int s, const
 template <int P, int B, bool kNibbles>
 void run_shape(const Tile& tile) {
   alignas(64) Carry carry[P * B];
-  const bool halves = tile.output_type != FloatType::kFloat32;
   for (int s = 0; s < tile.num_segments; ++s) {
     Accumulators<P, B> sums;
 #pragma GCC unroll 16
@@ -174,9 +152,9 @@ void run_shape(const Tile& tile) {
       for (int b = 0; b < B; ++b) sums[p][b] = _mm512_setzero_si512();
     }
     accumulate<P, B, kNibbles>(tile, tile.segments[s], sums);
-    finish<P, B>(tile, s, sums, s + 1 == tile.num_segments && !halves, carry);
+    finish<P, B>(tile, s, sums, s + 1 == tile.num_segments && tile.output.plain, carry);
   }
-  if (halves) store_halves(tile, carry);
+  if (!tile.output.plain) finish_tile(tile, carry[0]);
 }
 
 using Run = void (*)(const Tile& tile);

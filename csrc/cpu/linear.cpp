@@ -1,4 +1,4 @@
-// linear on the CPU: a 1x1 convolution over one image of a single row.
+// linear on the CPU: a 1x1 convolution over images of a single row.
 #include "core/linear.h"
 
 #include <algorithm>
@@ -8,13 +8,15 @@
 namespace adpdm::cpu {
 
 void linear(const LinearArgs& args) {
+  if (args.rows == 0) return;
   Conv2dArgs conv{};
   std::copy(args.segments, args.segments + kMaxSegments, conv.segments);
   conv.num_segments = args.num_segments;
   conv.output = args.output;
-  conv.batch = conv.upsample = 1;
+  conv.batch = args.rows / args.rows_per_image;
+  conv.upsample = 1;
   conv.out_channels = args.out_features;
-  conv.input = conv.out = {1, args.rows};
+  conv.input = conv.out = {1, args.rows_per_image};
   conv.kernel = conv.stride = conv.dilation = {1, 1};
   conv.padding = conv.padding_end = {0, 0};
   conv.groups = 1;

@@ -8,7 +8,6 @@
 #include "cpu/quantize_kernels.h"
 
 namespace adpdm::cpu {
-namespace {
 
 Quantizer current_quantizer(const char* op, const GroupedQParams& qparams, int num_bits) {
   const int64_t group = current_group(op, qparams.group_index, qparams.num_groups);
@@ -17,6 +16,8 @@ Quantizer current_quantizer(const char* op, const GroupedQParams& qparams, int n
   return {scale, 1.0f / scale, static_cast<float>(qparams.zero_point[group]),
           static_cast<float>(range.quant_min), static_cast<float>(range.quant_max)};
 }
+
+namespace {
 
 const void* element(const RowView& x, int64_t row, int64_t column) {
   return static_cast<const char*>(x.data) + (row * x.stride + column) * float_size(x.type);

@@ -15,6 +15,9 @@ struct Quantizer {
   float quant_max;
 };
 
+// The quantizer of the current group. Throws std::out_of_range for a group index outside [0, num_groups).
+Quantizer current_quantizer(const char* op, const GroupedQParams& qparams, int num_bits);
+
 // x [size] of type -> codes [size].
 ADPDM_DECLARE_PER_ISA(void quantize_row(const void* x, FloatType type, int64_t size,
                                         const Quantizer& quantizer, int8_t* codes))

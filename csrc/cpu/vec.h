@@ -4,8 +4,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
-#include "core/quant_math.h"
+#include "core/activation_math.h"
+#include "core/float_convert.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -19,6 +21,8 @@ namespace {
 // The float versions would be hidden by the overloads below.
 using adpdm::at_least;
 using adpdm::at_most;
+using adpdm::fused_multiply_add;
+using adpdm::power_of_two;
 
 // Every sum runs over 16 lanes whatever the vector length, so that all instruction sets round alike.
 constexpr int kLanes = 16;
@@ -42,6 +46,12 @@ ADPDM_VEC void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
 ADPDM_VEC Vec operator+(Vec a, Vec b) { return Vec(_mm512_add_ps(a.v, b.v)); }
 ADPDM_VEC Vec operator-(Vec a, Vec b) { return Vec(_mm512_sub_ps(a.v, b.v)); }
 ADPDM_VEC Vec operator*(Vec a, Vec b) { return Vec(_mm512_mul_ps(a.v, b.v)); }
+ADPDM_VEC Vec operator/(Vec a, Vec b) { return Vec(_mm512_div_ps(a.v, b.v)); }
+ADPDM_VEC Vec fused_multiply_add(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.v, b.v, c.v)); }
+ADPDM_VEC Vec power_of_two(Vec n) {
+  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)));
+}
 ADPDM_VEC Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 // MAXPS and MINPS return their second operand when either is NaN.
 ADPDM_VEC Vec at_least(Vec x, Vec low) { return Vec(_mm512_max_ps(x.v, low.v)); }
@@ -53,6 +63,29 @@ ADPDM_VEC Vec subtract_where(Mask m, Vec a, Vec b) { return Vec(_mm512_mask_sub_
 // Stores 16 integers held as floats, each in [-128, 127].
 ADPDM_VEC void store_codes(int8_t* p, const Vec* x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x[0].v)));
+}
+
+// As core/float_convert.h, Vec::kSize elements; vcvtneps2bf16 would flush subnormals.
+ADPDM_VEC Vec load_bf16(const uint16_t* p) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+}
+ADPDM_VEC Vec load_f16(const uint16_t* p) {
+  return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+ADPDM_VEC void store_bf16(uint16_t* p, Vec x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i upper = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i quiet_nan = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
+  const __m512i half = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, quiet_nan);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(half));
+}
+ADPDM_VEC void store_f16(uint16_t* p, Vec x) {
+  const __m256i half = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
 }
 
 #elif defined(__AVX2__)
@@ -74,6 +107,12 @@ ADPDM_VEC void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
 ADPDM_VEC Vec operator+(Vec a, Vec b) { return Vec(_mm256_add_ps(a.v, b.v)); }
 ADPDM_VEC Vec operator-(Vec a, Vec b) { return Vec(_mm256_sub_ps(a.v, b.v)); }
 ADPDM_VEC Vec operator*(Vec a, Vec b) { return Vec(_mm256_mul_ps(a.v, b.v)); }
+ADPDM_VEC Vec operator/(Vec a, Vec b) { return Vec(_mm256_div_ps(a.v, b.v)); }
+ADPDM_VEC Vec fused_multiply_add(Vec a, Vec b, Vec c) { return Vec(_mm256_fmadd_ps(a.v, b.v, c.v)); }
+ADPDM_VEC Vec power_of_two(Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
 ADPDM_VEC Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 ADPDM_VEC Vec at_least(Vec x, Vec low) { return Vec(_mm256_max_ps(x.v, low.v)); }
 ADPDM_VEC Vec at_most(Vec x, Vec high) { return Vec(_mm256_min_ps(x.v, high.v)); }
@@ -89,6 +128,30 @@ ADPDM_VEC void store_codes(int8_t* p, const Vec* x) {
   const __m128i bytes =
       _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+
+// As core/float_convert.h, Vec::kSize elements.
+ADPDM_VEC Vec load_bf16(const uint16_t* p) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
+}
+ADPDM_VEC Vec load_f16(const uint16_t* p) {
+  return Vec(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+ADPDM_VEC void store_bf16(uint16_t* p, Vec x) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i upper = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  const __m256i quiet_nan = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+  const __m256i half = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), quiet_nan, is_nan);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+ADPDM_VEC void store_f16(uint16_t* p, Vec x) {
+  const __m128i half = _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
 }
 
 #else  // four lanes by the compiler's own vectors, on any processor
@@ -117,6 +180,15 @@ ADPDM_VEC void store(float* p, Vec x) { std::memcpy(p, &x.v, sizeof x.v); }
 ADPDM_VEC Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
 ADPDM_VEC Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
 ADPDM_VEC Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+ADPDM_VEC Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+ADPDM_VEC Vec fused_multiply_add(Vec a, Vec b, Vec c) {
+  Vec sum;
+  for (int i = 0; i < Vec::kSize; ++i) sum.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return sum;
+}
+ADPDM_VEC Vec power_of_two(Vec n) {
+  return Vec(reinterpret_cast<Float4>((__builtin_convertvector(n.v, Int4) + 127) << 23));
+}
 ADPDM_VEC Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
 ADPDM_VEC Vec masked(Int4 m, Vec x) { return Vec(reinterpret_cast<Float4>(m & reinterpret_cast<Int4>(x.v))); }
 #if defined(__SSE2__)
@@ -148,9 +220,50 @@ ADPDM_VEC void store_codes(int8_t* p, const Vec* x) {
 }
 #endif
 
+ADPDM_VEC Vec load_bf16(const uint16_t* p) {
+  Vec x;
+  for (int i = 0; i < Vec::kSize; ++i) x.v[i] = bf16_to_float(p[i]);
+  return x;
+}
+ADPDM_VEC Vec load_f16(const uint16_t* p) {
+  Vec x;
+  for (int i = 0; i < Vec::kSize; ++i) x.v[i] = f16_to_float(p[i]);
+  return x;
+}
+ADPDM_VEC void store_bf16(uint16_t* p, Vec x) {
+  for (int i = 0; i < Vec::kSize; ++i) p[i] = float_to_bf16(x.v[i]);
+}
+ADPDM_VEC void store_f16(uint16_t* p, Vec x) {
+  for (int i = 0; i < Vec::kSize; ++i) p[i] = float_to_f16(x.v[i]);
+}
+
 #endif
 
 constexpr int kVecs = kLanes / Vec::kSize;  // vectors that hold 16 lanes
+
+constexpr int64_t padded_to_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Elements i.. of a tensor of that type; Vec::kSize of them.
+template <FloatType kType>
+ADPDM_VEC Vec load_as(const void* data, int64_t i) {
+  if constexpr (kType == FloatType::kFloat32) return load(static_cast<const float*>(data) + i);
+  if constexpr (kType == FloatType::kBFloat16) return load_bf16(static_cast<const uint16_t*>(data) + i);
+  if constexpr (kType == FloatType::kFloat16) return load_f16(static_cast<const uint16_t*>(data) + i);
+}
+template <FloatType kType>
+ADPDM_VEC void store_as(void* data, int64_t i, Vec x) {
+  if constexpr (kType == FloatType::kFloat32) store(static_cast<float*>(data) + i, x);
+  if constexpr (kType == FloatType::kBFloat16) store_bf16(static_cast<uint16_t*>(data) + i, x);
+  if constexpr (kType == FloatType::kFloat16) store_f16(static_cast<uint16_t*>(data) + i, x);
+}
+
+// Calls body(std::integral_constant<FloatType, type>), so that the type is known where it is compiled.
+template <typename Body>
+ADPDM_VEC void with_type(FloatType type, Body&& body) {
+  if (type == FloatType::kFloat32) return body(std::integral_constant<FloatType, FloatType::kFloat32>());
+  if (type == FloatType::kBFloat16) return body(std::integral_constant<FloatType, FloatType::kBFloat16>());
+  body(std::integral_constant<FloatType, FloatType::kFloat16>());
+}
 
 }  // namespace
 }  // namespace adpdm::cpu::ADPDM_ISA_NAMESPACE

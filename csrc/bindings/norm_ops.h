@@ -1,0 +1,53 @@
+// The bodies of group_norm_quantize and layer_norm_quantize, the same for all devices: check, allocate, run
+// on a Backend.
+#pragma once
+
+#include <torch/library.h>
+
+#include <utility>
+
+#include "bindings/norm_prepare.h"
+
+namespace adpdm::bindings {
+
+// A Backend is made once per call and has
+//   explicit Backend(const at::Tensor& input)        selects input's device and stream while it lives
+//   void check_values(op, "group_index", "zero_point", qparams)    what only it can check about values
+//   void run(const GroupNormQuantizeArgs&), run(const LayerNormQuantizeArgs&)
+
+template <typename Backend>
+at::Tensor group_norm_quantize(at::TensorList inputs, const std::optional<at::Tensor>& weight,
+                               const std::optional<at::Tensor>& bias,
+                               const std::optional<at::Tensor>& modulation, const at::Tensor& scale,
+                               const at::Tensor& zero_point, const at::Tensor& group_index,
+                               int64_t norm_groups, double eps, int64_t activation, int64_t num_bits) {
+  PreparedNorm<GroupNormQuantizeArgs> prepared =
+      prepare_group_norm(inputs, {weight, bias, modulation, scale, zero_point, group_index, eps, num_bits},
+                         norm_groups, activation);
+  const Backend backend(inputs[0]);
+  backend.check_values("group_norm_quantize", "group_index", "zero_point", prepared.args.qparams);
+  backend.run(prepared.args);
+  return std::move(prepared.codes);
+}
+
+template <typename Backend>
+at::Tensor layer_norm_quantize(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                               const std::optional<at::Tensor>& bias,
+                               const std::optional<at::Tensor>& modulation, const at::Tensor& scale,
+                               const at::Tensor& zero_point, const at::Tensor& group_index, double eps,
+                               int64_t num_bits) {
+  PreparedNorm<LayerNormQuantizeArgs> prepared =
+      prepare_layer_norm(x, {weight, bias, modulation, scale, zero_point, group_index, eps, num_bits});
+  const Backend backend(x);
+  backend.check_values("layer_norm_quantize", "group_index", "zero_point", prepared.args.qparams);
+  backend.run(prepared.args);
+  return std::move(prepared.codes);
+}
+
+template <typename Backend>
+void register_norms(torch::Library& m) {
+  m.impl("group_norm_quantize", &group_norm_quantize<Backend>);
+  m.impl("layer_norm_quantize", &layer_norm_quantize<Backend>);
+}
+
+}  // namespace adpdm::bindings

@@ -1,0 +1,112 @@
+// What becomes of the float results of a tile before they are stored (core/igemm.h). Per instruction set,
+// like vec.h.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/block.h"
+#include "cpu/igemm.h"
+
+namespace adpdm::cpu::ADPDM_ISA_NAMESPACE {
+namespace {
+
+template <FloatType kType>
+ADPDM_VEC float element_as(const void* row, int64_t i) {
+  if constexpr (kType == FloatType::kFloat32) return static_cast<const float*>(row)[i];
+  if constexpr (kType == FloatType::kBFloat16) return bf16_to_float(static_cast<const uint16_t*>(row)[i]);
+  if constexpr (kType == FloatType::kFloat16) return f16_to_float(static_cast<const uint16_t*>(row)[i]);
+}
+
+// values [n] += row [n] of kType.
+template <FloatType kType>
+ADPDM_VEC void add_row(const void* row, int64_t n, float* values) {
+  int64_t i = 0;
+  for (; i + Vec::kSize <= n; i += Vec::kSize) store(values + i, load(values + i) + load_as<kType>(row, i));
+  for (; i < n; ++i) values[i] += element_as<kType>(row, i);
+}
+
+// values [n] -> row [n] of kType.
+template <FloatType kType>
+ADPDM_VEC void store_row(const float* values, int64_t n, void* row) {
+  int64_t i = 0;
+  for (; i + Vec::kSize <= n; i += Vec::kSize) store_as<kType>(row, i, load(values + i));
+  if (i == n) return;
+  alignas(64) char rest[kLanes * sizeof(float)];
+  store_as<kType>(rest, 0, load(values + i));
+  std::memcpy(static_cast<char*>(row) + i * float_size(kType), rest,
+              static_cast<size_t>((n - i) * float_size(kType)));
+}
+
+// values [n] -> codes [n].
+ADPDM_VEC void store_codes_row(const float* values, int64_t n, const Quantizer& quantizer, int8_t* codes) {
+  const int64_t whole = n / kLanes * kLanes;
+  quantize_block(values, whole, quantizer, codes);
+  if (whole == n) return;
+  int8_t rest[kLanes];
+  quantize_block(values + whole, kLanes, quantizer, rest);
+  std::memcpy(codes + whole, rest, static_cast<size_t>(n - whole));
+}
+
+void add_rows(const Tile& tile, int64_t width, float* values) {
+  const TileOutput& output = tile.output;
+  for (int p = 0; p < tile.num_pixels; ++p) {
+    float* row = values + p * width;
+    if (output.row_bias) {
+      const int64_t image = (tile.first_pixel + p) / output.image_pixels;
+      add_row<FloatType::kFloat32>(output.row_bias + image * output.outputs, tile.num_outputs, row);
+    }
+    if (output.residual) {
+      with_type(output.residual_type, [&](auto type) {
+        const char* residual = output.residual + p * output.outputs * float_size(type());
+        add_row<type()>(residual, tile.num_outputs, row);
+      });
+    }
+  }
+}
+
+// values [n], n a multiple of 16: pairs (value, gate) -> n / 2 results from the start.
+void apply_geglu(int64_t n, float* values) {
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    const int64_t pairs = n - i < 2 * kLanes ? (n - i) / 2 : kLanes;
+    alignas(64) float value[kLanes] = {}, gate[kLanes] = {};
+    for (int64_t j = 0; j < pairs; ++j) {
+      value[j] = values[i + 2 * j];
+      gate[j] = values[i + 2 * j + 1];
+    }
+    for (int j = 0; j < kLanes; j += Vec::kSize) store(value + j, load(value + j) * gelu(load(gate + j)));
+    std::memcpy(values + i / 2, value, static_cast<size_t>(pairs) * sizeof(float));
+  }
+}
+
+// values [num_pixels][num_blocks][16 outputs] f32, aligned; used up.
+void finish_tile(const Tile& tile, float* values) {
+  const TileOutput& output = tile.output;
+  int64_t width = tile.num_blocks * kBlockOutputs;
+  int64_t results = tile.num_outputs;
+  const int64_t n = tile.num_pixels * width;
+  if (output.row_bias || output.residual) add_rows(tile, width, values);
+  if (output.scale != 1.0f) {
+    for (int64_t i = 0; i < n; i += Vec::kSize) store(values + i, load(values + i) * Vec(output.scale));
+  }
+  if (output.activation == Activation::kSilu) {
+    for (int64_t i = 0; i < n; i += Vec::kSize) store(values + i, silu(load(values + i)));
+  } else if (output.activation == Activation::kGeglu) {
+    apply_geglu(n, values);
+    width /= 2;
+    results /= 2;
+  }
+  for (int p = 0; p < tile.num_pixels; ++p) {
+    const float* row = values + p * width;
+    if (output.quantized) {
+      store_codes_row(row, results, output.quantizer,
+                      reinterpret_cast<int8_t*>(output.data) + p * output.step);
+      continue;
+    }
+    with_type(output.type, [&](auto type) {
+      store_row<type()>(row, results, output.data + p * output.step * float_size(type()));
+    });
+  }
+}
+
+}  // namespace
+}  // namespace adpdm::cpu::ADPDM_ISA_NAMESPACE

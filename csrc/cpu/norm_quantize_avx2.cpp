@@ -1,0 +1,3 @@
+// norm_quantize.inc for AVX2.
+#define ADPDM_ISA_NAMESPACE avx2
+#include "cpu/norm_quantize.inc"

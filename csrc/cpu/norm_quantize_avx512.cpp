@@ -1,0 +1,3 @@
+// norm_quantize.inc for AVX-512.
+#define ADPDM_ISA_NAMESPACE avx512
+#include "cpu/norm_quantize.inc"

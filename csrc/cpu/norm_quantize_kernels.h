@@ -1,0 +1,43 @@
+// The per-instruction-set part of normalisation: sums over pixels, and what follows them.
+#pragma once
+
+#include "core/types.h"
+#include "cpu/isa.h"
+#include "cpu/quantize_kernels.h"
+
+namespace adpdm::cpu {
+
+// Successive pixels of one source.
+struct NormBlock {
+  const void* data;  // [pixels, channels] type
+  FloatType type;
+  int64_t pixels;
+  int64_t channels;
+};
+
+// y = x * factor + offset, then y * gain + shift where there is modulation; each readable up to the next
+// multiple of 16 channels behind the last.
+struct NormCoefficients {
+  const float* factor;  // [channels] f32
+  const float* offset;  // [channels] f32
+  const float* gain;    // [channels] f32 or nullptr
+  const float* shift;   // [channels] f32
+};
+
+// Sums over the pixels of x - origin and of its square, per channel. origin is readable like coefficients.
+ADPDM_DECLARE_PER_ISA(void channel_sums(const NormBlock& block,
+                                        const float* origin,  // [channels] f32
+                                        double* sums,         // [channels] f64
+                                        double* squares))     // [channels] f64
+
+// block -> codes [pixels, code_step], its channels from the first on.
+ADPDM_DECLARE_PER_ISA(void normalize_block(const NormBlock& block, const NormCoefficients& coefficients,
+                                           bool apply_silu, const Quantizer& quantizer, int8_t* codes,
+                                           int64_t code_step))
+
+// Normalises every row of block by its own mean and variance; factor and offset are the learned weight and
+// bias. row is scratch for the channels, rounded up to a multiple of 16.
+ADPDM_DECLARE_PER_ISA(void layer_norm_rows(const NormBlock& block, const NormCoefficients& coefficients,
+                                           double eps, const Quantizer& quantizer, float* row, int8_t* codes))
+
+}  // namespace adpdm::cpu
