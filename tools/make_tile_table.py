@@ -1,6 +1,6 @@
 """Writes csrc/cuda/tile_table.inc, the planner's table of costs, from tools/tile_table.json.
 
-`python tools/make_tile_table.py` writes it; with --check it exits with 1 if the file is not what it would write.
+`python tools/make_tile_table.py` writes it; --check exits with 1 if the file is not what would be written.
 """
 
 from __future__ import annotations

@@ -47,12 +47,13 @@ bool exists(IgemmTile tile) {
 
 IgemmMode choose_mode(const IgemmRequest& request, const DeviceInfo& device) {
   if (request.activation_bits == 8) return request.weight_bits == 8 ? IgemmMode::kA8W8 : IgemmMode::kA8W4;
-  if (request.weight_bits != 4 || !request.whole_chunks) {
+  const std::string needs = std::string(request.op) + ": packed 4-bit input needs ";
+  if (request.weight_bits != 4) {
+    throw std::invalid_argument(needs + "weights of at most 4 bits, got wider ones; unpack the input first");
+  }
+  if (!request.whole_chunks) {
     throw std::invalid_argument(
-        std::string(request.op) +
-        ": packed 4-bit input needs weights of at most 4 bits and channels per group in "
-        "multiples of 32, got " +
-        (request.weight_bits != 4 ? "wider weights" : "other channels") + "; unpack the input first");
+        needs + "channels per group in multiples of 32 and aligned to 16 bytes; unpack the input first");
   }
   return device.arch < 90 ? IgemmMode::kA4W4 : IgemmMode::kA4W4Unpacked;
 }
@@ -104,29 +105,43 @@ int valid_splits(const IgemmRequest& request, IgemmMode mode, int splits) {
   return static_cast<int>(std::min<int64_t>(splits, k_tiles(request, mode)));
 }
 
+// Whether the choice, the kernels and the device admit a candidate.
+bool is_admitted(const IgemmRequest& request, const TileCost& cost, int splits, const DeviceInfo& device,
+                 const std::optional<TileChoice>& choice) {
+  if (!request.whole_chunks) {
+    if (!(cost.tile == kMmaTiles[0])) return false;
+  } else if (choice && !(cost.tile == choice->tile)) {
+    return false;
+  }
+  const bool splits_are_chosen = choice && choice->splits != 0;
+  // With a block for every multiprocessor, slices would cost memory and gain little.
+  if (splits > 1 && !splits_are_chosen && tiles_of(request, cost.tile) >= device.num_sms) return false;
+  return shared_bytes(request, cost.mode, cost.tile, splits) <= device.max_shared_bytes;
+}
+
 struct Candidate {
   IgemmTile tile;
-  int splits;
+  int splits;  // 0: there is none
 };
 
 // The candidate of least cost among the tiles and numbers of splits that `choice` leaves open.
 Candidate cheapest(const IgemmRequest& request, IgemmMode mode, const DeviceInfo& device,
                    const std::optional<TileChoice>& choice) {
+  const int arch = table_arch(device.arch);
+  const bool splits_are_chosen = choice && choice->splits != 0;
+  const int least = splits_are_chosen ? choice->splits : 1;
+  const int most = splits_are_chosen ? choice->splits : kMaxSplits;
   Candidate best = {kMmaTiles[0], 0};
   double best_cycles = 0;
-  const bool gather = !request.whole_chunks;
   for (const TileCost& cost : kTileCosts) {
-    if (cost.arch != table_arch(device.arch) || cost.mode != mode) continue;
-    if (gather ? !(cost.tile == kMmaTiles[0]) : choice && !(cost.tile == choice->tile)) continue;
-    for (int wanted = 1; wanted <= kMaxSplits; ++wanted) {
-      if (choice && choice->splits != 0 && choice->splits != wanted) continue;
+    if (cost.arch != arch || cost.mode != mode) continue;
+    for (int wanted = least; wanted <= most; ++wanted) {
       const int splits = valid_splits(request, mode, wanted);
-      if (shared_bytes(request, mode, cost.tile, splits) > device.max_shared_bytes) continue;
+      if (!is_admitted(request, cost, splits, device, choice)) continue;
       const double total = cycles(request, cost, splits, device);
-      if (best.splits == 0 || total < best_cycles) {
-        best = {cost.tile, splits};
-        best_cycles = total;
-      }
+      if (best.splits != 0 && total >= best_cycles) continue;
+      best = {cost.tile, splits};
+      best_cycles = total;
     }
   }
   return best;
