@@ -121,6 +121,15 @@ TEST(CudaIgemmEpilogue, UnalignedOperandsGoOneByOne) {
   EXPECT_EQ(std::vector<uint32_t>(bits.begin() + 1, bits.end()), expected);
 }
 
+// Every NaN as one: its bits are the device's own business.
+std::vector<uint32_t> with_one_nan(std::vector<uint32_t> bits, const Epilogue& epilogue) {
+  if (epilogue.num_bits > 0) return bits;
+  for (uint32_t& x : bits) {
+    if (std::isnan(bits_as_float(x, epilogue.type))) x = 0xffffffff;
+  }
+  return bits;
+}
+
 TEST(CudaIgemmEpilogue, SpecialValuesRoundAsOnTheHost) {
   ADPDM_REQUIRE_GPU();
   // The bias alone is the result: codes are the zero-point.
@@ -141,7 +150,9 @@ TEST(CudaIgemmEpilogue, SpecialValuesRoundAsOnTheHost) {
       std::fill(host.segments[0].codes.begin(), host.segments[0].codes.end(), int8_t{5});
       host.segments[0].zero_point[1] = 5;
       host.bias = values;
-      EXPECT_EQ(DeviceCase(host).conv2d(), expected_results(host)) << static_cast<int>(type);
+      EXPECT_EQ(with_one_nan(DeviceCase(host).conv2d(), epilogue),
+                with_one_nan(expected_results(host), epilogue))
+          << static_cast<int>(type);
     }
   }
 }

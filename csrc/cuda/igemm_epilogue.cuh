@@ -144,41 +144,26 @@ ADPDM_DEVICE void store_floats(const IgemmOutput& output, int64_t index, int cou
   store_elements(static_cast<uint16_t*>(output.data) + index, count, wide, words);
 }
 
-// The quantizer of the next layer, for its current group.
-struct CodeWriter {
-  float inv_scale;
-  float zero_point;
-  float quant_min;
-  float quant_max;
-};
-
-ADPDM_DEVICE CodeWriter code_writer(const IgemmOutput& output) {
-  if (output.num_bits == 0) return {};
-  const int64_t group = clamped_group(output.qparams);
-  const CodeRange range = signed_range(output.num_bits);
-  return {reciprocal(load(output.qparams.scale + group)),
-          static_cast<float>(load(output.qparams.zero_point + group)), static_cast<float>(range.quant_min),
-          static_cast<float>(range.quant_max)};
-}
-
 template <int kCount>
-ADPDM_DEVICE void store_codes(const CodeWriter& writer, void* data, int64_t index, int count, bool wide,
+ADPDM_DEVICE void store_codes(const Quantizer& quantizer, void* data, int64_t index, int count, bool wide,
                               const float (&y)[kCount]) {
-  uint32_t words[kCount / 4] = {};
+  uint32_t words[kCount / 4];
   ADPDM_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    const auto code = static_cast<int32_t>(
-        quantize_value(y[i], writer.inv_scale, writer.zero_point, writer.quant_min, writer.quant_max));
-    words[i / 4] |= static_cast<uint32_t>(code & 0xff) << (i % 4 * 8);
-  }
+  for (int w = 0; w < kCount / 4; ++w) words[w] = code_word(y + 4 * w, quantizer);
   store_elements(static_cast<uint8_t*>(data) + index, count, wide, words);
 }
 
 template <int kCount>
-ADPDM_DEVICE void store_results(const IgemmOutput& output, const CodeWriter& writer, int64_t index, int count,
+ADPDM_DEVICE void store_results(const IgemmOutput& output, const Quantizer& next, int64_t index, int count,
                                 bool wide, const float (&y)[kCount]) {
   if (output.num_bits == 0) return store_floats(output, index, count, wide, y);
-  store_codes(writer, output.data, index, count, wide, y);
+  store_codes(next, output.data, index, count, wide, y);
+}
+
+// The quantizer of the results, where they become codes.
+ADPDM_DEVICE Quantizer next_quantizer(const IgemmOutput& output) {
+  return output.num_bits == 0 ? Quantizer{}
+                              : current_quantizer(output.qparams, signed_range(output.num_bits));
 }
 
 // ---- arithmetic ----
@@ -199,7 +184,7 @@ ADPDM_DEVICE RunTerms load_terms(const IgemmProblem& problem, const Run& run) {
   for (int s = 0; s < kMaxSegments; ++s) {
     if (s >= problem.num_sources) continue;
     const IgemmSource& source = problem.sources[s];
-    const int64_t group = clamped_group(source.qparams);
+    const int64_t group = clamped_index(source.qparams.group_index, source.qparams.num_groups);
     const float scale = load(source.qparams.scale + group);
     const int32_t zero_point = load(source.qparams.zero_point + group);
     float weight_scale[kRun];
@@ -224,8 +209,8 @@ ADPDM_DEVICE void add_source(const RunTerms& terms, int s, const int32_t (&sums)
 }
 
 // Everything behind the sum over sources, and the store.
-ADPDM_DEVICE void finish_run(const IgemmProblem& problem, const CodeWriter& writer, const Run& run,
-                             int64_t row, const float (&residual)[kRun], float (&y)[kRun]) {
+ADPDM_DEVICE void finish_run(const IgemmProblem& problem, const Quantizer& next, const Run& run, int64_t row,
+                             const float (&residual)[kRun], float (&y)[kRun]) {
   const IgemmOutput& output = problem.output;
   const int64_t all_outputs = int64_t{problem.groups} * problem.outputs;
   if (output.row_bias != nullptr) {
@@ -243,12 +228,12 @@ ADPDM_DEVICE void finish_run(const IgemmProblem& problem, const CodeWriter& writ
   }
   const int64_t index = row * all_outputs + run.output;
   if (output.activation != Activation::kGeglu) {
-    return store_results(output, writer, index, run.count, run.wide, y);
+    return store_results(output, next, index, run.count, run.wide, y);
   }
   float gated[kRun / 2];
   ADPDM_UNROLL
   for (int i = 0; i < kRun / 2; ++i) gated[i] = y[2 * i] * gelu(y[2 * i + 1]);
-  store_results(output, writer, index / 2, run.count / 2, run.wide, gated);
+  store_results(output, next, index / 2, run.count / 2, run.wide, gated);
 }
 
 ADPDM_DEVICE void load_residual(const IgemmProblem& problem, const Run& run, int64_t row,
@@ -283,7 +268,7 @@ ADPDM_DEVICE void finish_tile(const IgemmProblem& problem, const TilePosition& t
   if (tile.output + Share::output() >= problem.outputs) return;
   const Run run = run_at(problem, tile.group, tile.output + Share::output());
   const RunTerms terms = load_terms(problem, run);
-  const CodeWriter writer = code_writer(problem.output);
+  const Quantizer next = next_quantizer(problem.output);
   const int rows = problem.rows - tile.row < kTileRows ? problem.rows - tile.row : kTileRows;
   int row = Share::first_row(kTileRows);
   if (row >= rows) return;
@@ -304,7 +289,7 @@ ADPDM_DEVICE void finish_tile(const IgemmProblem& problem, const TilePosition& t
       read_staged_run<kTileOutputs>(sums[s], row, Share::output(), source_sums);
       add_source(terms, s, source_sums, y);
     }
-    finish_run(problem, writer, run, int64_t{tile.row} + row, residual, y);
+    finish_run(problem, next, run, int64_t{tile.row} + row, residual, y);
     ADPDM_UNROLL
     for (int i = 0; i < kRun; ++i) residual[i] = next_residual[i];
   }

@@ -51,7 +51,7 @@ igemm_finish(const ADPDM_GRID_CONSTANT IgemmProblem problem) {
     }
     add_source(terms, s, sums, y);
   }
-  finish_run(problem, code_writer(problem.output), run, row, residual, y);
+  finish_run(problem, next_quantizer(problem.output), run, row, residual, y);
 }
 
 void fill_in(IgemmProblem& problem, const IgemmPlan& plan, void* workspace) {

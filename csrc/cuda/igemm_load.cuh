@@ -3,6 +3,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/igemm_problem.h"
+#include "cuda/quantizer.cuh"
 
 namespace adpdm::cuda {
 
@@ -23,13 +24,6 @@ ADPDM_DEVICE TilePosition tile_position(const IgemmProblem& problem, int tile_ro
   const int32_t height = left < kPanelTiles ? left : kPanelTiles;
   return {(panel * kPanelTiles + within % height) * tile_rows, within / height * tile_outputs,
           static_cast<int32_t>(block_y())};
-}
-
-// The current group, forced into range: a kernel cannot raise.
-ADPDM_DEVICE int64_t clamped_group(const GroupedQParams& qparams) {
-  const int64_t group = load(qparams.group_index);
-  const int64_t last = qparams.num_groups - 1;
-  return group < 0 ? 0 : group > last ? last : group;
 }
 
 // Byte offset of a chunk in a tile of rows of 32, 64 or 128 bytes. Chunks change places from row to row, so
@@ -91,7 +85,8 @@ class ActivationLoader {
     const int32_t first_chunk = first_k_tile * kChunks + chunk();
     tap_ = tap_at(first_chunk * kChunkCodes, channels_, geometry.kernel_width);
     // The halo holds real 0, which is the zero-point.
-    const int32_t zero_point = load(source.qparams.zero_point + clamped_group(source.qparams));
+    const int32_t zero_point = load(source.qparams.zero_point +
+                                    clamped_index(source.qparams.group_index, source.qparams.num_groups));
     fill_ = kBits == 8 ? (zero_point & 0xff) * 0x01010101u : (zero_point & 0xf) * 0x11111111u;
   }
 
