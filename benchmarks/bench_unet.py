@@ -277,6 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.show:
         result, cases = results.read_json(args.show)
         print("\n\n".join(results.render(case) for case in cases))
+        if result["partial"]:
+            say(f"{args.show} is of an interrupted run")
         is_partial = False
     else:
         result, cases, is_partial = measure(args)

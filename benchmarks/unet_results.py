@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FORMAT_VERSION = 1
 CPU_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 ENVIRONMENT = ("ADPDM_CPU", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "KMP_BLOCKTIME", "GOMP_SPINCOUNT")
-STATES = ("ok", "missing", "failed")
 
 
 @dataclass(frozen=True)
@@ -133,12 +132,9 @@ class Case:
         weights = ", random weights" if self.random_weights else ""
         return f"{self.model}{weights}, batch {self.batch}, {threads}, {self.device}"
 
-    def running(self) -> list[Row]:
-        return [row for row in self.rows if row.state == "ok" and row.wall]
-
     def finish(self) -> None:
-        """Fill the summaries from the samples of rounds that all running contestants have done."""
-        rows = self.running()
+        """Fill the summaries from the rounds that all contestants still running have done."""
+        rows = [row for row in self.rows if row.state == "ok"]
         self.rounds = min((len(row.wall) for row in rows), default=0)
         for row in rows:
             del row.wall[self.rounds :], row.cpu[self.rounds :]
