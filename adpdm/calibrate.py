@@ -97,6 +97,8 @@ class Calibration:
         """Observe, partition, search; leaves every quantizer with its ranges and tables, in fake mode."""
         trajectory = self._timed("trajectories", self._observe)
         self.step_weights = step_weights(trajectory.sensitivity)
+        if not self.config.weigh_steps:
+            self.step_weights = torch.ones_like(self.step_weights)
         # Drawing by the root of the weight and weighing by the other root keeps the expectation and evens out
         # the gradients, which would otherwise come from a few steps.
         self._draw_weights = self.step_weights.sqrt() / self.step_weights.sqrt().mean()
@@ -166,10 +168,10 @@ class Calibration:
         visits = [1] * config.num_inference_steps if searched else fixed_visits(config, self.num_rounds)
         self.trace.visits = list(visits)
         importance = self.step_weights * torch.tensor(visits)
-        errors = all_step_errors(quantizers, importance)
+        errors = all_step_errors(quantizers, importance, config.range_method)
         tables = initial_tables(quantizers, errors, config)
         for i, (quantizer, error, table) in enumerate(zip(quantizers, errors, tables, strict=True)):
-            fit_ranges(quantizer, error, table, config.groups_per_layer, importance)
+            fit_ranges(quantizer, error, table, config.groups_per_layer, importance, config.range_method)
             self.progress("partition", i + 1, len(quantizers))
 
     # ---- bias correction ----

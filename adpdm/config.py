@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 Grouping = Literal["shared", "uniform", "per_step", "dp", "search"]
 Selection = Literal["srm", "uniform", "normal", "random"]
 TimestepPolicy = Literal["nearest", "error"]
+RangeMethod = Literal["mse", "minmax"]
 Objective = Literal["teacher", "noise"]
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -61,6 +62,10 @@ class QuantConfig:
         activation_bits: 2 to 8, per tensor and group, asymmetric.
         num_groups: G, quantization functions per layer; at most the number of inference steps.
         grouping: how timesteps are partitioned; `search` is the paper's method.
+        range_method: a group's range has the least squared error on its histogram (`mse`), or covers all that
+            was seen (`minmax`, the baseline of the literature).
+        weigh_steps: let a step's error count by what it was measured to do to the final sample; otherwise all
+            steps count alike.
         shared_groups: one partition for the whole network instead of one per layer.
         num_inference_steps: T, steps of the sampler that is calibrated for.
         selection: how timesteps of calibration images are chosen.
@@ -79,6 +84,8 @@ class QuantConfig:
     activation_bits: int = 8
     num_groups: int = 8
     grouping: Grouping = "search"
+    range_method: RangeMethod = "mse"
+    weigh_steps: bool = True
     shared_groups: bool = False
     num_inference_steps: int = 50
     selection: Selection = "srm"
@@ -98,7 +105,7 @@ class QuantConfig:
         object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
         for name in _INTEGERS:
             _integer(name, getattr(self, name))
-        for name in ("shared_groups", "split_skip_connections", "correct_bias"):
+        for name in ("weigh_steps", "shared_groups", "split_skip_connections", "correct_bias"):
             _one_of(name, getattr(self, name), (True, False))
         _within("weight_bits", self.weight_bits, MIN_BITS, MAX_BITS)
         _within("activation_bits", self.activation_bits, MIN_BITS, MAX_BITS)
@@ -107,6 +114,7 @@ class QuantConfig:
             _at_least(name, getattr(self, name), 1)
         _within("exclude_first", self.exclude_first, 0.0, 0.9)
         _one_of("grouping", self.grouping, get_args(Grouping))
+        _one_of("range_method", self.range_method, get_args(RangeMethod))
         _one_of("selection", self.selection, get_args(Selection))
         _one_of("timestep_policy", self.timestep_policy, get_args(TimestepPolicy))
         _one_of("input_output_bits", self.input_output_bits, (8, None))

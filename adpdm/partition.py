@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .config import QuantConfig
-from .qparams import StepErrors, best_range, step_errors
+from .config import QuantConfig, RangeMethod
+from .qparams import StepErrors, best_range, block_index, block_ranges, step_errors
 from .quantizers import ActivationQuantizer
 
 UNCHOSEN_WEIGHT = 1e-6  # steps that the selection left out only decide where a group holds no chosen step
@@ -19,22 +19,28 @@ def uniform_table(num_steps: int, num_groups: int) -> Tensor:
     return (torch.arange(num_steps) * num_groups // num_steps).to(torch.int32)
 
 
-def dynamic_programming_table(error: Tensor, num_groups: int) -> Tensor:
+def dynamic_programming_table(error: Tensor, num_groups: int, method: RangeMethod) -> Tensor:
     """Group of every step for the partition into contiguous groups with the least error, [T] i32.
 
-    Args: error [T, R], see `StepErrors`; each group pays for the one range that suits its steps best.
+    Args: error [T, R], see `StepErrors`; each group pays for the one range that suits its steps best, or with
+    `minmax` for the one that covers them (R in the order of `block_ranges`).
     Exact in O(num_groups * T^2) after O(T^2 R) for the costs. Source: method.md section 4.
     """
-    return tables_from_cost(_block_costs(error), num_groups)
+    return tables_from_cost(_block_costs(error, method), num_groups)
 
 
-def _block_costs(error: Tensor) -> Tensor:
-    """cost[i, j] = min over ranges of the error of steps [i, j), [T + 1, T + 1] f64, infinite for j <= i."""
+def _block_costs(error: Tensor, method: RangeMethod) -> Tensor:
+    """cost[i, j] = error of steps [i, j) under their range, [T + 1, T + 1] f64, infinite for j <= i."""
     steps = error.shape[0]
     prefix = torch.cat([torch.zeros(1, error.shape[1], dtype=error.dtype), error.cumsum(0)])
     cost = torch.full((steps + 1, steps + 1), float("inf"), dtype=error.dtype)
     for i in range(steps):
-        cost[i, i + 1 :] = (prefix[i + 1 :] - prefix[i]).amin(1)
+        of_blocks = prefix[i + 1 :] - prefix[i]  # [ends, R]
+        if method == "mse":
+            cost[i, i + 1 :] = of_blocks.amin(1)
+        else:
+            ends = block_index(i, steps) + torch.arange(steps - i)
+            cost[i, i + 1 :] = of_blocks.gather(1, ends[:, None])[:, 0]
     return cost
 
 
@@ -64,29 +70,39 @@ def initial_tables(
     if config.grouping in ("shared", "per_step", "uniform"):
         return [uniform_table(steps, groups)] * len(quantizers)
     if not config.shared_groups:
-        return [dynamic_programming_table(e.error, groups) for e in errors]
+        return [dynamic_programming_table(e.error, groups, config.range_method) for e in errors]
     # One partition for the net: each layer counts by its error relative to the best single range.
-    cost = sum(_block_costs(e.error) / e.error.sum(0).min().clamp_min(1e-30) for e in errors)
+    cost = sum(
+        _block_costs(e.error, config.range_method) / e.error.sum(0).min().clamp_min(1e-30) for e in errors
+    )
     assert isinstance(cost, Tensor)
     return [tables_from_cost(cost, groups)] * len(quantizers)
 
 
-def all_step_errors(quantizers: Sequence[ActivationQuantizer], importance: Tensor) -> list[StepErrors]:
+def all_step_errors(
+    quantizers: Sequence[ActivationQuantizer], importance: Tensor, method: RangeMethod
+) -> list[StepErrors]:
     """Error tables of every quantizer, its steps weighted by importance [T] f64."""
     weight = importance.clamp_min(UNCHOSEN_WEIGHT)[:, None]
     result = []
     for q in quantizers:
         assert q.counts is not None
         assert q.extrema is not None
-        raw = step_errors(q.counts, q.extrema, q.num_bits)
+        candidates = block_ranges(q.extrema) if method == "minmax" else None
+        raw = step_errors(q.counts, q.extrema, q.num_bits, candidates)
         result.append(StepErrors(raw.low, raw.high, raw.error * weight))
     return result
 
 
 def fit_ranges(
-    quantizer: ActivationQuantizer, errors: StepErrors, table: Tensor, num_groups: int, importance: Tensor
+    quantizer: ActivationQuantizer,
+    errors: StepErrors,
+    table: Tensor,
+    num_groups: int,
+    importance: Tensor,
+    method: RangeMethod,
 ) -> None:
-    """Give each group the range that quantizes the histogram of its own steps with the least error.
+    """Give each group the range with the least error on the histogram of its own steps, or their extrema.
 
     A group without steps takes the range over all steps: finite, unused, and a start for the search.
     """
@@ -104,7 +120,10 @@ def fit_ranges(
         start = (float(errors.low[candidate]), float(errors.high[candidate]))
         density = (shares[mine] * weight[mine, None]).sum(0)
         outer = torch.stack([extrema[:, 0].min(), extrema[:, 1].max()])
-        low, high = best_range(density / density.sum(), outer, quantizer.num_bits, start)
+        if method == "minmax":
+            low, high = outer.tolist()
+        else:
+            low, high = best_range(density / density.sum(), outer, quantizer.num_bits, start)
         lows.append(low)
         highs.append(high)
     quantizer.set_ranges(torch.tensor(lows), torch.tensor(highs), table)

@@ -142,6 +142,22 @@ def _geometric_grid(magnitudes: Tensor) -> Tensor:
     return largest * (smallest / largest) ** exponent
 
 
+def block_ranges(extrema: Tensor) -> tuple[Tensor, Tensor]:
+    """Range that covers the steps [i, j) for every i < j, [T * (T + 1) / 2] f64, in the order of block_index.
+
+    Args: extrema [T, 2] f32.
+    """
+    steps = extrema.shape[0]
+    lows = [extrema[i:, 0].double().cummin(0).values for i in range(steps)]
+    highs = [extrema[i:, 1].double().cummax(0).values for i in range(steps)]
+    return torch.cat(lows), torch.cat(highs)
+
+
+def block_index(first: int, steps: int) -> int:
+    """Where the ranges of the blocks that begin with step `first` begin: one for each end."""
+    return first * steps - first * (first - 1) // 2
+
+
 @dataclass(frozen=True)
 class StepErrors:
     """Squared error of every step under every candidate range of one layer."""
@@ -151,9 +167,14 @@ class StepErrors:
     error: Tensor  # [T, R] f64, sums over elements, divided by the number of elements of the step
 
 
-def step_errors(counts: Tensor, extrema: Tensor, num_bits: int) -> StepErrors:
-    """E[k][r] of method.md section 4 from counts [T, HISTOGRAM_BINS] i64 and extrema [T, 2] f32."""
-    low, high = candidate_ranges(extrema)
+def step_errors(
+    counts: Tensor, extrema: Tensor, num_bits: int, candidates: tuple[Tensor, Tensor] | None = None
+) -> StepErrors:
+    """E[k][r] of method.md section 4 from counts [T, HISTOGRAM_BINS] i64 and extrema [T, 2] f32.
+
+    Args: candidates: (low, high) [R] f64 each; by default those of `candidate_ranges`.
+    """
+    low, high = candidate_ranges(extrema) if candidates is None else candidates
     bounds = (float(extrema[:, 0].min()), float(extrema[:, 1].max()))
     occupied = _occupied(counts.sum(0))
     errors = bin_errors(low, high, num_bits, bounds, occupied)

@@ -82,6 +82,8 @@ def test_config_json_round_trip_keeps_every_setting() -> None:
         activation_bits=6,
         num_groups=3,
         grouping="dp",
+        range_method="minmax",
+        weigh_steps=False,
         shared_groups=True,
         num_inference_steps=20,
         selection="normal",

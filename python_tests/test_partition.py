@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adpdm import QuantConfig, reference
+from adpdm.config import RangeMethod
 from adpdm.partition import (
     all_step_errors,
     dynamic_programming_table,
@@ -16,7 +17,7 @@ from adpdm.partition import (
     initial_tables,
     uniform_table,
 )
-from adpdm.qparams import StepErrors
+from adpdm.qparams import StepErrors, qparams_to_range, step_errors
 from adpdm.quantizers import ActivationQuantizer
 from adpdm.step import StepState
 
@@ -44,7 +45,7 @@ def blocks_of(table: Tensor) -> list[range]:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_dynamic_programming_equals_brute_force(groups: int, seed: int) -> None:
     error = torch.rand(8, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    blocks = blocks_of(dynamic_programming_table(error, groups))
+    blocks = blocks_of(dynamic_programming_table(error, groups, "mse"))
     assert len(blocks) == groups
     best = min(cost_of(p, error) for p in contiguous_partitions(8, groups))
     assert cost_of(blocks, error) == pytest.approx(best, rel=1e-12)
@@ -52,7 +53,7 @@ def test_dynamic_programming_equals_brute_force(groups: int, seed: int) -> None:
 
 @pytest.mark.parametrize("groups", [1, 3, 7])
 def test_dynamic_programming_uses_every_group_when_nothing_is_at_stake(groups: int) -> None:
-    table = dynamic_programming_table(torch.zeros(7, 4, dtype=torch.float64), groups)
+    table = dynamic_programming_table(torch.zeros(7, 4, dtype=torch.float64), groups, "mse")
     assert len(blocks_of(table)) == groups
 
 
@@ -119,14 +120,14 @@ def config(grouping: str, groups: int, steps: int, shared: bool = False) -> Quan
 def test_initial_tables_by_grouping(grouping: str, wanted: list[int]) -> None:
     quantizers = observers([noise([10.0, 1.0, 1.0, 1.0])], 2)
     settings = config(grouping, 2, 4)
-    tables = initial_tables(quantizers, all_step_errors(quantizers, ones(4)), settings)
+    tables = initial_tables(quantizers, all_step_errors(quantizers, ones(4), "mse"), settings)
     assert tables[0].tolist() == wanted
 
 
 def test_initial_tables_per_layer_differ_and_shared_groups_agree() -> None:
     # The second layer asks for its cut with a hundred times the error; relative to itself it weighs the same.
     quantizers = observers([noise([9.0, 1.0, 1.0, 1.0]), noise([100.0, 100.0, 100.0, 300.0], 1)], 2)
-    errors = all_step_errors(quantizers, ones(4))
+    errors = all_step_errors(quantizers, ones(4), "mse")
     own = initial_tables(quantizers, errors, config("dp", 2, 4))
     assert [t.tolist() for t in own] == [[0, 1, 1, 1], [0, 0, 0, 1]]
     shared = initial_tables(quantizers, errors, config("dp", 2, 4, shared=True))
@@ -140,7 +141,7 @@ def test_initial_tables_per_layer_differ_and_shared_groups_agree() -> None:
 def test_visits_weigh_the_steps() -> None:
     quantizers = observers([noise([1.0, 2.0, 4.0])], 1)
     plain, weighted = (
-        all_step_errors(quantizers, torch.tensor(v).double())[0].error for v in ([1, 1, 1], [3, 1, 1])
+        all_step_errors(quantizers, torch.tensor(v).double(), "mse")[0].error for v in ([1, 1, 1], [3, 1, 1])
     )
     assert torch.equal(weighted[0], 3 * plain[0])
     assert torch.equal(weighted[1:], plain[1:])
@@ -153,11 +154,13 @@ def mean_error(quantizer: ActivationQuantizer, group: int, row: Tensor) -> float
     return float((values - row).double().square().mean())
 
 
-def fit(rows: list[Tensor], table: list[int], groups: int, visits: list[int]) -> ActivationQuantizer:
+def fit(
+    rows: list[Tensor], table: list[int], groups: int, visits: list[int], method: RangeMethod = "mse"
+) -> ActivationQuantizer:
     quantizer = observers([rows], groups)[0]
     importance = torch.tensor(visits, dtype=torch.float64)
-    errors = all_step_errors([quantizer], importance)[0]
-    fit_ranges(quantizer, errors, torch.tensor(table, dtype=torch.int32), groups, importance)
+    errors = all_step_errors([quantizer], importance, method)[0]
+    fit_ranges(quantizer, errors, torch.tensor(table, dtype=torch.int32), groups, importance, method)
     return quantizer
 
 
@@ -195,6 +198,45 @@ def test_fit_ranges_of_constant_activations() -> None:
 def test_step_errors_are_per_element() -> None:
     # A step seen twice as often must not count twice: E is a mean over elements.
     once, twice = observers([noise([1.0])], 1)[0], observers([[noise([1.0])[0].repeat(2)]], 1)[0]
-    a, b = (all_step_errors([q], ones(1))[0] for q in (once, twice))
+    a, b = (all_step_errors([q], ones(1), "mse")[0] for q in (once, twice))
     assert isinstance(a, StepErrors)
     torch.testing.assert_close(a.error, b.error, rtol=1e-12, atol=0)
+
+
+def extremes(low: float, high: float) -> Tensor:
+    """One value at each end of a range, many within a tenth of it."""
+    body = torch.randn(5000, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    return torch.cat([torch.tensor([low, high]), (high - low) / 30 * body])
+
+
+def test_fit_ranges_minmax_covers_all_that_the_group_saw() -> None:
+    rows = [extremes(-1.0, 2.0), extremes(-3.0, 1.0), extremes(-0.5, 0.5)]
+    quantizer = fit(rows, [0, 0, 1], 2, [1, 1, 1], "minmax")
+    low, high = qparams_to_range(quantizer.scale.double(), quantizer.zero_point.double(), quantizer.num_bits)
+    # The zero-point is an integer, so the ends move by up to half a step of 5/15 and 1/15.
+    torch.testing.assert_close(low, torch.tensor([-3.0, -0.5]).double(), rtol=0, atol=5 / 30)
+    torch.testing.assert_close(high, torch.tensor([2.0, 0.5]).double(), rtol=0, atol=5 / 30)
+    clipped = fit(rows, [0, 0, 1], 2, [1, 1, 1], "mse")
+    assert bool((clipped.scale < quantizer.scale).all()), "outliers are worth clipping, or this says nothing"
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_dynamic_programming_with_minmax_equals_brute_force(groups: int) -> None:
+    rows = [extremes(-a, b) for a, b in ((1, 2), (1, 3), (4, 1), (0.2, 0.1), (0.3, 0.1), (2, 2))]
+    quantizer = observers([rows], 1)[0]
+    assert quantizer.counts is not None
+    assert quantizer.extrema is not None
+    error = all_step_errors([quantizer], ones(len(rows)), "minmax")[0].error
+
+    def cost(blocks: list[range]) -> float:
+        total = 0.0
+        for block in blocks:
+            seen = quantizer.extrema[list(block)]
+            bounds = (seen[:, :1].min(0).values.double(), seen[:, 1:].max(0).values.double())
+            of_range = step_errors(quantizer.counts, quantizer.extrema, quantizer.num_bits, bounds).error
+            total += float(of_range[list(block)].sum())
+        return total
+
+    blocks = blocks_of(dynamic_programming_table(error, groups, "minmax"))
+    best = min(cost(p) for p in contiguous_partitions(len(rows), groups))
+    assert cost(blocks) == pytest.approx(best, rel=1e-9)
