@@ -7,6 +7,7 @@
 #include "cuda/igemm.h"
 #include "cuda/igemm_launch.h"
 #include "cuda/igemm_mma.h"
+#include "cuda/nvtx.h"
 
 namespace adpdm::cuda {
 namespace {
@@ -75,6 +76,16 @@ IgemmGeometry make_geometry(const Conv2dArgs& args) {
   return geometry;
 }
 
+// For example "conv2d 2x320x64x64 -> 320 kernel 3x3", channels of all segments together.
+std::string range_text(const char* op, const Conv2dArgs& args) {
+  int64_t channels = 0;
+  for (int s = 0; s < args.num_segments; ++s) channels += args.segments[s].channels;
+  const auto text = [](int64_t number) { return std::to_string(number); };
+  return std::string(op) + " " + text(args.batch) + "x" + text(channels) + "x" + text(args.input.height) +
+         "x" + text(args.input.width) + " -> " + text(args.out_channels) + " kernel " +
+         text(args.kernel.height) + "x" + text(args.kernel.width);
+}
+
 IgemmSource make_source(const Conv2dArgs& args, const IgemmSegment& segment, IgemmMode mode) {
   const int64_t channels = group_channels(args, segment, activation_bits(mode));
   IgemmSource source{};
@@ -112,6 +123,7 @@ IgemmPlan plan_as_igemm(const char* op, const Conv2dArgs& args, int activation_b
 
 void run_as_igemm(const char* op, const Conv2dArgs& args, const IgemmPlan& plan, void* workspace,
                   Stream stream) {
+  const Range range([&] { return range_text(op, args) + " " + describe(plan); });
   IgemmProblem problem{};
   for (int s = 0; s < args.num_segments; ++s) {
     problem.sources[s] = make_source(args, args.segments[s], plan.mode);

@@ -4,6 +4,7 @@
 #include "cuda/elementwise.cuh"
 #include "cuda/fake_quantizer.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/nvtx.h"
 
 namespace adpdm::cuda {
 namespace {
@@ -168,6 +169,9 @@ int64_t quantizer_bytes(int64_t num_groups) {
 
 void fake_quantize(const FakeQuantizeArgs& args, void* y, Stream stream) {
   const ChannelView& shape = args.shape;
+  const Range range([&] {
+    return range_text("fake_quantize", {shape.outer, shape.channels, shape.inner}, args.type);
+  });
   const int64_t size = shape.outer * shape.channels * shape.inner;
   with_float_type(args.type, [&](auto type) {
     constexpr FloatType kType = decltype(type)::value;
@@ -179,6 +183,9 @@ void fake_quantize(const FakeQuantizeArgs& args, void* y, Stream stream) {
 }
 
 void fake_quantize_mixture(const MixtureArgs& args, void* y, Stream stream) {
+  const Range range([&] {
+    return range_text("fake_quantize_mixture", {args.num_groups, args.size}, args.type);
+  });
   with_float_type(args.type, [&](auto type) {
     constexpr FloatType kType = decltype(type)::value;
     const LaunchShape shape =

@@ -5,6 +5,7 @@
 #include "cuda/elementwise.cuh"
 #include "cuda/fake_quantizer.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/nvtx.h"
 
 namespace adpdm::cuda {
 namespace {
@@ -254,6 +255,10 @@ int64_t fake_quantize_backward_workspace(const FakeQuantizeArgs& args) {
 
 void fake_quantize_backward(const FakeQuantizeArgs& args, const void* grad, void* grad_x, float* grad_scale,
                             float* grad_zero_point, void* workspace, Stream stream) {
+  const Range range([&] {
+    return range_text("fake_quantize_backward", {args.shape.outer, args.shape.channels, args.shape.inner},
+                      args.type);
+  });
   const char* op = "fake_quantize_backward";
   const ChannelView& shape = args.shape;
   if (shape.channels != 1) {
@@ -284,6 +289,9 @@ int64_t fake_quantize_mixture_backward_workspace(const MixtureArgs& args) {
 
 void fake_quantize_mixture_backward(const MixtureArgs& args, const void* grad, const MixtureGrads& grads,
                                     void* workspace, Stream stream) {
+  const Range range([&] {
+    return range_text("fake_quantize_mixture_backward", {args.num_groups, args.size}, args.type);
+  });
   const char* op = "fake_quantize_mixture_backward";
   mixture_grad_x(args, grad, grads.x, stream);
   const ChunkSumsArgs sums = {

@@ -4,6 +4,7 @@
 #include "core/quant_math.h"
 #include "cuda/elementwise.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/nvtx.h"
 #include "cuda/quantizer.cuh"
 #include "cuda/reduce.cuh"
 
@@ -128,6 +129,7 @@ int64_t num_blocks(int64_t size, int64_t warp_elements) {
 }  // namespace
 
 void observe(const RowView& view, const ObserverTables& tables, Stream stream) {
+  const Range range([&] { return range_text("observe", {view.rows, view.columns}, view.type); });
   const RowView x = collapse(view);
   const bool vectors = rows_have_vectors(x);
   with_float_type(x.type, [&](auto type) {

@@ -2,6 +2,7 @@
 #include "cuda/device.cuh"
 #include "cuda/igemm.h"
 #include "cuda/launch.cuh"
+#include "cuda/nvtx.h"
 
 namespace adpdm::cuda {
 namespace {
@@ -36,6 +37,10 @@ ADPDM_KERNEL(kThreads, 1) pack_weight_chunks(PackWeightArgs args, int64_t chunks
 }  // namespace
 
 void pack_weight(const PackWeightArgs& args, Stream stream) {
+  const Range range([&] {
+    return "pack_weight " + std::to_string(args.out_channels) + "x" + std::to_string(args.group_channels) +
+           "x" + std::to_string(args.taps) + " " + std::to_string(args.num_bits) + " bits";
+  });
   const int64_t chunks_per_row =
       weight_row_bytes(args.group_channels * args.taps, args.num_bits) / kChunkBytes;
   const int64_t blocks = ceil_div(args.out_channels * chunks_per_row, kThreads);

@@ -3,6 +3,7 @@
 #include "core/quantize.h"
 #include "cuda/elementwise.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/nvtx.h"
 #include "cuda/quantizer.cuh"
 
 namespace adpdm::cuda {
@@ -309,6 +310,7 @@ int64_t warps_for_codes(int64_t codes, int64_t share) { return (codes + share - 
 
 void quantize(const RowView& view, const GroupedQParams& qparams, int num_bits, int8_t* codes,
               Stream stream) {
+  const Range range([&] { return range_text("quantize", {view.rows, view.columns}, view.type, num_bits); });
   const RowView x = collapse(view);
   const bool vectors = rows_have_vectors(x) && is_aligned(codes, 16);
   const LaunchShape shape =
@@ -319,6 +321,7 @@ void quantize(const RowView& view, const GroupedQParams& qparams, int num_bits, 
 }
 
 void quantize_int4(const RowView& view, const GroupedQParams& qparams, uint8_t* packed, Stream stream) {
+  const Range range([&] { return range_text("quantize_int4", {view.rows, view.columns}, view.type); });
   const bool whole_blocks = view.columns % kInt4Block == 0;
   const RowView x = whole_blocks ? collapse(view) : view;
   const bool vectors = whole_blocks && rows_have_vectors(x) && is_aligned(packed, 16);
@@ -330,6 +333,7 @@ void quantize_int4(const RowView& view, const GroupedQParams& qparams, uint8_t* 
 
 void dequantize(const int8_t* codes, int64_t size, const GroupedQParams& qparams, FloatType type, void* x,
                 Stream stream) {
+  const Range range([&] { return range_text("dequantize", {size}, type); });
   const bool vectors = is_aligned(codes, 8) && is_aligned(x, 16);
   const LaunchShape shape = shape_for_warps("dequantize", warps_for_codes(size, kWarpCodes), stream);
   with_float_type(
@@ -338,6 +342,7 @@ void dequantize(const int8_t* codes, int64_t size, const GroupedQParams& qparams
 
 void dequantize_int4(const uint8_t* packed, int64_t rows, int64_t columns, const GroupedQParams& qparams,
                      FloatType type, void* x, Stream stream) {
+  const Range range([&] { return range_text("dequantize_int4", {rows, columns}, type); });
   const bool vectors = columns % kInt4Block == 0 && is_aligned(packed, 8) && is_aligned(x, 16);
   const LaunchShape shape =
       shape_for_warps("dequantize_int4", warps_for_codes(rows * columns, kWarpBlocks * kInt4Block), stream);

@@ -3,6 +3,7 @@
 #include "core/quantize.h"
 #include "cuda/elementwise.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/nvtx.h"
 #include "cuda/quantizer.cuh"
 
 namespace adpdm::cuda {
@@ -106,6 +107,9 @@ quantize_channels_last_kernel(PlanesView x, GroupedQParams qparams, CodeRange ra
 
 void quantize_channels_last(const PlanesView& x, const GroupedQParams& qparams, int num_bits, int8_t* codes,
                             Stream stream) {
+  const Range range([&] {
+    return range_text("quantize_channels_last", {x.batch, x.channels, x.pixels}, x.type, num_bits);
+  });
   const bool vectors = is_aligned(x.data, 16) && x.pixels * float_size(x.type) % 16 == 0;
   const bool chunks = is_aligned(codes, kChunk) && x.channels % kChunk == 0;
   with_float_type(x.type, [&](auto type) {
