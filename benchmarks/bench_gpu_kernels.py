@@ -1,0 +1,225 @@
+"""Times the CUDA kernels against torch in bfloat16, layer by layer, inside CUDA graphs, in turns.
+
+python benchmarks/bench_gpu_kernels.py --models sd15 sdxl --json kernels.json
+
+Integer layers are given codes and write bfloat16; weights stay in L2 where they fit, as they do in a U-Net
+that runs step after step. Figures are medians of --rounds replays, ratios medians of the ratios of a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from gpu_layers import LAYERS, MAPS, Conv, Layer, Linear
+from gpu_timing import Call, Timing, compare
+from torch import Tensor
+
+from adpdm import ops
+from adpdm.ops import Activation, ConvGeometry, Epilogue, OutputQuantizer, Segment
+
+NUM_GROUPS = 8
+DEVICE = "cuda"
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians of one contestant on one piece of work."""
+
+    work: str
+    contestant: str
+    microseconds: float
+    ratio: float  # its time divided by that of the first contestant
+    rate: float  # TOP/s of layers, GB/s of the rest
+    unit: str
+
+
+def random_codes(shape: tuple[int, ...], bits: int) -> Tensor:
+    """Codes of the whole range, int8; maps in channels_last."""
+    bound = 1 << (bits - 1)
+    codes = torch.randint(-bound, bound, shape, device=DEVICE, dtype=torch.int8)
+    return codes.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else codes
+
+
+def quantizer(bits: int) -> OutputQuantizer:
+    """Eight groups, the fourth current."""
+    return OutputQuantizer(
+        scale=torch.linspace(0.02, 0.04, NUM_GROUPS, device=DEVICE),
+        zero_point=torch.zeros(NUM_GROUPS, dtype=torch.int32, device=DEVICE),
+        group_index=torch.tensor([3], dtype=torch.int32, device=DEVICE),
+        num_bits=bits,
+    )
+
+
+def segment(codes: Tensor, weight_shape: tuple[int, ...], weight_bits: int) -> Segment:
+    """Codes with a quantizer and random weights."""
+    bound = (1 << (weight_bits - 1)) - 1
+    weight = torch.randint(-bound, bound + 1, weight_shape, device=DEVICE, dtype=torch.int8)
+    q = quantizer(8)
+    return Segment(
+        codes=codes,
+        scale=q.scale,
+        zero_point=q.zero_point,
+        group_index=q.group_index,
+        weight=ops.pack_weight(weight, weight_bits),
+        weight_scale=torch.full((weight_shape[0],), 0.01, device=DEVICE),
+        weight_sum=weight.flatten(1).sum(1, dtype=torch.int32),
+    )
+
+
+def packed(codes: Tensor) -> Tensor:
+    """4-bit codes as the kernels of W4A4 read them, NHWC for maps."""
+    return ops.pack_int4(codes.permute(0, 2, 3, 1) if codes.dim() == 4 else codes)
+
+
+def conv_calls(layer: Conv) -> dict[str, Call]:
+    """The contestants on a convolution, ours first."""
+    shape = (layer.batch, layer.channels, layer.size, layer.size)
+    weight_shape = (layer.outputs, layer.channels, layer.kernel, layer.kernel)
+    pad = layer.kernel // 2
+    geometry = ConvGeometry(layer.outputs, (layer.kernel,) * 2, (layer.stride,) * 2, (pad, pad))
+    bias = torch.randn(layer.outputs, device=DEVICE)
+    epilogue = Epilogue(bias=bias)
+
+    def integer(codes: Tensor, bits: int) -> Call:
+        s = segment(codes, weight_shape, bits)
+        return lambda: ops.conv2d([s], epilogue, geometry, bits, BF16)
+
+    x, weight = (torch.randn(s, device=DEVICE, dtype=BF16) for s in (shape, weight_shape))
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    half_bias = bias.to(BF16)
+    return {
+        "W8A8": integer(random_codes(shape, 8), 8),
+        "W4A8": integer(random_codes(shape, 8), 4),
+        "W4A4": integer(packed(random_codes(shape, 4)), 4),
+        "torch bf16": lambda: F.conv2d(x, weight, half_bias, layer.stride, pad),
+    }
+
+
+def linear_calls(layer: Linear) -> dict[str, Call]:
+    """The contestants on a linear layer, ours first."""
+    weight_shape = (layer.outputs, layer.channels)
+    bias = torch.randn(layer.outputs, device=DEVICE)
+    epilogue = Epilogue(bias=bias)
+
+    def integer(codes: Tensor, bits: int) -> Call:
+        s = segment(codes, weight_shape, bits)
+        return lambda: ops.linear([s], epilogue, layer.outputs, bits, BF16)
+
+    codes = random_codes((layer.rows, layer.channels), 8)
+    transposed = random_codes(weight_shape, 8).t()
+    x = torch.randn(layer.rows, layer.channels, device=DEVICE, dtype=BF16)
+    weight, half_bias = torch.randn(weight_shape, device=DEVICE, dtype=BF16), bias.to(BF16)
+    return {
+        "W8A8": integer(codes, 8),
+        "W4A8": integer(codes, 4),
+        "W4A4": integer(packed(random_codes((layer.rows, layer.channels), 4)), 4),
+        "torch bf16": lambda: F.linear(x, weight, half_bias),
+        "torch._int_mm": lambda: torch._int_mm(codes, transposed),
+    }
+
+
+def map_calls(batch: int, channels: int, size: int) -> dict[str, tuple[dict[str, Call], float]]:
+    """Contestants on a map with the bytes that each piece of work has to move at least."""
+    x = torch.randn(batch, channels, size, size, device=DEVICE, dtype=BF16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    elements = x.numel()
+    weight, bias = (torch.randn(channels, device=DEVICE) for _ in range(2))
+    half = (weight.to(BF16), bias.to(BF16))
+    q = quantizer(8)
+    target = torch.empty_like(x)
+    learned = torch.full((NUM_GROUPS,), 0.03, device=DEVICE), torch.zeros(NUM_GROUPS, device=DEVICE)
+    return {
+        "quantize": (
+            {
+                "ours": lambda: ops.quantize(x, q.scale, q.zero_point, q.group_index, 8),
+                "torch copy": lambda: target.copy_(x),
+            },
+            3.0 * elements,
+        ),
+        "GroupNorm+SiLU+quantize": (
+            {
+                "ours": lambda: ops.group_norm_quantize(
+                    [x], weight, bias, None, q, 32, 1e-6, Activation.SILU
+                ),
+                "torch GroupNorm+SiLU": lambda: F.silu(F.group_norm(x, 32, *half)),
+            },
+            3.0 * elements,
+        ),
+        "fake_quantize": (
+            {
+                "ours": lambda: ops.fake_quantize(x, *learned, q.group_index, -128, 127),
+                "torch": lambda: torch.fake_quantize_per_tensor_affine(x, 0.03, 0, -128, 127),
+            },
+            4.0 * elements,
+        ),
+    }
+
+
+def layer_rows(layer: Layer, rounds: int) -> list[Row]:
+    """Time one layer."""
+    calls = conv_calls(layer) if isinstance(layer, Conv) else linear_calls(layer)
+    return rows_of(layer.name, compare(calls, rounds), 1e-6 * layer.operations, "TOP/s")
+
+
+def map_rows(shape: tuple[int, int, int], rounds: int) -> Iterator[list[Row]]:
+    """Time the element-wise work on one map."""
+    for work, (calls, num_bytes) in map_calls(*shape).items():
+        name = f"{work} {shape[0]}x{shape[1]}@{shape[2]}"
+        yield rows_of(name, compare(calls, rounds), 1e-3 * num_bytes, "GB/s")
+
+
+def rows_of(work: str, timings: dict[str, Timing], amount: float, unit: str) -> list[Row]:
+    """Rows with the rate `amount / microseconds`: TOP/s for 1e-6 operations, GB/s for 1e-3 bytes."""
+    return [
+        Row(work, name, t.microseconds, t.ratio, amount / t.microseconds, unit) for name, t in timings.items()
+    ]
+
+
+def show(rows: list[Row]) -> None:
+    """One line per contestant."""
+    for row in rows:
+        print(
+            f"{row.work:34} {row.contestant:22} {row.microseconds:9.2f} us {row.rate:9.1f} {row.unit} "
+            f"{row.ratio:6.2f}x",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Print a table; write it as JSON where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=list(LAYERS), default=list(LAYERS))
+    parser.add_argument("--rounds", type=int, default=25, help="timed replays, at least 20")
+    parser.add_argument("--json", type=Path, help="file to write")
+    args = parser.parse_args()
+    if args.rounds < 20:
+        parser.error(f"--rounds must be at least 20, got {args.rounds}")
+    if not torch.cuda.is_available():
+        sys.exit("bench_gpu_kernels: wanted a CUDA device, found none")
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    rows: list[Row] = []
+    for shape in MAPS:
+        for group in map_rows(shape, args.rounds):
+            rows += group
+            show(group)
+    for layer in [layer for model in args.models for layer in LAYERS[model]]:
+        rows += (group := layer_rows(layer, args.rounds))
+        show(group)
+    if args.json:
+        settings = {"models": args.models, "rounds": args.rounds, "device": torch.cuda.get_device_name()}
+        args.json.write_text(json.dumps({"settings": settings, "rows": [asdict(r) for r in rows]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Measures what the planner of the CUDA integer layers assumes: the costs of tiles, and how well it chooses.
+
+python benchmarks/sweep_tiles.py --json tiles.json --table tools/tile_table.json
+
+Costs are in the units of tools/tile_table.json (csrc/cuda/planner.cu explains them). --table replaces the
+measured architecture's rows there; tools/make_tile_table.py then makes the planner's table of them. The
+second part times every tile and number of splits on real layers and reports what the planner's choice costs
+over the best one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_gpu_kernels import conv_calls, linear_calls, packed, random_codes, segment
+from gpu_layers import LAYERS, Conv, Layer
+from gpu_timing import Call, Timed
+
+from adpdm import ops
+from adpdm.ops import Epilogue
+
+TABLE = Path(__file__).resolve().parents[1] / "tools" / "tile_table.json"
+ROUNDS = 20
+SPLITS = (1, 2, 4, 8)
+SHORT, LONG = 16, 80  # k tiles of the two reductions between which a slope is taken
+WAVES = 4  # of a full device
+OUTPUT_TILES = 16  # of the full device's matrix, so that it is not bound by memory
+CONTESTANTS = {"a8w8": "W8A8", "a8w4": "W4A8", "a4w4": "W4A4", "a4w4-unpacked": "W4A4"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of one mode, with the number of blocks a multiprocessor holds at once."""
+
+    mode: str
+    rows: int
+    outputs: int
+    blocks_per_sm: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows}x{self.outputs}"
+
+    @property
+    def codes_per_k_tile(self) -> int:
+        return 128 if self.mode.startswith("a4") else 64
+
+
+@contextmanager
+def chosen(tile: str) -> Iterator[None]:
+    """Let the planner use this tile; the kernels read the variable at every call."""
+    before = os.environ.get("ADPDM_CUDA_TILE")
+    os.environ["ADPDM_CUDA_TILE"] = tile
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["ADPDM_CUDA_TILE"]
+        else:
+            os.environ["ADPDM_CUDA_TILE"] = before
+
+
+def median_microseconds(call: Call) -> float:
+    """Of one call."""
+    timed = Timed(call)
+    return statistics.median(timed.microseconds() for _ in range(ROUNDS))
+
+
+def matrix_call(tile: Tile, rows: int, outputs: int, k_tiles: int) -> Call:
+    """A linear layer of that size in the tile's mode."""
+    channels = k_tiles * tile.codes_per_k_tile
+    weight_bits = 8 if tile.mode == "a8w8" else 4
+    codes = random_codes((rows, channels), 4 if tile.mode.startswith("a4") else 8)
+    s = segment(packed(codes) if tile.mode.startswith("a4") else codes, (outputs, channels), weight_bits)
+    return lambda: ops.linear([s], Epilogue(), outputs, weight_bits, torch.bfloat16)
+
+
+def time_matrix(tile: Tile, rows: int, outputs: int, k_tiles: int) -> float:
+    """Microseconds of a linear layer of that size on the tile, not split."""
+    with chosen(f"{tile.name}/1"):
+        return median_microseconds(matrix_call(tile, rows, outputs, k_tiles))
+
+
+MatrixTimer = Callable[[Tile, int, int, int], float]  # as time_matrix
+
+
+def line(tile: Tile, rows: int, outputs: int, time: MatrixTimer) -> tuple[float, float]:
+    """(slope per k tile, time without any), from two lengths of the reduction."""
+    short, long = (time(tile, rows, outputs, k) for k in (SHORT, LONG))
+    slope = (long - short) / (LONG - SHORT)
+    return slope, short - SHORT * slope
+
+
+def measure_costs(tile: Tile, num_sms: int, megahertz: float, time: MatrixTimer = time_matrix) -> list[int]:
+    """The tile's row of the table: [blocks_per_sm, tile_cycles, lone_cycles, block_cycles]."""
+    lone, start = line(tile, tile.rows * num_sms, tile.outputs, time)
+    blocks = num_sms * tile.blocks_per_sm * WAVES
+    rows = tile.rows * -(-blocks // OUTPUT_TILES)
+    full, _ = line(tile, rows, tile.outputs * OUTPUT_TILES, time)
+    share = full / (tile.blocks_per_sm * WAVES)  # of one block, of a multiprocessor that is full of them
+    return [tile.blocks_per_sm, *(max(1, round(megahertz * us)) for us in (share, lone, start))]
+
+
+def tiles_of(architecture: dict[str, Any]) -> list[Tile]:
+    """All tiles of core A."""
+    return [
+        Tile(mode, *map(int, name.split("x")), costs[0])  # type: ignore[arg-type]
+        for mode, tiles in architecture["mma"].items()
+        for name, costs in tiles.items()
+    ]
+
+
+def architecture_of(table: dict[str, Any], arch: int) -> dict[str, Any]:
+    """The entry that serves a device: the last one not above it."""
+    fitting = [entry for entry in table["architectures"] if entry["arch"] <= arch]
+    if not fitting:
+        lowest = min(entry["arch"] for entry in table["architectures"])
+        raise SystemExit(f"sweep_tiles: wanted a device of architecture {lowest} or later, got {arch}")
+    found: dict[str, Any] = max(fitting, key=lambda entry: entry["arch"])
+    return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The planner's choice on a layer against the best of all."""
+
+    layer: str
+    mode: str
+    microseconds: float  # as planned
+    best: float
+    best_choice: str
+
+    @property
+    def loss(self) -> float:
+        return self.microseconds / self.best - 1
+
+
+def judge_planner(layer: Layer, mode: str, tiles: list[Tile], time: Callable[[Call], float]) -> Choice:
+    """Time every tile and number of splits on a layer, and what the planner makes of it."""
+    call = (conv_calls(layer) if isinstance(layer, Conv) else linear_calls(layer))[CONTESTANTS[mode]]
+    times = {}
+    for tile, splits in itertools.product([t for t in tiles if t.mode == mode], SPLITS):
+        name = f"{tile.name}/{splits}"
+        with chosen(name):
+            times[name] = time(call)
+    best = min(times, key=lambda name: times[name])
+    return Choice(layer.name, mode, time(call), times[best], best)
+
+
+def replace_rows(table: dict[str, Any], arch: int, rows: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The table with measured rows for exactly this architecture."""
+    base = architecture_of(table, arch)
+    entry = {**base, "arch": arch, "origin": origin, "mma": rows}
+    others = [e for e in table["architectures"] if e["arch"] != arch]
+    return {**table, "architectures": sorted([*others, entry], key=lambda e: int(e["arch"]))}
+
+
+def clock_megahertz() -> float:
+    """The highest clock of the multiprocessors; costs only have to agree with each other."""
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    return float(text.splitlines()[0])
+
+
+def main() -> None:
+    """Measure, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=list(LAYERS), default=["cifar10", "sd15"])
+    parser.add_argument("--json", type=Path, help="file for costs and choices")
+    parser.add_argument("--table", type=Path, help="tile table to replace this architecture's rows in")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("sweep_tiles: wanted a CUDA device, found none")
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    major, minor = torch.cuda.get_device_capability()
+    arch = 10 * major + minor
+    properties = torch.cuda.get_device_properties(0)
+    table = json.loads(TABLE.read_text())
+    tiles = tiles_of(architecture_of(table, arch))
+    megahertz = clock_megahertz()
+    rows: dict[str, dict[str, list[int]]] = {}
+    for tile in tiles:
+        costs = measure_costs(tile, properties.multi_processor_count, megahertz)
+        rows.setdefault(tile.mode, {})[tile.name] = costs
+        print(f"{tile.mode:14} {tile.name:8} {costs}", flush=True)
+    choices = []
+    for layer, mode in itertools.product([x for m in args.models for x in LAYERS[m]], rows):
+        choice = judge_planner(layer, mode, tiles, median_microseconds)
+        choices.append(choice)
+        print(
+            f"{choice.layer:34} {mode:14} planned {choice.microseconds:8.2f} us, best {choice.best:8.2f} us "
+            f"({choice.best_choice}), loss {choice.loss:6.1%}",
+            flush=True,
+        )
+    print(f"median loss of the planner {statistics.median(c.loss for c in choices):.1%}")
+    origin = f"measured on {properties.name} at up to {megahertz:.0f} MHz"
+    if args.json:
+        result = {"arch": arch, "origin": origin, "mma": rows, "choices": [asdict(c) for c in choices]}
+        args.json.write_text(json.dumps(result, indent=1))
+    if args.table:
+        new = replace_rows(json.loads(args.table.read_text()), arch, rows, origin)
+        args.table.write_text(json.dumps(new, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
