@@ -1,4 +1,4 @@
-# The commands of a working day: demo, test, lint, sanitize, bench, clean. Needs python3 >= 3.10, g++ and make; fetches
+# The commands of a working day: demo, test, lint, sanitize, bench, gpu, clean. Needs python3 >= 3.10, g++ and make; fetches
 # the rest from PyPI into $(VENV) and googletest from the system's packages.
 #
 #   VENV=.venv            environment to create and use
@@ -9,18 +9,21 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 export MAX_JOBS ?= $(shell nproc)
+# Warnings are errors for those who work on it, not for those who only want to see it.
+export ADPDM_WERROR ?= 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
-CMAKE_TESTS := cmake -G Ninja -S . -DADPDM_TESTS=ON -DADPDM_WERROR=ON
+CMAKE_TESTS := cmake -G Ninja -S . -DADPDM_TESTS=ON -DADPDM_WERROR=$(ADPDM_WERROR)
 DEPENDENCIES := $(VENV)/.adpdm-dependencies
 INSTALLED := build/.installed
 EXTRACTORS := build/.extractors
 # adpdm/__init__.py holds the version; the other Python files of an editable install need no new one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt adpdm/__init__.py $(wildcard tools/*.py csrc/*/*)
 
-.PHONY: demo test test-cpp test-python lint sanitize bench clean googletest
+.PHONY: demo test test-cpp test-python lint sanitize bench gpu clean googletest
 
+demo: export ADPDM_WERROR := 0
 demo: $(INSTALLED) $(EXTRACTORS)
 	adpdm demo
 
@@ -32,10 +35,11 @@ $(EXTRACTORS): $(INSTALLED)
 
 test: test-cpp test-python
 
+# The folder in which setup.py builds the libraries: they are compiled once for both.
 test-cpp: $(DEPENDENCIES) googletest
-	$(CMAKE_TESTS) -B build/tests > build/tests-configure.log || { cat build/tests-configure.log; exit 1; }
-	cmake --build build/tests -j $(MAX_JOBS)
-	ctest --test-dir build/tests --verbose
+	$(CMAKE_TESTS) -B build/core > build/core-configure.log || { cat build/core-configure.log; exit 1; }
+	cmake --build build/core -j $(MAX_JOBS)
+	ctest --test-dir build/core --verbose
 
 test-python: $(INSTALLED)
 	python -m pytest -q
@@ -45,9 +49,9 @@ lint: $(INSTALLED) googletest
 	ruff format --check .
 	mypy
 	clang-format --dry-run -Werror $$(git ls-files '*.h' '*.inc' '*.cpp' '*.cu' '*.cuh')
-	$(CMAKE_TESTS) -B build/tests > build/tests-configure.log || { cat build/tests-configure.log; exit 1; }
-	cmake --build build/tests -j $(MAX_JOBS)
-	ADPDM_WERROR=1 python setup.py -q build_ext --inplace
+	$(CMAKE_TESTS) -B build/core > build/core-configure.log || { cat build/core-configure.log; exit 1; }
+	cmake --build build/core -j $(MAX_JOBS)
+	python setup.py -q build_ext --inplace
 
 sanitize: $(DEPENDENCIES) googletest
 	$(CMAKE_TESTS) -B build/sanitize -DADPDM_SANITIZE=address,undefined > build/sanitize-configure.log || \
@@ -58,6 +62,10 @@ sanitize: $(DEPENDENCIES) googletest
 bench: $(INSTALLED)
 	@ls benchmarks/bench_*.py > /dev/null || { echo "bench: wanted benchmarks/bench_*.py, found none"; exit 1; }
 	@set -e; for script in benchmarks/bench_*.py; do echo "python $$script"; python $$script; done
+
+# Everything that needs an NVIDIA GPU; a second call continues. Fetches nothing: PYTHON has a CUDA build of torch.
+gpu:
+	$(PYTHON) tools/gpu_run.py $(GPU_FLAGS)
 
 clean:
 	rm -rf build *.egg-info adpdm/_C.*.so
