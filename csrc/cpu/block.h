@@ -6,7 +6,6 @@
 
 #include "core/float_convert.h"
 #include "core/row_view.h"
-#include "cpu/quantize_kernels.h"
 #include "cpu/vec.h"
 
 namespace adpdm::cpu::ADPDM_ISA_NAMESPACE {
@@ -79,14 +78,12 @@ class BlockWriter {
 };
 
 // x [n], readable to a multiple of 16 -> codes [n rounded up to 16].
-ADPDM_VEC void quantize_block(const float* x, int64_t n, const Quantizer& q, int8_t* codes) {
-  const Vec inv_scale(q.inv_scale), zero_point(q.zero_point), low(q.quant_min), high(q.quant_max);
+ADPDM_VEC void quantize_block(const float* x, int64_t n, const Quantizer& quantizer, int8_t* codes) {
+  const VecQuantizer q(quantizer);
   for (int64_t i = 0; i < n; i += kLanes) {
     Vec lanes[kVecs];
-    for (int v = 0; v < kVecs; ++v) {
-      lanes[v] = quantize_value(load(x + i + v * Vec::kSize), inv_scale, zero_point, low, high);
-    }
-    store_codes(codes + i, lanes);
+    for (int v = 0; v < kVecs; ++v) lanes[v] = load(x + i + v * Vec::kSize);
+    store_quantized(codes + i, lanes, q);
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include "core/activation_math.h"
 #include "core/float_convert.h"
+#include "cpu/quantize_kernels.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -122,14 +123,6 @@ ADPDM_VEC Vec subtract_where(Mask m, Vec a, Vec b) {
   return Vec(_mm256_sub_ps(a.v, _mm256_and_ps(m.m, b.v)));
 }
 
-ADPDM_VEC void store_codes(int8_t* p, const Vec* x) {
-  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x[0].v), _mm256_cvtps_epi32(x[1].v));
-  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);  // packs works within 128-bit halves
-  const __m128i bytes =
-      _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-}
-
 // As core/float_convert.h, Vec::kSize elements.
 ADPDM_VEC Vec load_bf16(const uint16_t* p) {
   const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -241,7 +234,87 @@ ADPDM_VEC void store_f16(uint16_t* p, Vec x) {
 
 constexpr int kVecs = kLanes / Vec::kSize;  // vectors that hold 16 lanes
 
+// A quantizer with every number in all lanes.
+struct VecQuantizer {
+  Vec inv_scale, zero_point, quant_min, quant_max;
+  ADPDM_VEC explicit VecQuantizer(const Quantizer& q)
+      : inv_scale(q.inv_scale), zero_point(q.zero_point), quant_min(q.quant_min), quant_max(q.quant_max) {}
+};
+
+// Stores quantize_value of 16 lanes.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// In integers, which takes a third of the instructions: the conversion rounds to even and turns NaN and what
+// is too low for it into the lowest integer, so that only the upper clamp is needed before it; 16-bit
+// arithmetic that saturates does what the clamp to kMaxQuotient is for.
+ADPDM_VEC void store_quantized(int8_t* p, const Vec* x, const VecQuantizer& q) {
+  const __m256 high = _mm256_set1_ps(kMaxQuotient);
+  const auto rounded = [&](Vec v) {
+    return _mm256_cvtps_epi32(_mm256_min_ps(high, _mm256_mul_ps(v.v, q.inv_scale.v)));  // NaN stays NaN
+  };
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(rounded(x[0]), rounded(x[1])), 0xd8);
+  const __m256i zero_point = _mm256_cvtps_epi32(q.zero_point.v);
+  const __m256i codes = _mm256_adds_epi16(words, _mm256_packs_epi32(zero_point, zero_point));
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+  const __m128i low = _mm_set1_epi8(static_cast<char>(_mm256_cvtss_f32(q.quant_min.v)));
+  const __m128i top = _mm_set1_epi8(static_cast<char>(_mm256_cvtss_f32(q.quant_max.v)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_min_epi8(_mm_max_epi8(bytes, low), top));
+}
+#else
+ADPDM_VEC void store_quantized(int8_t* p, const Vec* x, const VecQuantizer& q) {
+  Vec codes[kVecs];
+  for (int v = 0; v < kVecs; ++v) {
+    codes[v] = quantize_value(x[v], q.inv_scale, q.zero_point, q.quant_min, q.quant_max);
+  }
+  store_codes(p, codes);
+}
+#endif
+
 constexpr int64_t padded_to_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// N vectors that take every step of a formula together: a chain of dependent steps such as exp leaves the
+// units idle for most of its latency, N of them side by side do not.
+template <int N>
+struct Vecs {
+  static constexpr int kSize = N * Vec::kSize;
+  Vec v[N];
+  Vecs() = default;
+  ADPDM_VEC explicit Vecs(float x) {
+    for (int i = 0; i < N; ++i) v[i] = Vec(x);
+  }
+};
+
+#define ADPDM_VECS_OPERATOR(op)                            \
+  template <int N>                                         \
+  ADPDM_VEC Vecs<N> operator op(Vecs<N> a, Vecs<N> b) {    \
+    for (int i = 0; i < N; ++i) a.v[i] = a.v[i] op b.v[i]; \
+    return a;                                              \
+  }
+ADPDM_VECS_OPERATOR(+)
+ADPDM_VECS_OPERATOR(-)
+ADPDM_VECS_OPERATOR(*)
+ADPDM_VECS_OPERATOR(/)
+#undef ADPDM_VECS_OPERATOR
+
+template <int N>
+ADPDM_VEC Vecs<N> at_least(Vecs<N> x, Vecs<N> low) {
+  for (int i = 0; i < N; ++i) x.v[i] = at_least(x.v[i], low.v[i]);
+  return x;
+}
+template <int N>
+ADPDM_VEC Vecs<N> at_most(Vecs<N> x, Vecs<N> high) {
+  for (int i = 0; i < N; ++i) x.v[i] = at_most(x.v[i], high.v[i]);
+  return x;
+}
+template <int N>
+ADPDM_VEC Vecs<N> fused_multiply_add(Vecs<N> a, Vecs<N> b, Vecs<N> c) {
+  for (int i = 0; i < N; ++i) a.v[i] = fused_multiply_add(a.v[i], b.v[i], c.v[i]);
+  return a;
+}
+template <int N>
+ADPDM_VEC Vecs<N> power_of_two(Vecs<N> n) {
+  for (int i = 0; i < N; ++i) n.v[i] = power_of_two(n.v[i]);
+  return n;
+}
 
 // Elements i.. of a tensor of that type; Vec::kSize of them.
 template <FloatType kType>
