@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/igemm.h"
+#include "core/stream.h"
 #include "core/types.h"
 
 namespace adpdm {
@@ -53,4 +54,16 @@ void group_norm_quantize(const GroupNormQuantizeArgs& args);
 void layer_norm_quantize(const LayerNormQuantizeArgs& args);
 }  // namespace cpu
 
+// The same on the stream. An index outside [0, num_groups) acts as the nearest inside: a kernel cannot raise.
+// Throw CudaError where a launch fails.
+namespace cuda {
+
+// Bytes of device memory, 8-byte aligned, that group_norm_quantize works in; what it holds before does not
+// matter.
+int64_t group_norm_quantize_workspace(const GroupNormQuantizeArgs& args);
+
+void group_norm_quantize(const GroupNormQuantizeArgs& args, void* workspace, Stream stream);
+void layer_norm_quantize(const LayerNormQuantizeArgs& args, Stream stream);
+
+}  // namespace cuda
 }  // namespace adpdm
