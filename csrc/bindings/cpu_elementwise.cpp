@@ -1,192 +1,41 @@
-// The element-wise operators on CPU tensors: check, allocate, call the core.
-#include <ATen/ops/empty.h>
+// Registers the element-wise operators for CPU tensors.
 #include <c10/util/Exception.h>
-#include <torch/library.h>
 
 #include <stdexcept>
-#include <tuple>
 
-#include "bindings/prepare.h"
-#include "core/fake_quantize.h"
-#include "core/observe.h"
-#include "core/quant_math.h"
-#include "core/quantize.h"
+#include "bindings/elementwise_ops.h"
 
 namespace adpdm::bindings {
 namespace {
 
-using at::Tensor;
+struct CpuBackend {
+  static constexpr auto quantize = cpu::quantize;
+  static constexpr auto quantize_int4 = cpu::quantize_int4;
+  static constexpr auto dequantize = cpu::dequantize;
+  static constexpr auto dequantize_int4 = cpu::dequantize_int4;
+  static constexpr auto pack_int4 = cpu::pack_int4;
+  static constexpr auto unpack_int4 = cpu::unpack_int4;
+  static constexpr auto fake_quantize = cpu::fake_quantize;
+  static constexpr auto fake_quantize_backward = cpu::fake_quantize_backward;
+  static constexpr auto fake_quantize_mixture = cpu::fake_quantize_mixture;
+  static constexpr auto fake_quantize_mixture_backward = cpu::fake_quantize_mixture_backward;
+  static constexpr auto observe = cpu::observe;
 
-// The core reports a group or step index out of range as std::out_of_range; Python gets an IndexError.
-template <typename Call>
-void raising_index_errors(Call&& call) {
-  try {
-    call();
-  } catch (const std::out_of_range& error) {
-    TORCH_CHECK_INDEX(false, error.what());
+  explicit CpuBackend(const at::Tensor&) {}
+
+  // The core reports a group or step index out of range as std::out_of_range; Python gets an IndexError.
+  template <typename... P, typename... A>
+  void run(void (*function)(P...), const A&... args) const {
+    try {
+      function(args...);
+    } catch (const std::out_of_range& error) {
+      TORCH_CHECK_INDEX(false, error.what());
+    }
   }
-}
-
-Tensor quantize(const Tensor& x,            // [*] f32|bf16|f16
-                const Tensor& scale,        // [G] f32
-                const Tensor& zero_point,   // [G] i32
-                const Tensor& group_index,  // [1] i32
-                int64_t num_bits) {
-  check_num_bits("quantize", num_bits);
-  const GroupedQParams qparams = grouped_qparams("quantize", x, scale, zero_point, group_index);
-  const Rows rows = rows_in_result_order("quantize", x);
-  Tensor codes = empty_like(x, at::kChar);
-  raising_index_errors([&] {
-    cpu::quantize(rows.view, qparams, static_cast<int>(num_bits), codes.mutable_data_ptr<int8_t>());
-  });
-  return codes;
-}
-
-Tensor quantize_int4(const Tensor& x,  // [*, K] f32|bf16|f16
-                     const Tensor& scale, const Tensor& zero_point, const Tensor& group_index) {
-  const GroupedQParams qparams = grouped_qparams("quantize_int4", x, scale, zero_point, group_index);
-  const Rows rows = rows_of_last_dim("quantize_int4", x);
-  Tensor packed = at::empty(with_last_dim(x, int4_row_bytes(x.size(-1))), x.options().dtype(at::kByte));
-  raising_index_errors([&] { cpu::quantize_int4(rows.view, qparams, packed.mutable_data_ptr<uint8_t>()); });
-  return packed;
-}
-
-Tensor dequantize(const Tensor& codes,  // [*] i8
-                  const Tensor& scale, const Tensor& zero_point, const Tensor& group_index,
-                  at::ScalarType dtype) {
-  check_dtype("dequantize", "codes", codes, at::kChar);
-  const FloatType type = float_type("dequantize", "dtype", dtype);
-  const GroupedQParams qparams = grouped_qparams("dequantize", codes, scale, zero_point, group_index);
-  const Tensor source = dense(codes);
-  Tensor x = empty_like(codes, dtype);
-  raising_index_errors([&] {
-    cpu::dequantize(source.const_data_ptr<int8_t>(), codes.numel(), qparams, type, x.mutable_data_ptr());
-  });
-  return x;
-}
-
-Tensor dequantize_int4(const Tensor& packed,  // [*, ceil(K/32) * 16] u8
-                       const Tensor& scale, const Tensor& zero_point, const Tensor& group_index,
-                       int64_t num_columns, at::ScalarType dtype) {
-  const Tensor source = checked_packed("dequantize_int4", packed, num_columns);
-  const FloatType type = float_type("dequantize_int4", "dtype", dtype);
-  const GroupedQParams qparams = grouped_qparams("dequantize_int4", packed, scale, zero_point, group_index);
-  Tensor x = at::empty(with_last_dim(packed, num_columns), packed.options().dtype(dtype));
-  const MatrixShape shape = matrix_shape("dequantize_int4", "packed", x);
-  raising_index_errors([&] {
-    cpu::dequantize_int4(source.const_data_ptr<uint8_t>(), shape.rows, shape.columns, qparams, type,
-                         x.mutable_data_ptr());
-  });
-  return x;
-}
-
-Tensor pack_int4(const Tensor& codes) {  // [*, K] i8 in [-8, 7]
-  check_dtype("pack_int4", "codes", codes, at::kChar);
-  const MatrixShape shape = matrix_shape("pack_int4", "codes", codes);
-  const Tensor source = codes.contiguous();
-  Tensor packed =
-      at::empty(with_last_dim(codes, int4_row_bytes(shape.columns)), codes.options().dtype(at::kByte));
-  cpu::pack_int4(source.const_data_ptr<int8_t>(), shape.rows, shape.columns,
-                 packed.mutable_data_ptr<uint8_t>());
-  return packed;
-}
-
-Tensor unpack_int4(const Tensor& packed,  // [*, ceil(K/32) * 16] u8
-                   int64_t num_columns) {
-  const Tensor source = checked_packed("unpack_int4", packed, num_columns);
-  Tensor codes = at::empty(with_last_dim(packed, num_columns), packed.options().dtype(at::kChar));
-  const MatrixShape shape = matrix_shape("unpack_int4", "packed", codes);
-  cpu::unpack_int4(source.const_data_ptr<uint8_t>(), shape.rows, shape.columns,
-                   codes.mutable_data_ptr<int8_t>());
-  return codes;
-}
-
-Tensor fake_quantize(const Tensor& x,            // [*] f32|bf16|f16
-                     const Tensor& scale,        // [G] or [G, C] f32
-                     const Tensor& zero_point,   // [G] or [G, C] f32
-                     const Tensor& group_index,  // [1] i32
-                     int64_t quant_min, int64_t quant_max, int64_t channel_axis) {
-  const FakeQuantizeCall call = prepare_fake_quantize("fake_quantize", x, scale, zero_point, group_index,
-                                                      quant_min, quant_max, channel_axis);
-  Tensor y = empty_like(x, x.scalar_type());
-  raising_index_errors([&] { cpu::fake_quantize(call.args, y.mutable_data_ptr()); });
-  return y;
-}
-
-std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& grad,  // [*] like x
-                                                          const Tensor& x, const Tensor& scale,
-                                                          const Tensor& zero_point, const Tensor& group_index,
-                                                          int64_t quant_min, int64_t quant_max,
-                                                          int64_t channel_axis) {
-  const FakeQuantizeCall call = prepare_fake_quantize("fake_quantize_backward", x, scale, zero_point,
-                                                      group_index, quant_min, quant_max, channel_axis);
-  const Tensor dense_grad = checked_grad("fake_quantize_backward", grad, x);
-  Tensor grad_x = empty_like(x, x.scalar_type());
-  Tensor grad_scale = at::empty(scale.sizes(), scale.options());
-  Tensor grad_zero_point = at::empty(scale.sizes(), scale.options());
-  raising_index_errors([&] {
-    cpu::fake_quantize_backward(call.args, dense_grad.const_data_ptr(), grad_x.mutable_data_ptr(),
-                                grad_scale.mutable_data_ptr<float>(),
-                                grad_zero_point.mutable_data_ptr<float>());
-  });
-  return {grad_x, grad_scale, grad_zero_point};
-}
-
-Tensor fake_quantize_mixture(const Tensor& x,           // [*] f32|bf16|f16
-                             const Tensor& scale,       // [G] f32
-                             const Tensor& zero_point,  // [G] f32
-                             const Tensor& importance,  // [G] f32
-                             int64_t quant_min, int64_t quant_max) {
-  const MixtureCall call =
-      prepare_mixture("fake_quantize_mixture", x, scale, zero_point, importance, quant_min, quant_max);
-  Tensor y = empty_like(x, x.scalar_type());
-  cpu::fake_quantize_mixture(call.args, y.mutable_data_ptr());
-  return y;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_mixture_backward(
-    const Tensor& grad,  // [*] like x
-    const Tensor& x, const Tensor& scale, const Tensor& zero_point, const Tensor& importance,
-    int64_t quant_min, int64_t quant_max) {
-  const MixtureCall call = prepare_mixture("fake_quantize_mixture_backward", x, scale, zero_point, importance,
-                                           quant_min, quant_max);
-  const Tensor dense_grad = checked_grad("fake_quantize_mixture_backward", grad, x);
-  Tensor grad_x = empty_like(x, x.scalar_type());
-  Tensor grad_scale = at::empty(scale.sizes(), scale.options());
-  Tensor grad_zero_point = at::empty(scale.sizes(), scale.options());
-  Tensor grad_importance = at::empty(scale.sizes(), scale.options());
-  cpu::fake_quantize_mixture_backward(
-      call.args, dense_grad.const_data_ptr(),
-      {grad_x.mutable_data_ptr(), grad_scale.mutable_data_ptr<float>(),
-       grad_zero_point.mutable_data_ptr<float>(), grad_importance.mutable_data_ptr<float>()});
-  return {grad_x, grad_scale, grad_zero_point, grad_importance};
-}
-
-void observe(const Tensor& x,             // [*] f32|bf16|f16
-             const Tensor& counts,        // [T, 2049] i64, added to
-             const Tensor& extrema,       // [T, 2] f32, widened
-             const Tensor& step_index) {  // [1] i32
-  check_observer_tables("observe", x, counts, extrema, step_index);
-  const Rows rows = rows_in_result_order("observe", x);
-  raising_index_errors([&] {
-    cpu::observe(rows.view, {counts.mutable_data_ptr<int64_t>(), extrema.mutable_data_ptr<float>(),
-                             step_index.const_data_ptr<int32_t>(), counts.size(0)});
-  });
-}
-
-TORCH_LIBRARY_IMPL(adpdm, CPU, m) {
-  m.impl("quantize", quantize);
-  m.impl("quantize_int4", quantize_int4);
-  m.impl("dequantize", dequantize);
-  m.impl("dequantize_int4", dequantize_int4);
-  m.impl("pack_int4", pack_int4);
-  m.impl("unpack_int4", unpack_int4);
-  m.impl("fake_quantize", fake_quantize);
-  m.impl("fake_quantize_backward", fake_quantize_backward);
-  m.impl("fake_quantize_mixture", fake_quantize_mixture);
-  m.impl("fake_quantize_mixture_backward", fake_quantize_mixture_backward);
-  m.impl("observe", observe);
-}
+};
 
 }  // namespace
+
+TORCH_LIBRARY_IMPL(adpdm, CPU, m) { register_elementwise<CpuBackend>(m); }
+
 }  // namespace adpdm::bindings
