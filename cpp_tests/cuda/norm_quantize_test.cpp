@@ -1,4 +1,5 @@
-// Tests of the normalisations that end in codes on CUDA, against the definition with sums in double.
+// Tests of the normalisations that end in codes on CUDA, against the definition with sums in double and
+// against the CPU.
 #include "core/norm_quantize.h"
 
 #include <cmath>
@@ -39,6 +40,7 @@ struct Parameters {
   GroupedQParams qparams() const {
     return {device_scale.data(), device_zero_point.data(), device_group.data(), 2};
   }
+  GroupedQParams host_qparams() const { return {kScale.data(), kZeroPoint.data(), &group, 2}; }
 
   int8_t code(float x, Moments m, int64_t image, int64_t channel, bool silu_after) const {
     const auto c = static_cast<size_t>(channel);
@@ -137,32 +139,51 @@ std::vector<int8_t> expected_codes(const GroupCase& c, const Parameters& p, cons
   return codes;
 }
 
+// The call on tensors in either memory.
+GroupNormQuantizeArgs group_norm_args(const GroupCase& c, const Parameters& p, FloatType type,
+                                      const void* first, const void* second, bool on_device, int8_t* codes) {
+  const auto pick = [&](bool used, const DeviceBuffer<float>& device, const std::vector<float>& host) {
+    return !used ? nullptr : (on_device ? device.data() : host.data());
+  };
+  return {{{first, c.channels[0]}, {second, c.channels[1]}},
+          c.channels[1] > 0 ? 2 : 1,
+          type,
+          c.batch,
+          c.pixels,
+          p.channels,
+          c.norm_groups,
+          pick(p.affine, p.device_weight, p.weight),
+          pick(p.affine, p.device_bias, p.bias),
+          pick(p.modulated, p.device_modulation, p.modulation),
+          1e-5f,
+          c.silu_after ? Activation::kSilu : Activation::kNone,
+          on_device ? p.qparams() : p.host_qparams(),
+          p.num_bits,
+          codes};
+}
+
 std::vector<int8_t> group_norm_codes(const GroupCase& c, const Parameters& p, FloatType type,
-                                     const FloatBuffer& first, const FloatBuffer& second, float eps) {
+                                     const FloatBuffer& first, const FloatBuffer& second) {
   OffsetBuffer<int8_t> codes(c.batch * c.pixels * p.channels, c.offset);
-  const GroupNormQuantizeArgs args = {{{first.data(), c.channels[0]}, {second.data(), c.channels[1]}},
-                                      c.channels[1] > 0 ? 2 : 1,
-                                      type,
-                                      c.batch,
-                                      c.pixels,
-                                      p.channels,
-                                      c.norm_groups,
-                                      p.affine ? p.device_weight.data() : nullptr,
-                                      p.affine ? p.device_bias.data() : nullptr,
-                                      p.modulated ? p.device_modulation.data() : nullptr,
-                                      eps,
-                                      c.silu_after ? Activation::kSilu : Activation::kNone,
-                                      p.qparams(),
-                                      p.num_bits,
-                                      codes.data()};
+  const GroupNormQuantizeArgs args =
+      group_norm_args(c, p, type, first.data(), second.data(), true, codes.data());
   DeviceBuffer<uint8_t> workspace(cuda::group_norm_quantize_workspace(args));
   cuda::group_norm_quantize(args, workspace.data(), nullptr);
   return codes.host();
 }
 
-TEST(CudaGroupNormQuantize, CodesEqualTheDefinition) {
+std::vector<int8_t> cpu_codes(const GroupCase& c, const Parameters& p, FloatType type,
+                              const FloatBuffer& first, const FloatBuffer& second) {
+  std::vector<int8_t> codes(static_cast<size_t>(c.batch * c.pixels * p.channels));
+  if (codes.empty()) return codes;
+  cpu::group_norm_quantize(
+      group_norm_args(c, p, type, first.input().data(), second.input().data(), false, codes.data()));
+  return codes;
+}
+
+TEST(CudaGroupNormQuantize, CodesEqualTheDefinitionAndTheCpus) {
   ADPDM_REQUIRE_GPU();
-  Tally tally;
+  Tally tally, against_cpu;
   unsigned seed = 0;
   for (const GroupCase& c : kGroupCases) {
     for (FloatType type : kFloatTypes) {
@@ -175,12 +196,14 @@ TEST(CudaGroupNormQuantize, CodesEqualTheDefinition) {
       const FloatBuffer first(x[0], type, c.offset), second(x[1], type, c.offset);
       const std::vector<float> read[2] = {decode(first.input(), type), decode(second.input(), type)};
       const std::vector<int8_t> expected = expected_codes(c, p, read, 1e-5f);
-      const std::vector<int8_t> codes = group_norm_codes(c, p, type, first, second, 1e-5f);
+      const std::vector<int8_t> codes = group_norm_codes(c, p, type, first, second);
       tally.compare(codes, expected, static_cast<size_t>(&c - kGroupCases));
-      for_each_schedule([&] { EXPECT_EQ(group_norm_codes(c, p, type, first, second, 1e-5f), codes); });
+      against_cpu.compare(codes, cpu_codes(c, p, type, first, second), static_cast<size_t>(&c - kGroupCases));
+      for_each_schedule([&] { EXPECT_EQ(group_norm_codes(c, p, type, first, second), codes); });
     }
   }
   tally.expect_rare();
+  against_cpu.expect_rare();
 }
 
 // A mean that is 3000 deviations from 0: sums of squares about 0 would leave nothing of the variance in
@@ -193,7 +216,7 @@ TEST(CudaGroupNormQuantize, LargeMeansDoNotCancel) {
   for (float& value : x[0]) value += 3000.0f;
   x[0][0] = 3050.0f;  // an origin far from the mean
   const FloatBuffer first(x[0], FloatType::kFloat32), second(std::vector<float>(), FloatType::kFloat32);
-  const std::vector<int8_t> codes = group_norm_codes(c, p, FloatType::kFloat32, first, second, 1e-5f);
+  const std::vector<int8_t> codes = group_norm_codes(c, p, FloatType::kFloat32, first, second);
   EXPECT_LE(count_different(codes, expected_codes(c, p, x, 1e-5f), 0),
             kLargeMeanShare * static_cast<double>(codes.size()));
 }
@@ -204,7 +227,7 @@ TEST(CudaGroupNormQuantize, ConstantsGiveTheBias) {
   const Parameters p{16, 1, 8, true, false};
   const FloatBuffer first(std::vector<float>(800, 2.5f), FloatType::kBFloat16),
       second(0, FloatType::kBFloat16);
-  const std::vector<int8_t> codes = group_norm_codes(c, p, FloatType::kBFloat16, first, second, 1e-5f);
+  const std::vector<int8_t> codes = group_norm_codes(c, p, FloatType::kBFloat16, first, second);
   for (size_t i = 0; i < codes.size(); ++i) {
     const float bias = p.bias[i % 16], inv = 1.0f / kScale[1];
     ASSERT_EQ(codes[i], static_cast<int8_t>(quantize_value(bias, inv, 17.0f, -128.0f, 127.0f)));
@@ -219,7 +242,7 @@ TEST(CudaGroupNormQuantize, NanAndInfinitySpoilTheirGroupAlone) {
     std::vector<float> x[2] = {random_normal(300 * 32, 5), {}};
     x[0][32 * 200 + 9] = bad;  // of the second group
     const FloatBuffer first(x[0], FloatType::kFloat32), second(0, FloatType::kFloat32);
-    const std::vector<int8_t> codes = group_norm_codes(c, p, FloatType::kFloat32, first, second, 1e-5f);
+    const std::vector<int8_t> codes = group_norm_codes(c, p, FloatType::kFloat32, first, second);
     x[0][32 * 200 + 9] = 0.0f;
     const std::vector<int8_t> expected = expected_codes(c, p, x, 1e-5f);
     int64_t different = 0;
@@ -246,15 +269,37 @@ const LayerCase kLayerCases[] = {{6, 320, 2, 0, 8, true, true},   {5, 1280, 1, 0
                                  {4, 1, 1, 0, 8, true, false},    {7, 8, 7, 0, 8, true, true},
                                  {2, 5000, 1, 0, 8, true, false}, {3, 0, 1, 0, 8, false, false}};
 
+LayerNormQuantizeArgs layer_norm_args(const LayerCase& c, const Parameters& p, FloatType type, const void* x,
+                                      bool on_device, int8_t* codes) {
+  const auto pick = [&](bool used, const DeviceBuffer<float>& device, const std::vector<float>& host) {
+    return !used ? nullptr : (on_device ? device.data() : host.data());
+  };
+  return {x,
+          type,
+          c.rows,
+          c.channels,
+          pick(p.affine, p.device_weight, p.weight),
+          pick(p.affine, p.device_bias, p.bias),
+          pick(p.modulated, p.device_modulation, p.modulation),
+          c.rows / c.images,
+          1e-5f,
+          on_device ? p.qparams() : p.host_qparams(),
+          p.num_bits,
+          codes};
+}
+
 std::vector<int8_t> layer_norm_codes(const LayerCase& c, const Parameters& p, FloatType type,
                                      const FloatBuffer& x) {
   OffsetBuffer<int8_t> codes(c.rows * c.channels, c.offset);
-  cuda::layer_norm_quantize(
-      {x.data(), type, c.rows, c.channels, p.affine ? p.device_weight.data() : nullptr,
-       p.affine ? p.device_bias.data() : nullptr, p.modulated ? p.device_modulation.data() : nullptr,
-       c.rows / c.images, 1e-5f, p.qparams(), p.num_bits, codes.data()},
-      nullptr);
+  cuda::layer_norm_quantize(layer_norm_args(c, p, type, x.data(), true, codes.data()), nullptr);
   return codes.host();
+}
+
+std::vector<int8_t> cpu_codes(const LayerCase& c, const Parameters& p, FloatType type, const FloatBuffer& x) {
+  std::vector<int8_t> codes(static_cast<size_t>(c.rows * c.channels));
+  if (codes.empty()) return codes;
+  cpu::layer_norm_quantize(layer_norm_args(c, p, type, x.input().data(), false, codes.data()));
+  return codes;
 }
 
 std::vector<int8_t> expected_codes(const LayerCase& c, const Parameters& p, const std::vector<float>& x) {
@@ -268,9 +313,9 @@ std::vector<int8_t> expected_codes(const LayerCase& c, const Parameters& p, cons
   return codes;
 }
 
-TEST(CudaLayerNormQuantize, CodesEqualTheDefinition) {
+TEST(CudaLayerNormQuantize, CodesEqualTheDefinitionAndTheCpus) {
   ADPDM_REQUIRE_GPU();
-  Tally tally;
+  Tally tally, against_cpu;
   unsigned seed = 50;
   for (const LayerCase& c : kLayerCases) {
     for (FloatType type : kFloatTypes) {
@@ -279,10 +324,12 @@ TEST(CudaLayerNormQuantize, CodesEqualTheDefinition) {
       const std::vector<int8_t> codes = layer_norm_codes(c, p, type, x);
       tally.compare(codes, expected_codes(c, p, decode(x.input(), type)),
                     static_cast<size_t>(&c - kLayerCases));
+      against_cpu.compare(codes, cpu_codes(c, p, type, x), static_cast<size_t>(&c - kLayerCases));
       for_each_schedule([&] { EXPECT_EQ(layer_norm_codes(c, p, type, x), codes); });
     }
   }
   tally.expect_rare();
+  against_cpu.expect_rare();
 }
 
 TEST(CudaLayerNormQuantize, LargeMeansDoNotCancel) {
