@@ -56,7 +56,22 @@ SPILLS = (r"LDL\b", r"STL\b")
 # What ptxas calls instead of mma.m16n8k64 from sm_90 on.
 S4_HELPER = re.compile(r"mma_sub_byte")
 
-RULES: tuple[Rule, ...] = ()
+ELEMENTWISE_RULES = (
+    Rule(
+        r"\b(fake_)?quantize(_int4|_channels_last)?_kernel<", wanted=(LOAD_128, STORE_128), max_registers=64
+    ),
+    Rule(r"\bmixture(_grad_x)?_kernel<", wanted=(LOAD_128, STORE_128), max_registers=64),
+    # Codes are read 4 or 8 at a time, which is 16 bytes of values.
+    Rule(r"\bdequantize(_int4)?_kernel<", wanted=(STORE_128,), max_registers=64),
+    Rule(r"\b(un)?pack_int4_kernel\b", wanted=(LOAD_128, STORE_128), max_registers=64),
+    Rule(r"\bobserve_kernel<", wanted=(LOAD_128,), max_registers=64),
+    Rule(r"\bchunk_sums_kernel<", max_registers=128),
+    # With 1 as the last argument they read elements, where there are no vectors.
+    Rule(r"\bgroup_norm_(sums|apply)_kernel<.*\D[48]>", wanted=(LOAD_128,), max_registers=128),
+    Rule(r"\blayer_norm_kernel<.*\D[48]>", wanted=(LOAD_128,), max_registers=128),
+)
+
+RULES: tuple[Rule, ...] = (*ELEMENTWISE_RULES,)
 
 
 # ---- reading what cuobjdump prints ----
