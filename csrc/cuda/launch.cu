@@ -77,9 +77,11 @@ void launch_on_device(const void* kernel, const LaunchShape& shape, void** param
   allow_shared_memory(kernel, shape);
   const dim3 grid(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y),
                   static_cast<unsigned>(shape.grid_z));
-  check(cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(shape.threads)), parameters,
-                         static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(shape.stream)),
-        shape.op, "the launch of " + describe(shape));
+  const cudaError_t status =
+      cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(shape.threads)), parameters,
+                       static_cast<size_t>(shape.shared_bytes), static_cast<cudaStream_t>(shape.stream));
+  if (status == cudaErrorNoKernelImageForDevice) require_built_arch(shape.op);  // says what to build
+  check(status, shape.op, "the launch of " + describe(shape));
 }
 
 void memset_async(void* data, int value, int64_t bytes, Stream stream, const char* op) {
