@@ -155,10 +155,12 @@ TEST(Planner, DescribesItsPlan) {
 TEST(Planner, RefusesWithASentence) {
   EXPECT_EQ(error_of(make_request(64, 64, {64}), {75, 40, 64 * 1024}),
             "conv2d: wanted a device of compute capability 8.0 or later, got 7.5");
-  EXPECT_EQ(error_of(make_request(64, 64, {64}), kA100, TileChoice{{96, 64}, 1}),
-            "conv2d: wanted a tile of 64x64, 128x64, 128x128 and 0..8 splits, got 96x64 and 1");
-  EXPECT_EQ(error_of(make_request(64, 64, {64}), kA100, TileChoice{{64, 64}, 9}),
-            "conv2d: wanted a tile of 64x64, 128x64, 128x128 and 0..8 splits, got 64x64 and 9");
+  EXPECT_EQ(
+      error_of(make_request(64, 64, {64}), kA100, TileChoice{{96, 64}, 1}),
+      "conv2d: wanted a tile of 64x64, 128x64, 128x128, 128x160, 128x256 and 0..8 splits, got 96x64 and 1");
+  EXPECT_EQ(
+      error_of(make_request(64, 64, {64}), kA100, TileChoice{{64, 64}, 9}),
+      "conv2d: wanted a tile of 64x64, 128x64, 128x128, 128x160, 128x256 and 0..8 splits, got 64x64 and 9");
   EXPECT_EQ(error_of(make_request(64, 64, {64, 64}), kRtx3090, TileChoice{{128, 128}, 1}),
             "conv2d: tile 128x128 for this layer needs more than the 101376 bytes of shared memory that a "
             "block of the "
@@ -200,7 +202,7 @@ TEST(Planner, WrongTextInTheEnvironmentIsAnError) {
           error.what(),
           std::string(
               "ADPDM_CUDA_TILE: wanted ROWSxOUTPUTS or ROWSxOUTPUTS/SPLITS with a tile of 64x64, 128x64, "
-              "128x128 and at most 8 splits, got '") +
+              "128x128, 128x160, 128x256 and at most 8 splits, got '") +
               value + "'");
     }
   }

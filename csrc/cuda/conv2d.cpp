@@ -6,7 +6,6 @@
 #include "cuda/conv2d_as_igemm.h"
 #include "cuda/igemm.h"
 #include "cuda/igemm_launch.h"
-#include "cuda/igemm_mma.h"
 #include "cuda/nvtx.h"
 
 namespace adpdm::cuda {
@@ -86,8 +85,9 @@ std::string range_text(const char* op, const Conv2dArgs& args) {
          text(args.kernel.height) + "x" + text(args.kernel.width);
 }
 
-IgemmSource make_source(const Conv2dArgs& args, const IgemmSegment& segment, IgemmMode mode) {
-  const int64_t channels = group_channels(args, segment, activation_bits(mode));
+IgemmSource make_source(const Conv2dArgs& args, const IgemmSegment& segment, const IgemmPlan& plan) {
+  const int bits = activation_bits(plan.mode);
+  const int64_t channels = group_channels(args, segment, bits);
   IgemmSource source{};
   source.codes = reinterpret_cast<const uint8_t*>(segment.codes);
   source.weight = segment.weight;
@@ -95,9 +95,10 @@ IgemmSource make_source(const Conv2dArgs& args, const IgemmSegment& segment, Ige
   source.weight_sum = segment.weight_sum;
   source.qparams = segment.qparams;
   source.weight_row = weight_row_bytes(taps(args) * channels, args.weight_bits);
-  source.pixel_bytes = channels * args.groups * activation_bits(mode) / 8;
+  source.pixel_bytes = channels * args.groups * bits / 8;
   source.channels = static_cast<int32_t>(channels);
-  source.num_k_tiles = static_cast<int32_t>(ceil_div(taps(args) * channels, mma_codes_per_tile(mode)));
+  source.num_k_tiles =
+      static_cast<int32_t>(ceil_div(taps(args) * channels, codes_per_tile(plan.core, plan.mode)));
   return source;
 }
 
@@ -118,6 +119,7 @@ IgemmPlan plan_as_igemm(const char* op, const Conv2dArgs& args, int activation_b
   request.activation_bits = activation_bits;
   request.weight_bits = stored_in_nibbles(args.weight_bits) ? 4 : 8;
   request.whole_chunks = whole_chunks(args, activation_bits);
+  request.wgmma = wgmma_allowed();
   return plan_igemm(request, current_device_info(), choice ? choice : tile_from_environment());
 }
 
@@ -126,7 +128,7 @@ void run_as_igemm(const char* op, const Conv2dArgs& args, const IgemmPlan& plan,
   const Range range([&] { return range_text(op, args) + " " + describe(plan); });
   IgemmProblem problem{};
   for (int s = 0; s < args.num_segments; ++s) {
-    problem.sources[s] = make_source(args, args.segments[s], plan.mode);
+    problem.sources[s] = make_source(args, args.segments[s], plan);
   }
   problem.num_sources = args.num_segments;
   problem.geometry = make_geometry(args);

@@ -5,6 +5,7 @@
 #include "cuda/igemm_epilogue.cuh"
 #include "cuda/igemm_launch.h"
 #include "cuda/igemm_mma.h"
+#include "cuda/igemm_wgmma.h"
 #include "cuda/launch.cuh"
 
 namespace adpdm::cuda {
@@ -64,18 +65,40 @@ void fill_in(IgemmProblem& problem, const IgemmPlan& plan, void* workspace) {
   problem.slice_size = problem.slice_row * problem.row_tiles * plan.tile.rows;
 }
 
-void launch_mma(const char* op, IgemmProblem& problem, const IgemmPlan& plan, Stream stream) {
-  const MmaKernel& kernel = find_mma_kernel(plan.mode, plan.tile, plan.gather);
+// A block per tile, group and share of the reduction.
+LaunchShape tile_grid(const char* op, const IgemmProblem& problem, Stream stream) {
   LaunchShape shape{};
   shape.grid_x = int64_t{problem.row_tiles} * problem.output_tiles;
   shape.grid_y = problem.groups;
   shape.grid_z = problem.splits;
-  shape.threads = kernel.threads;
-  shape.shared_bytes = mma_shared_bytes(plan.mode, plan.tile, problem.splits == 1 ? problem.num_sources : 1);
   shape.stream = stream;
   shape.op = op;
+  return shape;
+}
+
+int sources_per_block(const IgemmProblem& problem) { return problem.splits == 1 ? problem.num_sources : 1; }
+
+void launch_mma(const char* op, const IgemmProblem& problem, const IgemmPlan& plan, Stream stream) {
+  const MmaKernel& kernel = find_mma_kernel(plan.mode, plan.tile, plan.gather);
+  LaunchShape shape = tile_grid(op, problem, stream);
+  shape.threads = kernel.threads;
+  shape.shared_bytes = mma_shared_bytes(plan.mode, plan.tile, sources_per_block(problem));
   launch(kernel.function, shape, problem);
 }
+
+#ifdef ADPDM_WGMMA
+void launch_wgmma(const char* op, const IgemmProblem& problem, const IgemmPlan& plan, Stream stream) {
+  const WgmmaKernel& kernel = find_wgmma_kernel(plan.tile);
+  LaunchShape shape = tile_grid(op, problem, stream);
+  shape.threads = kernel.threads;
+  shape.shared_bytes = wgmma_shared_bytes(plan.tile, sources_per_block(problem));
+  launch(kernel.function, shape, problem);
+}
+#else
+void launch_wgmma(const char*, const IgemmProblem&, const IgemmPlan&, Stream) {
+  throw std::logic_error("igemm: the planner chose wgmma, which is not built");
+}
+#endif
 
 }  // namespace
 
@@ -98,7 +121,8 @@ void launch_igemm(const char* op, IgemmProblem problem, const IgemmPlan& plan, v
       launch_mma(op, problem, plan, stream);
       break;
     case IgemmCore::kWgmma:
-      throw std::logic_error("igemm: the planner chose a core that is not built");
+      launch_wgmma(op, problem, plan, stream);
+      break;
   }
   if (plan.splits == 1) return;
   const int64_t runs = int64_t{problem.rows} * problem.groups * ceil_div(problem.outputs, kRun);

@@ -159,23 +159,24 @@ template <int kTileOutputs, int kRowBytes, int kThreads>
 class WeightLoader {
  public:
   ADPDM_DEVICE WeightLoader(const IgemmProblem& problem, const IgemmSource& source, const TilePosition& tile,
-                            int32_t first_k_tile) {
-    const uint8_t* group = source.weight + int64_t{tile.group} * problem.outputs * source.weight_row;
-    ADPDM_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      const int32_t output = tile.output + first_row() + i * kStep;
-      const int32_t valid = output < problem.outputs ? output : problem.outputs - 1;
-      next_[i] =
-          group + valid * source.weight_row + int64_t{first_k_tile} * kRowBytes + chunk() * kChunkBytes;
-    }
+                            int32_t first_k_tile)
+      : step_bytes_(static_cast<int32_t>(source.weight_row) * kStep) {
+    const int32_t left = problem.outputs - 1 - (tile.output + first_row());
+    const int32_t output = left < 0 ? problem.outputs - 1 : tile.output + first_row();
+    last_ = left < 0 ? 0 : left / kStep;
+    next_ = source.weight + (int64_t{tile.group} * problem.outputs + output) * source.weight_row +
+            int64_t{first_k_tile} * kRowBytes + chunk() * kChunkBytes;
   }
 
   ADPDM_DEVICE void load_tile(uint8_t* tile) {
     ADPDM_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      copy_async16(tile + swizzled<kRowBytes>(first_row() + i * kStep, chunk()), next_[i]);
-      next_[i] += kRowBytes;
+      // Outputs beyond the last one repeat it: valid addresses, results that nobody stores.
+      const int32_t row = i < last_ ? i : last_;
+      copy_async16(tile + swizzled<kRowBytes>(first_row() + i * kStep, chunk()),
+                   next_ + int64_t{row} * step_bytes_);
     }
+    next_ += kRowBytes;
   }
 
  private:
@@ -187,7 +188,9 @@ class WeightLoader {
   ADPDM_DEVICE static int chunk() { return thread_index() % kChunks; }
   ADPDM_DEVICE static int first_row() { return thread_index() / kChunks; }
 
-  const uint8_t* next_[kRows];
+  const uint8_t* next_;  // of the first row
+  int32_t step_bytes_;   // to the next row of this thread
+  int32_t last_;         // row of this thread that exists
 };
 
 }  // namespace adpdm::cuda

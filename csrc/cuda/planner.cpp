@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "cuda/igemm_mma.h"
+#include "cuda/igemm_wgmma.h"
 
 namespace adpdm::cuda {
 namespace {
@@ -34,16 +35,32 @@ constexpr double kSliceBytesPerCycle = 32;
 
 std::string text(IgemmTile tile) { return std::to_string(tile.rows) + "x" + std::to_string(tile.outputs); }
 
-std::string existing_tiles() {
+bool is_mma_tile(IgemmTile tile) {
+  return std::any_of(std::begin(kMmaTiles), std::end(kMmaTiles),
+                     [&](IgemmTile other) { return other == tile; });
+}
+
+bool exists(IgemmTile tile) {
+  return is_mma_tile(tile) || std::any_of(std::begin(kWgmmaTiles), std::end(kWgmmaTiles),
+                                          [&](IgemmTile other) { return other == tile; });
+}
+
+std::string mma_tiles() {
   std::string tiles;
   for (const IgemmTile& tile : kMmaTiles) tiles += (tiles.empty() ? "" : ", ") + text(tile);
   return tiles;
 }
 
-bool exists(IgemmTile tile) {
-  return std::any_of(std::begin(kMmaTiles), std::end(kMmaTiles),
-                     [&](IgemmTile other) { return other == tile; });
+// Those that no mma.sync kernel has.
+std::string wgmma_tiles() {
+  std::string tiles;
+  for (const IgemmTile& tile : kWgmmaTiles) {
+    if (!is_mma_tile(tile)) tiles += (tiles.empty() ? "" : ", ") + text(tile);
+  }
+  return tiles;
 }
+
+std::string existing_tiles() { return mma_tiles() + ", " + wgmma_tiles(); }
 
 IgemmMode choose_mode(const IgemmRequest& request, const DeviceInfo& device) {
   if (request.activation_bits == 8) return request.weight_bits == 8 ? IgemmMode::kA8W8 : IgemmMode::kA8W4;
@@ -58,9 +75,9 @@ IgemmMode choose_mode(const IgemmRequest& request, const DeviceInfo& device) {
   return device.arch < 90 ? IgemmMode::kA4W4 : IgemmMode::kA4W4Unpacked;
 }
 
-int64_t k_tiles(const IgemmRequest& request, IgemmMode mode) {
+int64_t k_tiles(const IgemmRequest& request, int codes) {
   int64_t tiles = 0;
-  for (int64_t reduction : request.reductions) tiles += ceil_div(reduction, mma_codes_per_tile(mode));
+  for (int64_t reduction : request.reductions) tiles += ceil_div(reduction, codes);
   return tiles;
 }
 
@@ -69,8 +86,10 @@ int64_t tiles_of(const IgemmRequest& request, IgemmTile tile) {
 }
 
 // A block of an undivided reduction works on all sources, one of a divided reduction on one.
-int shared_bytes(const IgemmRequest& request, IgemmMode mode, IgemmTile tile, int splits) {
-  return mma_shared_bytes(mode, tile, splits == 1 ? static_cast<int>(request.reductions.size()) : 1);
+int shared_bytes(const IgemmRequest& request, const TileCost& cost, int splits) {
+  const int sources = splits == 1 ? static_cast<int>(request.reductions.size()) : 1;
+  return cost.core == IgemmCore::kWgmma ? wgmma_shared_bytes(cost.tile, sources)
+                                        : mma_shared_bytes(cost.mode, cost.tile, sources);
 }
 
 double cycles(const IgemmRequest& request, const TileCost& cost, int splits, const DeviceInfo& device) {
@@ -78,7 +97,8 @@ double cycles(const IgemmRequest& request, const TileCost& cost, int splits, con
   const int64_t blocks = tiles * splits;
   const int64_t per_sm = ceil_div(blocks, device.num_sms);
   const int64_t waves = ceil_div(per_sm, cost.blocks_per_sm);
-  const auto steps = static_cast<double>(ceil_div(k_tiles(request, cost.mode), splits));
+  const auto steps =
+      static_cast<double>(ceil_div(k_tiles(request, codes_per_tile(cost.core, cost.mode)), splits));
   const double busy = static_cast<double>(per_sm) * cost.tile_cycles;
   const double alone = static_cast<double>(waves) * cost.lone_cycles;
   double total = steps * std::max(busy, alone) + static_cast<double>(waves) * cost.block_cycles;
@@ -99,27 +119,32 @@ int table_arch(int device_arch) {
 }
 
 // The number of shares that are not empty, at least one per source where the reduction is split at all.
-int valid_splits(const IgemmRequest& request, IgemmMode mode, int splits) {
+int valid_splits(const IgemmRequest& request, int codes, int splits) {
   const auto sources = static_cast<int>(request.reductions.size());
   if (splits > 1) splits = std::max(splits, sources);
-  return static_cast<int>(std::min<int64_t>(splits, k_tiles(request, mode)));
+  return static_cast<int>(std::min<int64_t>(splits, k_tiles(request, codes)));
+}
+
+// Whether there is a kernel for the request on the device, and it is not another one that was chosen.
+bool is_usable(const IgemmRequest& request, const TileCost& cost, const DeviceInfo& device,
+               const std::optional<TileChoice>& choice) {
+  if (!request.whole_chunks) return cost.core == IgemmCore::kMma && cost.tile == kMmaTiles[0];
+  if (cost.core == IgemmCore::kWgmma && !(request.wgmma && device.arch == 90)) return false;
+  return !choice || (cost.tile == choice->tile && (!choice->core || cost.core == *choice->core));
 }
 
 // Whether the choice, the kernels and the device admit a candidate.
 bool is_admitted(const IgemmRequest& request, const TileCost& cost, int splits, const DeviceInfo& device,
                  const std::optional<TileChoice>& choice) {
-  if (!request.whole_chunks) {
-    if (!(cost.tile == kMmaTiles[0])) return false;
-  } else if (choice && !(cost.tile == choice->tile)) {
-    return false;
-  }
+  if (!is_usable(request, cost, device, choice)) return false;
   const bool splits_are_chosen = choice && choice->splits != 0;
   // With a block for every multiprocessor, slices would cost memory and gain little.
   if (splits > 1 && !splits_are_chosen && tiles_of(request, cost.tile) >= device.num_sms) return false;
-  return shared_bytes(request, cost.mode, cost.tile, splits) <= device.max_shared_bytes;
+  return shared_bytes(request, cost, splits) <= device.max_shared_bytes;
 }
 
 struct Candidate {
+  IgemmCore core;
   IgemmTile tile;
   int splits;  // 0: there is none
 };
@@ -131,16 +156,16 @@ Candidate cheapest(const IgemmRequest& request, IgemmMode mode, const DeviceInfo
   const bool splits_are_chosen = choice && choice->splits != 0;
   const int least = splits_are_chosen ? choice->splits : 1;
   const int most = splits_are_chosen ? choice->splits : kMaxSplits;
-  Candidate best = {kMmaTiles[0], 0};
+  Candidate best = {IgemmCore::kMma, kMmaTiles[0], 0};
   double best_cycles = 0;
   for (const TileCost& cost : kTileCosts) {
     if (cost.arch != arch || cost.mode != mode) continue;
     for (int wanted = least; wanted <= most; ++wanted) {
-      const int splits = valid_splits(request, mode, wanted);
+      const int splits = valid_splits(request, codes_per_tile(cost.core, mode), wanted);
       if (!is_admitted(request, cost, splits, device, choice)) continue;
       const double total = cycles(request, cost, splits, device);
       if (best.splits != 0 && total >= best_cycles) continue;
-      best = {cost.tile, splits};
+      best = {cost.core, cost.tile, splits};
       best_cycles = total;
     }
   }
@@ -148,10 +173,10 @@ Candidate cheapest(const IgemmRequest& request, IgemmMode mode, const DeviceInfo
 }
 
 // In proportion to the k tiles, at least one for each of two sources.
-int shares_of_first(const IgemmRequest& request, IgemmMode mode, int splits) {
+int shares_of_first(const IgemmRequest& request, int codes, int splits) {
   if (request.reductions.size() == 1) return splits;
-  const int64_t first = ceil_div(request.reductions[0], mma_codes_per_tile(mode));
-  const int64_t all = k_tiles(request, mode);
+  const int64_t first = ceil_div(request.reductions[0], codes);
+  const int64_t all = k_tiles(request, codes);
   const int64_t shares = (2 * splits * first + all) / (2 * all);  // to nearest
   return static_cast<int>(std::clamp<int64_t>(shares, 1, std::max(1, splits - 1)));
 }
@@ -163,7 +188,33 @@ void check_choice(const IgemmRequest& request, const TileChoice& choice) {
                               " and " + std::to_string(choice.splits));
 }
 
+// For a tile that exists: whether there is a kernel of it for this request and device.
+void check_usable(const IgemmRequest& request, IgemmMode mode, const DeviceInfo& device,
+                  const TileChoice& choice) {
+  const auto fits = [&](const TileCost& cost) {
+    return cost.arch == table_arch(device.arch) && cost.mode == mode &&
+           is_usable(request, cost, device, choice);
+  };
+  if (std::any_of(std::begin(kTileCosts), std::end(kTileCosts), fits)) return;
+  throw std::invalid_argument(
+      std::string(request.op) + ": wanted a tile of " + mma_tiles() + " (" + wgmma_tiles() +
+      " are for int8 codes and weights on compute capability 9.0), got " + text(choice.tile));
+}
+
 }  // namespace
+
+int codes_per_tile(IgemmCore core, IgemmMode mode) {
+  return core == IgemmCore::kWgmma ? kWgmmaRowBytes : mma_codes_per_tile(mode);
+}
+
+bool wgmma_allowed() {
+  const char* value = std::getenv("ADPDM_FORCE_MMA_SYNC");
+  const std::string forced = value == nullptr || *value == '\0' ? "0" : value;
+  if (forced != "0" && forced != "1") {
+    throw std::invalid_argument("ADPDM_FORCE_MMA_SYNC: wanted 0 or 1, got '" + forced + "'");
+  }
+  return forced == "0" && built_for("90a");
+}
 
 IgemmPlan plan_igemm(const IgemmRequest& request, const DeviceInfo& device,
                      const std::optional<TileChoice>& choice) {
@@ -175,6 +226,7 @@ IgemmPlan plan_igemm(const IgemmRequest& request, const DeviceInfo& device,
   if (choice) check_choice(request, *choice);
   const IgemmMode mode = choose_mode(request, device);
   const Candidate best = cheapest(request, mode, device, choice);
+  if (best.splits == 0 && choice) check_usable(request, mode, device, *choice);
   if (best.splits == 0) {
     const std::string wanted = choice ? "tile " + text(choice->tile) : "any tile";
     throw std::invalid_argument(
@@ -182,12 +234,12 @@ IgemmPlan plan_igemm(const IgemmRequest& request, const DeviceInfo& device,
         std::to_string(device.max_shared_bytes) + " bytes of shared memory that a block of the device has");
   }
   IgemmPlan plan{};
-  plan.core = IgemmCore::kMma;
+  plan.core = best.core;
   plan.mode = mode;
   plan.tile = best.tile;
   plan.gather = !request.whole_chunks;
   plan.splits = best.splits;
-  plan.splits_of_first = shares_of_first(request, mode, best.splits);
+  plan.splits_of_first = shares_of_first(request, codes_per_tile(best.core, mode), best.splits);
   plan.workspace_bytes =
       best.splits > 1 ? tiles_of(request, best.tile) * best.splits * best.tile.rows * best.tile.outputs * 4
                       : 0;

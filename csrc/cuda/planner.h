@@ -14,7 +14,7 @@ namespace adpdm::cuda {
 // The families of kernels.
 enum class IgemmCore : uint8_t {
   kMma,    // igemm_mma.cuh: compute capability 8.0 and later
-  kWgmma,  // compute capability 9.0 only
+  kWgmma,  // igemm_wgmma.cuh: compute capability 9.0 only
 };
 
 // What the choice depends on.
@@ -26,13 +26,22 @@ struct IgemmRequest {
   std::vector<int64_t> reductions;  // of each source: taps * channels of one group
   int activation_bits;              // as stored: 8 or 4
   int weight_bits;                  // as stored: 8 or 4
-  bool whole_chunks;  // channels are whole chunks of 16 bytes at addresses that are multiples of 16
+  bool whole_chunks;   // channels are whole chunks of 16 bytes at addresses that are multiples of 16
+  bool wgmma = false;  // wgmma kernels are built and not refused
 };
+
+// Codes of a k tile.
+int codes_per_tile(IgemmCore core, IgemmMode mode);
+
+// Whether this build has wgmma kernels and ADPDM_FORCE_MMA_SYNC does not refuse them. Throws
+// std::invalid_argument where the variable is neither 0 nor 1.
+bool wgmma_allowed();
 
 // A choice made by the caller, or by ADPDM_CUDA_TILE.
 struct TileChoice {
   IgemmTile tile;
-  int splits;  // 0: the planner's choice
+  int splits;                                    // 0: the planner's choice
+  std::optional<IgemmCore> core = std::nullopt;  // of a tile that both have; nothing: the planner's choice
 };
 
 struct IgemmPlan {
