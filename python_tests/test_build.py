@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import adpdm
-from adpdm._native import same_minor_version
+from adpdm._native import build_info, same_minor_version
 
 ROOT = Path(adpdm.__file__).parents[1]
 
@@ -117,3 +118,12 @@ def test_import_of_an_extension_for_another_torch_names_both_versions(package_co
 )
 def test_same_minor_version(built: str, running: str, same: bool) -> None:
     assert same_minor_version(built, running) is same
+
+
+def test_every_operator_has_a_kernel_for_every_device_that_was_built() -> None:
+    build = build_info()
+    operators = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("adpdm::")]
+    assert len(operators) >= 16, "the list must not be empty by mistake"
+    for device in ("CPU", "CUDA") if build["cuda_built"] else ("CPU",):
+        missing = [o for o in operators if not torch._C._dispatch_has_kernel_for_dispatch_key(o, device)]
+        assert missing == [], f"without a {device} kernel"
