@@ -274,7 +274,9 @@ TEST(CudaConv2d, RefusesWhatNoKernelTakes) {
   EXPECT_EQ(
       error_of(with_mode(make_layer({32}, {3, 3}, 8), {4, 8})),
       "conv2d: packed 4-bit input needs weights of at most 4 bits, got wider ones; unpack the input first");
-  EXPECT_EQ(error_of(with_mode(make_layer({48}, {3, 3}, 8), {4, 4})),
+  Layer half_blocks = with_mode(make_layer({96}, {3, 3}, 8), {4, 4});
+  half_blocks.groups = 2;
+  EXPECT_EQ(error_of(half_blocks),
             "conv2d: packed 4-bit input needs channels per group in multiples of 32 and aligned to 16 bytes; "
             "unpack "
             "the input first");

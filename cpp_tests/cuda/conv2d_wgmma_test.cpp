@@ -67,7 +67,7 @@ void expect_same_on_both_cores(const HostCase& host, int splits = 1) {
     if (splits == 1 && host.segments.size() == 2 && tile.outputs == 256)
       continue;  // larger than shared memory
     const TileChoice choice = {tile, splits, IgemmCore::kWgmma};
-    const IgemmPlan plan = cuda::plan_conv2d(device.args(), 8, choice);
+    const IgemmPlan plan = cuda::plan_conv2d(device.args(), choice);
     ASSERT_EQ(plan.core, IgemmCore::kWgmma) << cuda::describe(plan);
     EXPECT_EQ(device.conv2d(choice), expected) << cuda::describe(plan);
   }
@@ -332,9 +332,9 @@ TEST(PlannerWgmma, EnvironmentActsOnLayers) {
   const HostCase host = random_case(layer, {}, 17);
   DeviceCase device(host);
   const TileChoice choice = {{128, 128}, 1};
-  EXPECT_EQ(cuda::plan_conv2d(device.args(), 8, choice).core, IgemmCore::kWgmma);
+  EXPECT_EQ(cuda::plan_conv2d(device.args(), choice).core, IgemmCore::kWgmma);
   const ScopedVariable variable("ADPDM_FORCE_MMA_SYNC", "1");
-  EXPECT_EQ(cuda::plan_conv2d(device.args(), 8, choice).core, IgemmCore::kMma);
+  EXPECT_EQ(cuda::plan_conv2d(device.args(), choice).core, IgemmCore::kMma);
 }
 
 }  // namespace

@@ -104,13 +104,16 @@ class DeviceCase {
     Conv2dArgs args = host_.args();
     for (size_t s = 0; s < segments_.size(); ++s) {
       DeviceSegment& data = *segments_[s];
+      const bool packed = host_.layer.activation_bits == 4;
+      const int64_t channels = host_.segments[s].channels;
       args.segments[s] = {
           reinterpret_cast<const int8_t*>(data.codes.data()),
-          host_.segments[s].channels,
+          packed && host_.layer.groups == 1 ? 2 * int4_row_bytes(channels) : channels,
           data.weight.data(),
           data.weight_scale.data(),
           data.weight_sum.data(),
-          {data.scale.data(), data.zero_point.data(), data.group_index.data(), data.scale.size()}};
+          {data.scale.data(), data.zero_point.data(), data.group_index.data(), data.scale.size()},
+          packed};
     }
     IgemmOutput& output = args.output;
     output.bias = bias_.size() == 0 ? nullptr : bias_.data();
@@ -123,7 +126,7 @@ class DeviceCase {
 
   // The result of conv2d, as bits.
   std::vector<uint32_t> conv2d(const std::optional<cuda::TileChoice>& choice = std::nullopt) {
-    const cuda::IgemmPlan plan = cuda::plan_conv2d(args(), host_.layer.activation_bits, choice);
+    const cuda::IgemmPlan plan = cuda::plan_conv2d(args(), choice);
     return run(plan, [&](void* workspace) { cuda::conv2d(args(), plan, workspace, nullptr); });
   }
 
@@ -138,7 +141,7 @@ class DeviceCase {
     linear.rows_per_image = conv.out.width;
     linear.out_features = conv.out_channels;
     linear.weight_bits = conv.weight_bits;
-    const cuda::IgemmPlan plan = cuda::plan_linear(linear, host_.layer.activation_bits, choice);
+    const cuda::IgemmPlan plan = cuda::plan_linear(linear, choice);
     return run(plan, [&](void* workspace) { cuda::linear(linear, plan, workspace, nullptr); });
   }
 
@@ -174,7 +177,7 @@ inline void expect_conv2d(const Layer& layer, const Epilogue& epilogue, uint32_t
   const std::vector<uint32_t> expected = expected_results(host);
   DeviceCase device(host);
   for (const std::optional<cuda::TileChoice>& choice : choices) {
-    const cuda::IgemmPlan plan = cuda::plan_conv2d(device.args(), layer.activation_bits, choice);
+    const cuda::IgemmPlan plan = cuda::plan_conv2d(device.args(), choice);
     EXPECT_EQ(device.conv2d(choice), expected) << cuda::describe(plan) << ", seed " << seed;
   }
 }

@@ -114,7 +114,7 @@ TEST(CudaIgemmEpilogue, UnalignedOperandsGoOneByOne) {
   const DeviceBuffer<float> shifted_bias(bias);
   args.output.data = result.data() + 1;
   args.output.bias = shifted_bias.data() + 1;
-  const cuda::IgemmPlan plan = cuda::plan_conv2d(args, 8, TileChoice{{64, 64}, 1});
+  const cuda::IgemmPlan plan = cuda::plan_conv2d(args, TileChoice{{64, 64}, 1});
   cuda::conv2d(args, plan, nullptr, nullptr);
   const std::vector<uint16_t> bits = result.host();
   EXPECT_EQ(bits[0], 0xffff) << "something was written before the result";

@@ -14,7 +14,11 @@ std::vector<uint8_t> packed(const std::vector<int8_t>& codes, int64_t outputs, i
   const DeviceBuffer<int8_t> source(codes);
   DeviceBuffer<uint8_t> blob(cuda::packed_weight_bytes(outputs, channels, taps, num_bits));
   cuda::pack_weight({source.data(), blob.data(), outputs, channels, taps, groups, num_bits}, nullptr);
-  return blob.host();
+  std::vector<uint8_t> bytes = blob.host();
+  // Behind the rows, every byte 16 times.
+  for (int i = 0; i < 4096; ++i) EXPECT_EQ(bytes[bytes.size() - 4096 + i], i / 16);
+  bytes.resize(bytes.size() - 4096);
+  return bytes;
 }
 
 TEST(CudaPackWeight, BytesFollowTapsThenChannels) {
@@ -57,11 +61,12 @@ TEST(CudaPackWeight, GroupsFollowOneAnother) {
 }
 
 TEST(CudaPackWeight, RowsAreWholeBlocks) {
-  EXPECT_EQ(cuda::packed_weight_bytes(3, 14, 9, 8), 3 * 128);
-  EXPECT_EQ(cuda::packed_weight_bytes(3, 15, 9, 8), 3 * 256);
-  EXPECT_EQ(cuda::packed_weight_bytes(3, 15, 9, 5), 3 * 256);
-  EXPECT_EQ(cuda::packed_weight_bytes(3, 15, 9, 4), 3 * 128);
-  EXPECT_EQ(cuda::packed_weight_bytes(3, 14, 9, 2), 3 * 64);
+  const int64_t fill = 4096;
+  EXPECT_EQ(cuda::packed_weight_bytes(3, 14, 9, 8), 3 * 128 + fill);
+  EXPECT_EQ(cuda::packed_weight_bytes(3, 15, 9, 8), 3 * 256 + fill);
+  EXPECT_EQ(cuda::packed_weight_bytes(3, 15, 9, 5), 3 * 256 + fill);
+  EXPECT_EQ(cuda::packed_weight_bytes(3, 15, 9, 4), 3 * 128 + fill);
+  EXPECT_EQ(cuda::packed_weight_bytes(3, 14, 9, 2), 3 * 64 + fill);
 }
 
 }  // namespace

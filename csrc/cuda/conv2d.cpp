@@ -16,19 +16,13 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 int64_t taps(const Conv2dArgs& args) { return args.kernel.height * args.kernel.width; }
 int64_t num_rows(const Conv2dArgs& args) { return args.batch * args.out.height * args.out.width; }
 
-// Channels of one group as the loader sees them: packed codes of a 1x1 kernel include what fills up a block.
-int64_t group_channels(const Conv2dArgs& args, const IgemmSegment& segment, int activation_bits) {
-  const int64_t channels = segment.channels / args.groups;
-  const bool fill_up = activation_bits == 4 && args.groups == 1 && taps(args) == 1;
-  return fill_up ? ceil_div(channels, 32) * 32 : channels;
-}
+int activation_bits(const IgemmSegment& segment) { return segment.packed ? 4 : 8; }
 
-bool whole_chunks(const Conv2dArgs& args, int activation_bits) {
+bool whole_chunks(const Conv2dArgs& args) {
   for (int s = 0; s < args.num_segments; ++s) {
     const IgemmSegment& segment = args.segments[s];
-    if (!aligned(segment.codes)) return false;
-    if (group_channels(args, segment, activation_bits) % codes_in(kChunkBytes, activation_bits) != 0)
-      return false;
+    const int64_t chunk = codes_in(kChunkBytes, activation_bits(segment));
+    if (!aligned(segment.codes) || segment.channels / args.groups % chunk != 0) return false;
   }
   return true;
 }
@@ -38,6 +32,9 @@ void check(const char* op, const Conv2dArgs& args) {
   if (num_rows(args) > most) {
     throw std::invalid_argument(std::string(op) + ": wanted at most " + std::to_string(most) +
                                 " output pixels in a batch, got " + std::to_string(num_rows(args)));
+  }
+  if (args.num_segments == 2 && args.segments[0].packed != args.segments[1].packed) {
+    throw std::invalid_argument(std::string(op) + ": wanted both segments packed or none, got one");
   }
   if (args.output.activation == Activation::kGeglu && args.out_channels / args.groups % 2 != 0) {
     throw std::invalid_argument(std::string(op) + ": geglu needs an even number of outputs per group, got " +
@@ -87,7 +84,7 @@ std::string range_text(const char* op, const Conv2dArgs& args) {
 
 IgemmSource make_source(const Conv2dArgs& args, const IgemmSegment& segment, const IgemmPlan& plan) {
   const int bits = activation_bits(plan.mode);
-  const int64_t channels = group_channels(args, segment, bits);
+  const int64_t channels = segment.channels / args.groups;
   IgemmSource source{};
   source.codes = reinterpret_cast<const uint8_t*>(segment.codes);
   source.weight = segment.weight;
@@ -95,7 +92,8 @@ IgemmSource make_source(const Conv2dArgs& args, const IgemmSegment& segment, con
   source.weight_sum = segment.weight_sum;
   source.qparams = segment.qparams;
   source.weight_row = weight_row_bytes(taps(args) * channels, args.weight_bits);
-  source.pixel_bytes = channels * args.groups * bits / 8;
+  source.fill = segment.weight + args.out_channels * source.weight_row;
+  source.pixel_bytes = static_cast<int32_t>(channels * args.groups * bits / 8);
   source.channels = static_cast<int32_t>(channels);
   source.num_k_tiles =
       static_cast<int32_t>(ceil_div(taps(args) * channels, codes_per_tile(plan.core, plan.mode)));
@@ -104,8 +102,7 @@ IgemmSource make_source(const Conv2dArgs& args, const IgemmSegment& segment, con
 
 }  // namespace
 
-IgemmPlan plan_as_igemm(const char* op, const Conv2dArgs& args, int activation_bits,
-                        const std::optional<TileChoice>& choice) {
+IgemmPlan plan_as_igemm(const char* op, const Conv2dArgs& args, const std::optional<TileChoice>& choice) {
   require_built_arch(op);
   check(op, args);
   IgemmRequest request{};
@@ -114,11 +111,11 @@ IgemmPlan plan_as_igemm(const char* op, const Conv2dArgs& args, int activation_b
   request.outputs = args.out_channels / args.groups;
   request.groups = args.groups;
   for (int s = 0; s < args.num_segments; ++s) {
-    request.reductions.push_back(taps(args) * group_channels(args, args.segments[s], activation_bits));
+    request.reductions.push_back(taps(args) * args.segments[s].channels / args.groups);
   }
-  request.activation_bits = activation_bits;
+  request.activation_bits = activation_bits(args.segments[0]);
   request.weight_bits = stored_in_nibbles(args.weight_bits) ? 4 : 8;
-  request.whole_chunks = whole_chunks(args, activation_bits);
+  request.whole_chunks = whole_chunks(args);
   request.wgmma = wgmma_allowed();
   return plan_igemm(request, current_device_info(), choice ? choice : tile_from_environment());
 }
@@ -141,8 +138,8 @@ void run_as_igemm(const char* op, const Conv2dArgs& args, const IgemmPlan& plan,
   launch_igemm(op, problem, plan, workspace, stream);
 }
 
-IgemmPlan plan_conv2d(const Conv2dArgs& args, int activation_bits, const std::optional<TileChoice>& choice) {
-  return plan_as_igemm("conv2d", args, activation_bits, choice);
+IgemmPlan plan_conv2d(const Conv2dArgs& args, const std::optional<TileChoice>& choice) {
+  return plan_as_igemm("conv2d", args, choice);
 }
 
 void conv2d(const Conv2dArgs& args, const IgemmPlan& plan, void* workspace, Stream stream) {

@@ -10,8 +10,7 @@
 namespace adpdm::cuda {
 
 // plan_conv2d and conv2d (igemm.h) under the name of another op.
-IgemmPlan plan_as_igemm(const char* op, const Conv2dArgs& args, int activation_bits,
-                        const std::optional<TileChoice>& choice);
+IgemmPlan plan_as_igemm(const char* op, const Conv2dArgs& args, const std::optional<TileChoice>& choice);
 void run_as_igemm(const char* op, const Conv2dArgs& args, const IgemmPlan& plan, void* workspace,
                   Stream stream);
 

@@ -138,6 +138,9 @@ ADPDM_DEVICE T atomic_max(T* p, T value) {
 
 // ---- asynchronous copies and tensor cores ----
 ADPDM_DEVICE void copy_async16(void* shared, const void* global) { simt::copy_async16(shared, global); }
+ADPDM_DEVICE void copy_async16_if(bool wanted, void* shared, const void* global) {
+  if (wanted) simt::copy_async16(shared, global);
+}
 ADPDM_DEVICE void copy_async_commit() { simt::executor().commit_async(simt::Async::kCopy); }
 
 template <int N>
@@ -312,6 +315,15 @@ ADPDM_DEVICE T atomic_max(T* p, T value) {
 ADPDM_DEVICE void copy_async16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(detail::shared_address(shared)), "l"(global)
                : "memory");
+}
+
+// The same under a predicate: without a branch, around which products could not be scheduled.
+ADPDM_DEVICE void copy_async16_if(bool wanted, void* shared, const void* global) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %2, 0;\n\t"
+      "@wanted cp.async.cg.shared.global [%0], [%1], 16;\n\t}" ::"r"(detail::shared_address(shared)),
+      "l"(global), "r"(static_cast<int>(wanted))
+      : "memory");
 }
 
 // Closes a group of this thread's copies.

@@ -14,20 +14,20 @@ namespace adpdm::cuda {
 // Bytes of the blob that conv2d and linear read, a layout of its own: igemm_problem.h.
 constexpr int64_t packed_weight_bytes(int64_t out_channels, int64_t group_channels, int64_t taps,
                                       int num_bits) {
-  return out_channels * weight_row_bytes(group_channels * taps, num_bits);
+  return out_channels * weight_row_bytes(group_channels * taps, num_bits) + kFillBytes;
 }
 
 // args.packed has packed_weight_bytes at an address that is a multiple of 16. Throws CudaError.
 void pack_weight(const PackWeightArgs& args, Stream stream);
 
-// activation_bits is how codes are stored: 8, or 4 for the packed form of quantize_int4, which needs weights
-// of at most 4 bits and, per group, channels in multiples of 32 (1x1 kernels without groups: any number, rows
-// filled up to 32). `choice` overrides ADPDM_CUDA_TILE. Throw std::invalid_argument, and CudaError for a
-// device that was not built for.
-IgemmPlan plan_conv2d(const Conv2dArgs& args, int activation_bits,
-                      const std::optional<TileChoice>& choice = std::nullopt);
-IgemmPlan plan_linear(const LinearArgs& args, int activation_bits,
-                      const std::optional<TileChoice>& choice = std::nullopt);
+// Whether the kernels read codes that are two to a byte (IgemmSegment::packed), in all segments, with weights
+// of that width and, per group, channels in multiples of kInt4Block.
+constexpr bool reads_packed(int weight_bits) { return stored_in_nibbles(weight_bits); }
+
+// `choice` overrides ADPDM_CUDA_TILE. Throw std::invalid_argument for operands that no kernel takes, and
+// CudaError for a device that was not built for.
+IgemmPlan plan_conv2d(const Conv2dArgs& args, const std::optional<TileChoice>& choice = std::nullopt);
+IgemmPlan plan_linear(const LinearArgs& args, const std::optional<TileChoice>& choice = std::nullopt);
 
 // `plan` is the one of these args; workspace has plan.workspace_bytes at a multiple of 16. Throw CudaError.
 void conv2d(const Conv2dArgs& args, const IgemmPlan& plan, void* workspace, Stream stream);

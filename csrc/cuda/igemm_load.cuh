@@ -36,27 +36,33 @@ ADPDM_DEVICE int swizzled(int row, int chunk) {
   return row * kRowBytes + ((chunk ^ (row / kRowsPerLine & (kChunks - 1))) * kChunkBytes);
 }
 
-// The tap and channel of a chunk's first code.
+// A position in the reduction, and a distance.
 struct TapPosition {
-  int32_t row;
-  int32_t column;
+  int32_t tap;
   int32_t channel;
 };
 
-ADPDM_DEVICE TapPosition tap_at(int32_t k, int32_t channels, int32_t kernel_width) {
-  const int32_t tap = k / channels;
-  return {tap / kernel_width, tap % kernel_width, k % channels};
+ADPDM_DEVICE TapPosition tap_at(int32_t k, int32_t channels) { return {k / channels, k % channels}; }
+
+// No branches and no division: this happens between the products.
+ADPDM_DEVICE TapPosition advanced(const TapPosition& at, const TapPosition& by, int32_t channels) {
+  const int32_t channel = at.channel + by.channel;
+  const bool carry = channel >= channels;
+  return {at.tap + by.tap + carry, carry ? channel - channels : channel};
 }
 
-ADPDM_DEVICE void advance(TapPosition& tap, int32_t codes, int32_t channels, int32_t kernel_width) {
-  tap.channel += codes;
-  while (tap.channel >= channels) {
-    tap.channel -= channels;
-    if (++tap.column == kernel_width) {
-      tap.column = 0;
-      ++tap.row;
-    }
-  }
+// Division of taps by the width of the kernel: exact while dividend * divisor < 2^31.
+struct TapDivisor {
+  int32_t divisor;
+  uint32_t reciprocal;  // 2^31 / divisor, rounded up
+};
+
+ADPDM_DEVICE TapDivisor tap_divisor(int32_t divisor) {
+  return {divisor, (0x80000000u + static_cast<uint32_t>(divisor) - 1) / static_cast<uint32_t>(divisor)};
+}
+
+ADPDM_DEVICE int32_t divide(int32_t tap, const TapDivisor& by) {
+  return static_cast<int32_t>(uint64_t{static_cast<uint32_t>(tap)} * by.reciprocal >> 31);
 }
 
 // Copies [kTileRows, kRowBytes] of the activation matrix per call, one k tile after the other. A thread has
@@ -67,7 +73,9 @@ class ActivationLoader {
  public:
   ADPDM_DEVICE ActivationLoader(const IgemmProblem& problem, const IgemmSource& source,
                                 const TilePosition& tile, int32_t first_k_tile)
-      : channels_(source.channels), pixel_bytes_(source.pixel_bytes) {
+      : channels_(source.channels),
+        pixel_bytes_(source.pixel_bytes),
+        kernel_width_(tap_divisor(problem.geometry.kernel_width)) {
     const IgemmGeometry& geometry = problem.geometry;
     const uint8_t* codes = source.codes + int64_t{tile.group} * channels_ * kBits / 8;
     const int64_t image_bytes = int64_t{geometry.height >> geometry.upsample_shift} *
@@ -82,27 +90,29 @@ class ActivationLoader {
       y_[i] = line % geometry.out_height * geometry.stride_height - geometry.padding_top;
       x_[i] = pixel % geometry.out_width * geometry.stride_width - geometry.padding_left;
     }
-    const int32_t first_chunk = first_k_tile * kChunks + chunk();
-    tap_ = tap_at(first_chunk * kChunkCodes, channels_, geometry.kernel_width);
+    at_ = tap_at((first_k_tile * kChunks + chunk()) * kChunkCodes, channels_);
+    step_ = tap_at(kChunks * kChunkCodes, channels_);
     // The halo holds real 0, which is the zero-point.
     const int32_t zero_point = load(source.qparams.zero_point +
                                     clamped_index(source.qparams.group_index, source.qparams.num_groups));
-    fill_ = kBits == 8 ? (zero_point & 0xff) * 0x01010101u : (zero_point & 0xf) * 0x11111111u;
+    fill_byte_ = kBits == 8 ? zero_point & 0xff : (zero_point & 0xf) * 0x11;
+    fill_ = source.fill + fill_byte_ * kChunkBytes;
   }
 
-  ADPDM_DEVICE void load_tile(const IgemmGeometry& geometry, uint8_t* tile) {
+  // Copies nothing where it is not wanted, which costs no branch.
+  ADPDM_DEVICE void load_tile(const IgemmGeometry& geometry, uint8_t* tile, bool wanted = true) {
+    const Offset offset = offset_of(geometry, at_.tap);
     ADPDM_UNROLL
     for (int i = 0; i < kRows; ++i) {
       uint8_t* target = tile + swizzled<kRowBytes>(first_row() + i * kStep, chunk());
       if constexpr (kGather) {
-        gather(geometry, i, target);
-      } else if (const uint8_t* pixel = find_pixel(geometry, i, tap_)) {
-        copy_async16(target, pixel + int64_t{tap_.channel} * kBits / 8);
+        if (wanted) gather(geometry, i, target);
       } else {
-        shared_store(reinterpret_cast<Bytes16*>(target), Bytes16{{fill_, fill_, fill_, fill_}});
+        const uint8_t* codes = find_pixel(geometry, i, offset) + int64_t{at_.channel} * kBits / 8;
+        copy_async16_if(wanted, target, is_inside(geometry, i, offset) ? codes : fill_);
       }
     }
-    advance(tap_, kChunks * kChunkCodes, channels_, geometry.kernel_width);
+    at_ = advanced(at_, step_, channels_);
   }
 
  private:
@@ -113,45 +123,64 @@ class ActivationLoader {
   static_assert(kThreads % kChunks == 0 && kTileRows % kStep == 0, "a tile is cut evenly");
   static_assert(!kGather || kBits == 8, "4-bit codes are copied in whole chunks");
 
+  // Of a tap, from the pixel under the first one.
+  struct Offset {
+    int32_t y, x;
+  };
+
   ADPDM_DEVICE static int chunk() { return thread_index() % kChunks; }
   ADPDM_DEVICE static int first_row() { return thread_index() / kChunks; }
 
-  // The codes of the input pixel under a tap of row i; null in the halo and behind the last tap.
-  ADPDM_DEVICE const uint8_t* find_pixel(const IgemmGeometry& geometry, int i, const TapPosition& tap) const {
-    const int32_t y = y_[i] + tap.row * geometry.dilation_height;
-    const int32_t x = x_[i] + tap.column * geometry.dilation_width;
-    if (tap.row >= geometry.kernel_height ||
-        static_cast<uint32_t>(y) >= static_cast<uint32_t>(geometry.height) ||
-        static_cast<uint32_t>(x) >= static_cast<uint32_t>(geometry.width)) {
-      return nullptr;
-    }
+  ADPDM_DEVICE Offset offset_of(const IgemmGeometry& geometry, int32_t tap) const {
+    const int32_t row = divide(tap, kernel_width_);
+    const int32_t column = tap - row * kernel_width_.divisor;
+    return {row * geometry.dilation_height, column * geometry.dilation_width};
+  }
+
+  // Whether a tap of row i lies on the image, not in the halo. Taps behind the last one meet weights of 0:
+  // any pixel, and the halo, will do.
+  ADPDM_DEVICE bool is_inside(const IgemmGeometry& geometry, int i, const Offset& offset) const {
+    return static_cast<uint32_t>(y_[i] + offset.y) < static_cast<uint32_t>(geometry.height) &&
+           static_cast<uint32_t>(x_[i] + offset.x) < static_cast<uint32_t>(geometry.width);
+  }
+
+  // The codes of the input pixel under it.
+  ADPDM_DEVICE const uint8_t* find_pixel(const IgemmGeometry& geometry, int i, const Offset& offset) const {
     const int shift = geometry.upsample_shift;
-    return image_[i] + ((y >> shift) * int64_t{geometry.width >> shift} + (x >> shift)) * pixel_bytes_;
+    const int32_t y = (y_[i] + offset.y) >> shift;
+    const int32_t x = (x_[i] + offset.x) >> shift;
+    return image_[i] + int64_t{y * (geometry.width >> shift) + x} * pixel_bytes_;
   }
 
   // A chunk of codes that may belong to several taps: byte by byte, a word at a time.
   ADPDM_DEVICE void gather(const IgemmGeometry& geometry, int i, uint8_t* target) const {
-    TapPosition tap = tap_;
+    TapPosition at = at_;
+    const TapPosition one = tap_at(1, channels_);
     ADPDM_NO_UNROLL
     for (int w = 0; w < kChunkBytes / 4; ++w) {
       uint32_t word = 0;
       ADPDM_UNROLL
       for (int b = 0; b < 4; ++b) {
-        const uint8_t* pixel = find_pixel(geometry, i, tap);
-        const uint32_t code = pixel != nullptr ? load(pixel + tap.channel) : fill_ & 0xff;
+        const Offset offset = offset_of(geometry, at.tap);
+        const uint32_t code = is_inside(geometry, i, offset)
+                                  ? load(find_pixel(geometry, i, offset) + at.channel)
+                                  : static_cast<uint32_t>(fill_byte_);
         word |= code << (b * 8);
-        advance(tap, 1, channels_, geometry.kernel_width);
+        at = advanced(at, one, channels_);
       }
       shared_store(reinterpret_cast<uint32_t*>(target) + w, word);
     }
   }
 
   int32_t channels_;
-  int64_t pixel_bytes_;
+  int32_t pixel_bytes_;
+  TapDivisor kernel_width_;
   const uint8_t* image_[kRows];
   int32_t y_[kRows], x_[kRows];  // under the kernel's first tap
-  TapPosition tap_;
-  uint32_t fill_;
+  TapPosition at_;               // of this thread's chunk in the next tile
+  TapPosition step_;             // to the tile after it
+  int32_t fill_byte_;
+  const uint8_t* fill_;  // [16] of that byte
 };
 
 // Copies [kTileOutputs, kRowBytes] of the weight blob per call, one k tile after the other.
@@ -168,13 +197,13 @@ class WeightLoader {
             int64_t{first_k_tile} * kRowBytes + chunk() * kChunkBytes;
   }
 
-  ADPDM_DEVICE void load_tile(uint8_t* tile) {
+  ADPDM_DEVICE void load_tile(uint8_t* tile, bool wanted = true) {
     ADPDM_UNROLL
     for (int i = 0; i < kRows; ++i) {
       // Outputs beyond the last one repeat it: valid addresses, results that nobody stores.
       const int32_t row = i < last_ ? i : last_;
-      copy_async16(tile + swizzled<kRowBytes>(first_row() + i * kStep, chunk()),
-                   next_ + int64_t{row} * step_bytes_);
+      copy_async16_if(wanted, tile + swizzled<kRowBytes>(first_row() + i * kStep, chunk()),
+                      next_ + int64_t{row} * step_bytes_);
     }
     next_ += kRowBytes;
   }

@@ -20,8 +20,7 @@ struct MmaConfig {
   static constexpr int kWarpsDown = kTileRows / kWarpRows;
   static constexpr int kThreads = kWarpsDown * (kTileOutputs / kWarpOutputs) * kWarpSize;
   // At work at once on a multiprocessor: as many as registers allow without spills.
-  static constexpr bool kUnpacks = kMode == IgemmMode::kA4W4Unpacked;
-  static constexpr int kBlocksPerSm = kTileOutputs == 128 ? 1 : kTileRows == 128 && kUnpacks ? 2 : 3;
+  static constexpr int kBlocksPerSm = kTileOutputs == 128 ? 1 : kTileRows == 128 ? 2 : 3;
   static constexpr int kWeightRowBytes = kMmaRowBytes * weight_bits(kMode) / activation_bits(kMode);
   static constexpr int kActivationBytes = kTileRows * kMmaRowBytes;
   static constexpr int kStageBytes = kActivationBytes + kTileOutputs * kWeightRowBytes;
@@ -35,108 +34,109 @@ struct MmaConfig {
   ADPDM_DEVICE static int warp_output() { return warp_index() / kWarpsDown * kWarpOutputs; }
 };
 
-// ---- operands of one step: 32 bytes of each row ----
+// ---- one step: 32 bytes of each row, half a k tile ----
 
-// Rows [row, row + 16) at chunks `chunk` and `chunk + 1`, as the A operand of one mma.
-ADPDM_DEVICE void load_rows(uint32_t (&a)[4], const uint8_t* tile, int row, int chunk) {
+// The operands of a warp as they are stored.
+template <typename C>
+struct Fragments {
+  uint32_t rows[C::kFragmentRows][4];  // 16 rows each: rows 0-7 and 8-15 of a chunk, then of the next
+  uint32_t outputs[C::kFragmentOutputs / 2][4];  // 16 outputs each: both chunks of outputs 0-7, then of 8-15
+};
+
+// 4-bit weights of int8 rows: the step is one chunk of 32 codes.
+template <int kTileRows, int kTileOutputs, int kWarpRows, bool kGather>
+struct Fragments<MmaConfig<IgemmMode::kA8W4, kTileRows, kTileOutputs, kWarpRows, kGather>> {
+  uint32_t rows[kWarpRows / 16][4];
+  uint32_t outputs[1][4];  // a chunk of 4 times 8 outputs
+};
+
+template <typename C>
+ADPDM_DEVICE void load_fragments(const uint8_t* stage, int step, Fragments<C>& fragments) {
   const int lane = lane_index();
-  load_matrix_x4(a, tile + swizzled<kMmaRowBytes>(row + lane % 16, chunk + lane / 16));
+  ADPDM_UNROLL
+  for (int i = 0; i < C::kFragmentRows; ++i) {
+    const int row = C::warp_row() + 16 * i + lane % 16;
+    load_matrix_x4(fragments.rows[i], stage + swizzled<kMmaRowBytes>(row, 2 * step + lane / 16));
+  }
+  const uint8_t* weights = stage + C::kActivationBytes;
+  if constexpr (C::kMode == IgemmMode::kA8W4) {
+    load_matrix_x4(fragments.outputs[0],
+                   weights + swizzled<C::kWeightRowBytes>(C::warp_output() + lane, step));
+  } else {
+    ADPDM_UNROLL
+    for (int j = 0; j < C::kFragmentOutputs / 2; ++j) {
+      const int output = C::warp_output() + 16 * j + lane / 16 * 8 + lane % 8;
+      load_matrix_x4(fragments.outputs[j], weights + swizzled<kMmaRowBytes>(output, 2 * step + lane / 8 % 2));
+    }
+  }
 }
 
-// Outputs [output, output + 16) at chunks `chunk` and `chunk + 1`, as the B operands of two mma.
-ADPDM_DEVICE void load_outputs(uint32_t (&b)[4], const uint8_t* tile, int output, int chunk) {
-  const int lane = lane_index();
-  load_matrix_x4(b, tile + swizzled<kMmaRowBytes>(output + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2));
-}
-
-// A byte holds codes j (low) and j + 16: the operand registers of the first and second 16 of 32 codes,
-// times 16.
+// A byte holds codes j (low) and j + 16: the operand registers of the first and second 16 of 32 codes, times
+// 16.
 ADPDM_DEVICE uint32_t low_codes(uint32_t packed) { return packed << 4 & 0xf0f0f0f0u; }
 ADPDM_DEVICE uint32_t high_codes(uint32_t packed) { return packed & 0xf0f0f0f0u; }
 
-template <IgemmMode kMode>
-ADPDM_DEVICE void multiply(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (kMode == IgemmMode::kA4W4) {
-    mma_s4(c, a, b);
-  } else {
-    mma_s8(c, a, b);
-  }
-}
-
-// One k tile where rows and weights are multiplied as they are stored, and where 4-bit weights meet int8
-// rows.
+// One mma per 16 x 8 sums; the rows as they are stored, 4-bit weights of int8 rows unpacked.
 template <typename C>
-ADPDM_DEVICE void multiply_tile(const uint8_t* rows, const uint8_t* weights, typename C::Accumulators& sums) {
+ADPDM_DEVICE void multiply(const Fragments<C>& fragments, typename C::Accumulators& sums) {
   ADPDM_UNROLL
-  for (int step = 0; step < kMmaRowBytes / 32; ++step) {
-    uint32_t a[C::kFragmentRows][4];
-    uint32_t b[C::kFragmentOutputs][2];
-    ADPDM_UNROLL
-    for (int i = 0; i < C::kFragmentRows; ++i) load_rows(a[i], rows, C::warp_row() + 16 * i, 2 * step);
+  for (int j = 0; j < C::kFragmentOutputs; ++j) {
+    uint32_t b[2];
     if constexpr (C::kMode == IgemmMode::kA8W4) {
-      // Rows of 32 bytes: one chunk of the 32 outputs of a warp holds the step's 32 codes.
-      uint32_t packed[4];
-      load_matrix_x4(packed, weights + swizzled<C::kWeightRowBytes>(C::warp_output() + lane_index(), step));
-      ADPDM_UNROLL
-      for (int j = 0; j < C::kFragmentOutputs; ++j) {
-        b[j][0] = low_codes(packed[j]);
-        b[j][1] = high_codes(packed[j]);
-      }
+      b[0] = low_codes(fragments.outputs[0][j]);
+      b[1] = high_codes(fragments.outputs[0][j]);
     } else {
-      ADPDM_UNROLL
-      for (int j = 0; j < C::kFragmentOutputs; j += 2) {
-        uint32_t pair[4];
-        load_outputs(pair, weights, C::warp_output() + 8 * j, 2 * step);
-        b[j][0] = pair[0];
-        b[j][1] = pair[1];
-        b[j + 1][0] = pair[2];
-        b[j + 1][1] = pair[3];
-      }
+      b[0] = fragments.outputs[j / 2][j % 2 * 2];
+      b[1] = fragments.outputs[j / 2][j % 2 * 2 + 1];
     }
     ADPDM_UNROLL
     for (int i = 0; i < C::kFragmentRows; ++i) {
-      ADPDM_UNROLL
-      for (int j = 0; j < C::kFragmentOutputs; ++j) multiply<C::kMode>(sums[i][j], a[i], b[j]);
+      if constexpr (C::kMode == IgemmMode::kA4W4) {
+        mma_s4(sums[i][j], fragments.rows[i], b);
+      } else {
+        mma_s8(sums[i][j], fragments.rows[i], b);
+      }
     }
   }
 }
 
-// One k tile of 4-bit rows and weights, both unpacked: a chunk of 32 codes makes one int8 step.
+// Rows and weights of 4 bits, both unpacked: a chunk of 32 codes makes one mma, a step two.
 template <typename C>
-ADPDM_DEVICE void multiply_unpacked_tile(const uint8_t* rows, const uint8_t* weights,
-                                         typename C::Accumulators& sums) {
+ADPDM_DEVICE void multiply_unpacked(const Fragments<C>& fragments, typename C::Accumulators& sums) {
   ADPDM_UNROLL
-  for (int chunk = 0; chunk < kMmaRowBytes / kChunkBytes; chunk += 2) {
-    uint32_t rows16[C::kFragmentRows][4];
-    uint32_t outputs16[C::kFragmentOutputs / 2][4];
+  for (int half = 0; half < 2; ++half) {
     ADPDM_UNROLL
-    for (int i = 0; i < C::kFragmentRows; ++i) load_rows(rows16[i], rows, C::warp_row() + 16 * i, chunk);
-    ADPDM_UNROLL
-    for (int j = 0; j < C::kFragmentOutputs / 2; ++j) {
-      load_outputs(outputs16[j], weights, C::warp_output() + 16 * j, chunk);
-    }
-    ADPDM_UNROLL
-    for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < C::kFragmentRows; ++i) {
+      const uint32_t upper = fragments.rows[i][2 * half];
+      const uint32_t lower = fragments.rows[i][2 * half + 1];
+      const uint32_t a[4] = {low_codes(upper), low_codes(lower), high_codes(upper), high_codes(lower)};
       ADPDM_UNROLL
-      for (int i = 0; i < C::kFragmentRows; ++i) {
-        const uint32_t upper = rows16[i][2 * half];
-        const uint32_t lower = rows16[i][2 * half + 1];
-        const uint32_t a[4] = {low_codes(upper), low_codes(lower), high_codes(upper), high_codes(lower)};
-        ADPDM_UNROLL
-        for (int j = 0; j < C::kFragmentOutputs; ++j) {
-          const uint32_t packed = outputs16[j / 2][j % 2 * 2 + half];
-          const uint32_t b[2] = {low_codes(packed), high_codes(packed)};
-          mma_s8(sums[i][j], a, b);
-        }
+      for (int j = 0; j < C::kFragmentOutputs; ++j) {
+        const uint32_t packed = fragments.outputs[j / 2][j % 2 * 2 + half];
+        const uint32_t b[2] = {low_codes(packed), high_codes(packed)};
+        mma_s8(sums[i][j], a, b);
       }
     }
+  }
+}
+
+template <typename C>
+ADPDM_DEVICE void multiply_step(const Fragments<C>& fragments, typename C::Accumulators& sums) {
+  if constexpr (C::kMode == IgemmMode::kA4W4Unpacked) {
+    multiply_unpacked<C>(fragments, sums);
+  } else {
+    multiply<C>(fragments, sums);
   }
 }
 
 // ---- a block ----
 
+ADPDM_DEVICE int next_stage(int stage) { return stage + 1 == kMmaStages ? 0 : stage + 1; }
+
 // The sums of one source over a range of k tiles. kMmaStages - 1 tiles are on their way while one is
-// multiplied.
+// multiplied. A tile's second step is multiplied behind the barrier that lets the next tile in: the products
+// cover the time in which that tile's first operands are read. (With the barrier between the two steps of a
+// tile, ptxas moves both before it.) Nothing branches between two barriers.
 template <typename C>
 ADPDM_DEVICE void sum_products(const IgemmProblem& problem, const IgemmSource& source,
                                const TilePosition& tile, const KRange& range, uint8_t* stages,
@@ -144,34 +144,35 @@ ADPDM_DEVICE void sum_products(const IgemmProblem& problem, const IgemmSource& s
   typename C::Activations activations(problem, source, tile, range.begin);
   typename C::Weights weights(problem, source, tile, range.begin);
   const int32_t count = range.end - range.begin;
-  ADPDM_NO_UNROLL
-  for (int stage = 0; stage < kMmaStages - 1; ++stage) {
-    if (stage < count) {
-      activations.load_tile(problem.geometry, stages + stage * C::kStageBytes);
-      weights.load_tile(stages + stage * C::kStageBytes + C::kActivationBytes);
-    }
-    copy_async_commit();
-  }
-  int read = 0;
-  int write = kMmaStages - 1;
-  ADPDM_NO_UNROLL
-  for (int32_t k = 0; k < count; ++k) {
-    copy_async_wait<kMmaStages - 2>();  // of this thread; the barrier makes it those of all
-    block_barrier();                    // and everybody has left the stage that is filled next
-    if (k + kMmaStages - 1 < count) {
-      activations.load_tile(problem.geometry, stages + write * C::kStageBytes);
-      weights.load_tile(stages + write * C::kStageBytes + C::kActivationBytes);
-    }
+  const auto load_stage = [&](int stage, bool wanted) {
+    uint8_t* target = stages + stage * C::kStageBytes;
+    activations.load_tile(problem.geometry, target, wanted);
+    weights.load_tile(target + C::kActivationBytes, wanted);
     copy_async_commit();  // empty at the end: the number of groups stays one per tile
-    const uint8_t* rows = stages + read * C::kStageBytes;
-    if constexpr (C::kMode == IgemmMode::kA4W4Unpacked) {
-      multiply_unpacked_tile<C>(rows, rows + C::kActivationBytes, sums);
-    } else {
-      multiply_tile<C>(rows, rows + C::kActivationBytes, sums);
-    }
-    read = read + 1 == kMmaStages ? 0 : read + 1;
-    write = write + 1 == kMmaStages ? 0 : write + 1;
+  };
+  ADPDM_NO_UNROLL
+  for (int stage = 0; stage < kMmaStages - 1; ++stage) load_stage(stage, stage < count);
+  copy_async_wait<kMmaStages - 2>();  // of this thread; the barrier makes it those of all
+  block_barrier();
+  Fragments<C> first, second;
+  load_fragments<C>(stages, 0, first);
+  load_fragments<C>(stages, 1, second);
+  load_stage(kMmaStages - 1, kMmaStages - 1 < count);
+  multiply_step<C>(first, sums);
+  int read = 0;
+  ADPDM_NO_UNROLL
+  for (int32_t k = 1; k < count; ++k) {
+    copy_async_wait<kMmaStages - 2>();
+    block_barrier();  // tile k has come, tile k - 1 has been read
+    const int free_stage = read;
+    read = next_stage(read);
+    load_fragments<C>(stages + read * C::kStageBytes, 0, first);
+    load_stage(free_stage, k + kMmaStages - 1 < count);
+    multiply_step<C>(second, sums);
+    load_fragments<C>(stages + read * C::kStageBytes, 1, second);
+    multiply_step<C>(first, sums);
   }
+  multiply_step<C>(second, sums);
 }
 
 template <typename C>

@@ -50,10 +50,14 @@ constexpr int64_t weight_row_bytes(int64_t reduction, int weight_bits) {
          (stored_in_nibbles(weight_bits) ? kWeightBlock / 2 : kWeightBlock);
 }
 
+// Behind the rows, the blob holds every byte 16 times: what a chunk of the halo is copied from.
+constexpr int64_t kFillBytes = 256 * kChunkBytes;
+
 // One segment of the reduction.
 struct IgemmSource {
   const uint8_t* codes;       // [N, H, W, all channels] i8, or two to a byte in the order of quantize_int4
   const uint8_t* weight;      // [groups, outputs, weight_row] blob
+  const uint8_t* fill;        // [256, 16] behind it
   const float* weight_scale;  // [groups * outputs] f32
   const int32_t* weight_sum;  // [groups * outputs] i32
   GroupedQParams qparams;

@@ -23,8 +23,8 @@ Conv2dArgs as_conv2d(const LinearArgs& args) {
 
 }  // namespace
 
-IgemmPlan plan_linear(const LinearArgs& args, int activation_bits, const std::optional<TileChoice>& choice) {
-  return plan_as_igemm("linear", as_conv2d(args), activation_bits, choice);
+IgemmPlan plan_linear(const LinearArgs& args, const std::optional<TileChoice>& choice) {
+  return plan_as_igemm("linear", as_conv2d(args), choice);
 }
 
 void linear(const LinearArgs& args, const IgemmPlan& plan, void* workspace, Stream stream) {

@@ -17,10 +17,16 @@ ADPDM_DEVICE uint32_t code_at(const PackWeightArgs& args, int64_t output, int64_
   return static_cast<uint8_t>(load(args.codes + (output * args.group_channels + channel) * args.taps + tap));
 }
 
-// A thread writes one chunk of 16 bytes: 16 codes, or 32 of 4 bits with code j + 16 above code j.
+// A thread writes one chunk of the rows or of the fill behind them: 16 codes, or 32 of 4 bits with code j +
+// 16 above code j.
 ADPDM_KERNEL(kThreads, 1) pack_weight_chunks(PackWeightArgs args, int64_t chunks_per_row) {
   const int64_t index = block_x() * kThreads + thread_index();
-  if (index >= args.out_channels * chunks_per_row) return;
+  const int64_t fill = index - args.out_channels * chunks_per_row;  // behind the rows
+  if (fill >= kFillBytes / kChunkBytes) return;
+  if (fill >= 0) {
+    const uint32_t word = static_cast<uint32_t>(fill) * 0x01010101u;
+    return store(reinterpret_cast<Bytes16*>(args.packed) + index, Bytes16{{word, word, word, word}});
+  }
   const int64_t output = index / chunks_per_row;
   const bool nibbles = stored_in_nibbles(args.num_bits);
   const int64_t first = index % chunks_per_row * codes_in(kChunkBytes, nibbles ? 4 : 8);
@@ -43,7 +49,8 @@ void pack_weight(const PackWeightArgs& args, Stream stream) {
   });
   const int64_t chunks_per_row =
       weight_row_bytes(args.group_channels * args.taps, args.num_bits) / kChunkBytes;
-  const int64_t blocks = ceil_div(args.out_channels * chunks_per_row, kThreads);
+  const int64_t chunks = args.out_channels * chunks_per_row + kFillBytes / kChunkBytes;
+  const int64_t blocks = ceil_div(chunks, kThreads);
   launch(pack_weight_chunks, {blocks, 1, 1, kThreads, 0, stream, "pack_weight"}, args, chunks_per_row);
 }
 
