@@ -139,6 +139,9 @@ TEST(CudaConv2d, MatchesDefinitionForGroups) {
       layer.batch = 2;
       expect_conv2d(with_mode(layer, mode), {}, 300, {std::nullopt, TileChoice{{128, 64}, 3}});
     }
+    Layer halves = make_layer({64}, {3, 3}, 24);  // 24 are whole runs, 12 of a group are not
+    halves.groups = 2;
+    expect_conv2d(with_mode(halves, mode), {}, 301);
   }
 }
 

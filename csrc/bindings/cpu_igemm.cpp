@@ -19,7 +19,7 @@ struct CpuBackend {
     check_current_group(op, group_index, zero_point, qparams);
   }
 
-  bool reads_packed(int /*weight_bits*/) const { return false; }
+  bool reads_packed(int /*weight_bits*/, int64_t /*group_channels*/) const { return false; }
 
   at::Tensor unpack(const at::Tensor& packed) const {  // [.., K / 2] u8, K a multiple of 32
     at::DimVector sizes(packed.sizes().begin(), packed.sizes().end());

@@ -12,12 +12,17 @@
 namespace adpdm::bindings {
 
 // A Backend is made once per call and has
-//   explicit Backend(const at::Tensor& input)           selects input's device and stream while it lives
-//   int64_t blob_bytes(outputs, group_channels, taps, groups, weight_bits)     size of a packed weight
-//   void check_values(op, names of group_index and zero_point, qparams)   what only it can check: values
-//   bool reads_packed(weight_bits)                      whether kernels take two codes to a byte, in all
-//   inputs at::Tensor unpack(const at::Tensor& packed)         [.., K / 2] u8 to [.., K] i8 void run(const
-//   PackWeightArgs&), run(const LinearArgs&), run(const Conv2dArgs&)
+//   explicit Backend(const at::Tensor& input)
+//       selects input's device and stream while it lives
+//   int64_t blob_bytes(outputs, group_channels, taps, groups, weight_bits)
+//       size of a packed weight
+//   void check_values(op, names of group_index and zero_point, qparams)
+//       what only it can check: values
+//   bool reads_packed(weight_bits, group_channels)
+//       whether kernels take two codes to a byte, if all inputs are so
+//   at::Tensor unpack(const at::Tensor& packed)
+//       [.., K / 2] u8 to [.., K] i8
+//   void run(const PackWeightArgs&), run(const LinearArgs&), run(const Conv2dArgs&)
 
 inline int64_t kernel_taps(const LinearArgs&) { return 1; }
 inline int64_t kernel_taps(const Conv2dArgs& args) { return args.kernel.height * args.kernel.width; }
@@ -44,9 +49,13 @@ void finish_preparing(const Backend& backend, const char* op, const int64_t* wei
   if (args.output.num_bits > 0) {
     backend.check_values(op, "output group_index", "output zero_point", args.output.qparams);
   }
-  bool all_packed = true;
-  for (int s = 0; s < args.num_segments; ++s) all_packed = all_packed && args.segments[s].packed;
-  if (all_packed && backend.reads_packed(args.weight_bits)) return;
+  bool read_packed = true;
+  for (int s = 0; s < args.num_segments; ++s) {
+    const IgemmSegment& segment = args.segments[s];
+    read_packed =
+        read_packed && segment.packed && backend.reads_packed(args.weight_bits, segment.channels / groups);
+  }
+  if (read_packed) return;
   for (int s = 0; s < args.num_segments; ++s) {
     IgemmSegment& segment = args.segments[s];
     if (!segment.packed) continue;

@@ -20,9 +20,11 @@ constexpr int64_t packed_weight_bytes(int64_t out_channels, int64_t group_channe
 // args.packed has packed_weight_bytes at an address that is a multiple of 16. Throws CudaError.
 void pack_weight(const PackWeightArgs& args, Stream stream);
 
-// Whether the kernels read codes that are two to a byte (IgemmSegment::packed), in all segments, with weights
-// of that width and, per group, channels in multiples of kInt4Block.
-constexpr bool reads_packed(int weight_bits) { return stored_in_nibbles(weight_bits); }
+// Whether the kernels read codes that are two to a byte (IgemmSegment::packed). Then they have to be that in
+// all segments, at addresses that are multiples of 16.
+constexpr bool reads_packed(int weight_bits, int64_t group_channels) {
+  return stored_in_nibbles(weight_bits) && group_channels % codes_in(kChunkBytes, 4) == 0;
+}
 
 // `choice` overrides ADPDM_CUDA_TILE. Throw std::invalid_argument for operands that no kernel takes, and
 // CudaError for a device that was not built for.
