@@ -1,5 +1,5 @@
-# The commands of a working day: demo, test, lint, sanitize, bench, gpu, clean. Needs python3 >= 3.10, g++ and make; fetches
-# the rest from PyPI into $(VENV) and googletest from the system's packages.
+# The commands of a working day: demo, test, lint, sanitize, mutants, bench, gpu, clean. Needs python3 >= 3.10, g++ and make;
+# fetches the rest from PyPI into $(VENV) and googletest from the system's packages.
 #
 #   VENV=.venv            environment to create and use
 #   PYTHON=python3        the Python that creates it
@@ -14,6 +14,8 @@ export ADPDM_WERROR ?= 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+# They disassemble what nvcc makes, for tools/check_sass.py.
+SASS_TOOLS := $(if $(shell command -v nvcc),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
 CMAKE_TESTS := cmake -G Ninja -S . -DADPDM_TESTS=ON -DADPDM_WERROR=$(ADPDM_WERROR)
 DEPENDENCIES := $(VENV)/.adpdm-dependencies
 INSTALLED := build/.installed
@@ -21,7 +23,7 @@ EXTRACTORS := build/.extractors
 # adpdm/__init__.py holds the version; the other Python files of an editable install need no new one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt adpdm/__init__.py $(wildcard tools/*.py csrc/*/*)
 
-.PHONY: demo test test-cpp test-python lint sanitize bench gpu clean googletest
+.PHONY: demo test test-cpp test-python lint sanitize mutants bench gpu clean googletest
 
 demo: export ADPDM_WERROR := 0
 demo: $(INSTALLED) $(EXTRACTORS)
@@ -59,6 +61,10 @@ sanitize: $(DEPENDENCIES) googletest
 	cmake --build build/sanitize -j $(MAX_JOBS)
 	ctest --test-dir build/sanitize --verbose
 
+# Faults planted in the CUDA kernels one at a time, each of which the emulated tests have to find: half an hour.
+mutants: $(DEPENDENCIES) googletest
+	python tools/mutate.py
+
 bench: $(INSTALLED)
 	@ls benchmarks/bench_*.py > /dev/null || { echo "bench: wanted benchmarks/bench_*.py, found none"; exit 1; }
 	@set -e; for script in benchmarks/bench_*.py; do echo "python $$script"; python $$script; done
@@ -72,7 +78,7 @@ clean:
 
 $(DEPENDENCIES): constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch setuptools wheel cmake ninja
+	$(PIP) torch setuptools wheel cmake ninja $(SASS_TOOLS)
 	touch $@
 
 $(INSTALLED): $(DEPENDENCIES) $(BUILD_INPUTS)

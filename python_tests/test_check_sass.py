@@ -56,6 +56,7 @@ RULE = check_sass.Rule(
     "igemm",
     wanted=(check_sass.MMA_S8, check_sass.COPY_ASYNC, check_sass.STORE_128),
     refused=(check_sass.MMA_S4,),
+    limited=((check_sass.STORE_128, 1),),
     max_registers=168,
 )
 
@@ -99,6 +100,7 @@ def replaced(old: str, new: str) -> Callable[[], list[str]]:
         (replaced("MOV R1", "STL.64 R1"), r"wanted no STL\b, found 1"),
         (replaced("IMMA.16832.S8.S8", "IMAD"), r"wanted IMMA\.16832\.S8\.S8, found none"),
         (replaced("MOV R1", "IMMA.16864.S4.S4 R1"), r"wanted no IMMA\.16864\.S4\.S4, found 1"),
+        (replaced("MOV R1", "STG.E.128 [R1]"), r"wanted at most 1 of STG\.E\.128, found 2"),
         (replaced("STG.E.128", "STG.E.64"), r"wanted STG\.E\.128, found none"),
         (replaced("BYPASS.128", "64"), r"wanted LDGSTS\.E\.BYPASS(\.LTC128B)?\.128, found none"),
         (replaced("_Z5igemmv", "_Z5othermv"), "no kernel has a name like this"),

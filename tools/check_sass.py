@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,28 +43,33 @@ class Rule:
     archs: tuple[str, ...] = ("sm_80", "sm_90a")
     wanted: tuple[str, ...] = ()  # patterns of opcodes, each of which must occur
     refused: tuple[str, ...] = ()  # patterns of opcodes, none of which may occur
-    max_registers: int = 255
+    limited: tuple[tuple[str, int], ...] = ()  # patterns of opcodes, and how many may occur
+    max_registers: int = 255  # per thread: 65536 / (threads of a block * blocks that share a multiprocessor)
 
 
-# Instructions: cp.async of 16 bytes, vectors, and the matrix products.
+# cp.async of 16 bytes, vectors, ldmatrix, the matrix products and their barriers.
 COPY_ASYNC = r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
 LOAD_128 = r"LDG\.E\.128"
 STORE_128 = r"STG\.E\.128"
+LOAD_MATRIX = r"LDSM\.16\.M88\.4"
+MMA = r"IMMA\."
 MMA_S8 = r"IMMA\.16832\.S8\.S8"
 MMA_S4 = r"IMMA\.16864\.S4\.S4"
 WGMMA_S8 = r"IGMMA\.64x\d+x32\.S8\.S8"
+WGMMA_FENCE = r"WARPGROUP\.ARRIVE"
+WGMMA_WAIT = r"WARPGROUP\.DEPBAR"
+PROXY_FENCE = r"FENCE\.VIEW\.ASYNC"
+VECTORS = (LOAD_128, STORE_128)
 SPILLS = (r"LDL\b", r"STL\b")
 # What ptxas calls instead of mma.m16n8k64 from sm_90 on.
 S4_HELPER = re.compile(r"mma_sub_byte")
 
 ELEMENTWISE_RULES = (
-    Rule(
-        r"\b(fake_)?quantize(_int4|_channels_last)?_kernel<", wanted=(LOAD_128, STORE_128), max_registers=64
-    ),
-    Rule(r"\bmixture(_grad_x)?_kernel<", wanted=(LOAD_128, STORE_128), max_registers=64),
+    Rule(r"\b(fake_)?quantize(_int4|_channels_last)?_kernel<", wanted=VECTORS, max_registers=64),
+    Rule(r"\bmixture(_grad_x)?_kernel<", wanted=VECTORS, max_registers=64),
     # Codes are read 4 or 8 at a time, which is 16 bytes of values.
     Rule(r"\bdequantize(_int4)?_kernel<", wanted=(STORE_128,), max_registers=64),
-    Rule(r"\b(un)?pack_int4_kernel\b", wanted=(LOAD_128, STORE_128), max_registers=64),
+    Rule(r"\b(un)?pack_int4_kernel\b", wanted=VECTORS, max_registers=64),
     Rule(r"\bobserve_kernel<", wanted=(LOAD_128,), max_registers=64),
     Rule(r"\bchunk_sums_kernel<", max_registers=128),
     # With 1 as the last argument they read elements, where there are no vectors.
@@ -71,7 +77,31 @@ ELEMENTWISE_RULES = (
     Rule(r"\blayer_norm_kernel<.*\D[48]>", wanted=(LOAD_128,), max_registers=128),
 )
 
-RULES: tuple[Rule, ...] = (*ELEMENTWISE_RULES,)
+# MmaConfig<mode, tile rows, tile outputs, warp rows, gather>.
+A8W8, A8W4, A4W4, A4W4_UNPACKED = (rf"igemm_mma<.*IgemmMode\){mode}, " for mode in range(4))
+MMA_KERNEL = (*VECTORS, COPY_ASYNC, LOAD_MATRIX)
+
+IGEMM_RULES = (
+    Rule(A8W8, wanted=(*MMA_KERNEL, MMA_S8), refused=(MMA_S4,)),
+    Rule(A8W4, wanted=(*MMA_KERNEL, MMA_S8), refused=(MMA_S4,)),
+    Rule(A4W4, ("sm_80",), wanted=(*MMA_KERNEL, MMA_S4), refused=(MMA_S8,)),
+    Rule(A4W4, ("sm_90a",), refused=(MMA,)),  # the planner never takes it there
+    Rule(A4W4_UNPACKED, wanted=(*MMA_KERNEL, MMA_S8), refused=(MMA_S4,)),
+    Rule(r"igemm_mma<.*, 64, 64, 32, ", max_registers=168),
+    Rule(r"igemm_mma<.*IgemmMode\)[012], 128, 64, 64, ", max_registers=168),
+    # One fence, and waits in the loop and behind it: more, and ptxas has serialized the products (C7510).
+    Rule(
+        r"igemm_wgmma<",
+        ("sm_90a",),
+        wanted=(*VECTORS, COPY_ASYNC, WGMMA_S8, PROXY_FENCE),
+        refused=(MMA,),
+        limited=((WGMMA_FENCE, 1), (WGMMA_WAIT, 2)),
+    ),
+    Rule(r"igemm_finish\(", wanted=VECTORS),
+    Rule(r"pack_weight_chunks\(", wanted=(STORE_128,)),
+)
+
+RULES = (*ELEMENTWISE_RULES, *IGEMM_RULES)
 
 
 # ---- reading what cuobjdump prints ----
@@ -136,6 +166,11 @@ def kernel_faults(kernel: Kernel, rule: Rule) -> list[str]:
         for pattern in rule.refused
         if (number := count(kernel, pattern)) > 0
     ]
+    faults += [
+        f"wanted at most {most} of {pattern}, found {number}"
+        for pattern, most in rule.limited
+        if (number := count(kernel, pattern)) > most
+    ]
     if kernel.registers is None:
         faults.append("its registers are not listed")
     elif kernel.registers > rule.max_registers:
@@ -199,8 +234,15 @@ def output_of(command: list[str], environment: dict[str, str], stdin: str | None
 
 def read_library(library: str, environment: dict[str, str]) -> tuple[list[Kernel], list[tuple[str, str]]]:
     """The kernels of a library or object file and the helpers of ptxas in it."""
-    kernels = parse_sass(output_of(["cuobjdump", "-sass", library], environment))
-    usage = parse_usage(output_of(["cuobjdump", "-res-usage", library], environment))
+    usage_text = output_of(["cuobjdump", "-res-usage", library], environment)
+    archs = sorted(set(re.findall(r"^arch = (\S+)", usage_text, re.MULTILINE)))
+    # Nearly all the time goes into this: a process per architecture.
+    with ThreadPoolExecutor() as pool:
+        texts = pool.map(
+            lambda arch: output_of(["cuobjdump", "-sass", "-arch", arch, library], environment), archs
+        )
+        kernels = [kernel for text in texts for kernel in parse_sass(text)]
+    usage = parse_usage(usage_text)
     names = "\n".join(kernel.name for kernel in kernels)
     for kernel, name in zip(kernels, output_of(["c++filt"], environment, names).splitlines(), strict=True):
         kernel.registers, kernel.stack = usage.get((kernel.arch, kernel.name), (None, None))
