@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -265,6 +266,10 @@ class ConvGeometry:
 
     def numbers(self) -> list[int]:
         """The 13 numbers of the operator's schema, in its order."""
+        return self._numbers
+
+    @functools.cached_property
+    def _numbers(self) -> list[int]:
         ends = self.padding if self.padding_end is None else self.padding_end
         pairs = (self.kernel_size, self.stride, self.padding, ends, self.dilation)
         return [self.out_channels, *(n for pair in pairs for n in pair), self.groups, self.upsample]

@@ -12,6 +12,7 @@ from .. import ops
 from ..quantizers.activation import ActivationQuantizer, Mode
 from ..quantizers.weight import WeightQuantizer
 from ..step import StepState
+from .packed import Packed, pack
 
 
 class QuantLayer(nn.Module):
@@ -39,7 +40,8 @@ class QuantLayer(nn.Module):
         self.is_frozen = False
         self.bias_shift: Tensor | None = None  # [O], joins the bias when the layer is frozen
         self._fake_weight: Tensor | None = None
-        self._packed: tuple[list[Tensor], list[Tensor], ops.Epilogue] | None = None
+        self._packed: Packed | None = None
+        self.plan: Any = None  # what the fused block around this layer derived from its layers and norms
 
     @property
     def quantizers(self) -> list[ActivationQuantizer]:
@@ -49,6 +51,11 @@ class QuantLayer(nn.Module):
     def channel_dim(self) -> int:
         """Dimension of the input that holds the channels."""
         raise AssertionError("a subclass says where its channels are")
+
+    @property
+    def outputs(self) -> int | ops.ConvGeometry:
+        """What the operator is told of the layer's shape."""
+        raise AssertionError("a subclass says what it computes")
 
     def split_input(self, x: Tensor) -> list[Tensor]:
         """The input segments of x, views."""
@@ -93,23 +100,29 @@ class QuantLayer(nn.Module):
 
     def _become_integer(self, stored: Tensor) -> None:
         self.weight = nn.Parameter(stored, requires_grad=False)
-        self._fake_weight = self._packed = None
+        self._fake_weight = None
+        self.drop_packed()
         self.is_frozen = True
 
-    def segments(self, x: Tensor) -> tuple[list[ops.Segment], ops.Epilogue]:
-        """Quantize x and pair its segments with the packed weights; also the bias, as an epilogue."""
-        if self._packed is None or self._packed[0][0].device != x.device:
-            packed, sums = self.weight_quantizer.pack(self.codes(), self.groups)
-            bias = None if self.bias is None else self.bias.detach().float()
-            self._packed = (packed, sums, ops.Epilogue(bias))
-        packed, sums, epilogue = self._packed
-        segments = [
-            ops.Segment(
-                q.codes(part), q.scale, q.zero_point, q.group_index, packed[s], self.weight_scale[s], sums[s]
-            )
-            for s, (q, part) in enumerate(zip(self.quantizers, self.split_input(x), strict=True))
-        ]
-        return segments, epilogue
+    @property
+    def runs_in_integers(self) -> bool:
+        """Frozen, and not put back to floats by a mode."""
+        return self.is_frozen and all(q.mode is Mode.FLOAT for q in self.quantizers)
+
+    def packed(self, device: torch.device) -> Packed:
+        """The layer as the kernels of a device want it, derived at first use."""
+        if self._packed is None or self._packed.device != device:
+            self._packed = pack([self])
+        return self._packed
+
+    def integer(self, x: Tensor) -> Tensor:
+        """The layer in integers, without anything fused."""
+        packed = self.packed(x.device)
+        return packed(packed.quantize(self.split_input(x)), x.dtype)
+
+    def drop_packed(self) -> None:
+        """Forget what was derived from the codes: they, or the device, are about to change."""
+        self._packed = self.plan = None
 
     def fake_input(self, x: Tensor) -> Tensor:
         """Pass x through the activation quantizers in their current mode."""
@@ -165,16 +178,20 @@ class QuantLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow .to(): the packed copy is rebuilt on the new device when needed, scales stay float32."""
-        self._packed = None
+        self.drop_packed()
         scale = self.weight_scale
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_packed()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave the packed copy behind: it is derived from the codes."""
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_packed": None, "plan": None}
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
@@ -205,9 +222,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         return 1
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.is_frozen or self.quantizers[0].mode is not Mode.FLOAT:
-            return self.matmul(x)
-        return ops.conv2d(*self.segments(x), self._geometry(), self.weight_quantizer.num_bits, x.dtype)
+        return self.integer(x) if self.runs_in_integers else self.matmul(x)
 
     def matmul(self, x: Tensor) -> Tensor:
         output: Tensor = self._conv_forward(
@@ -215,7 +230,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         )
         return output
 
-    def _geometry(self) -> ops.ConvGeometry:
+    @property
+    def outputs(self) -> ops.ConvGeometry:
         assert not isinstance(self.padding, str)
         pairs = (self.kernel_size, self.stride, self.padding, self.dilation)
         kernel_size, stride, padding, dilation = (cast("tuple[int, int]", p) for p in pairs)
@@ -248,10 +264,12 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]  # torch types t
     def channel_dim(self) -> int:
         return -1
 
+    @property
+    def outputs(self) -> int:
+        return self.out_features
+
     def forward(self, x: Tensor) -> Tensor:
-        if not self.is_frozen or self.quantizers[0].mode is not Mode.FLOAT:
-            return self.matmul(x)
-        return ops.linear(*self.segments(x), self.out_features, self.weight_quantizer.num_bits, x.dtype)
+        return self.integer(x) if self.runs_in_integers else self.matmul(x)
 
     def matmul(self, x: Tensor) -> Tensor:
         return F.linear(self.fake_input(x), self.effective_weight(), self.effective_bias())

@@ -1,0 +1,114 @@
+"""Frozen layers as the kernels want them: packed weights, their scales, and the quantizers before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+if TYPE_CHECKING:
+    from .layers import QuantLayer
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One integer layer, or several that read the same codes: call it with codes of its input segments."""
+
+    quantizers: tuple[ops.OutputQuantizer, ...]  # one per input segment
+    weights: tuple[tuple[Tensor, ...], ...]  # packed weight u8, weight scale [O] f32, weight sum [O] i32
+    epilogue: ops.Epilogue  # holds the bias
+    outputs: int | ops.ConvGeometry  # outputs of a linear layer, or a convolution
+    weight_bits: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights[0][0].device
+
+    @cached_property
+    def _known(self) -> list[tuple[Tensor, ...]]:
+        """What a segment consists of besides codes."""
+        pairs = zip(self.quantizers, self.weights, strict=True)
+        return [(q.scale, q.zero_point, q.group_index, *weight) for q, weight in pairs]
+
+    def quantize(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Codes i8 of float input segments."""
+        return [quantize(part, q) for part, q in zip(parts, self.quantizers, strict=True)]
+
+    def __call__(
+        self,
+        codes: Sequence[Tensor],
+        dtype: torch.dtype,
+        geometry: ops.ConvGeometry | None = None,
+        **epilogue: Any,
+    ) -> Tensor:
+        """Result of `dtype`; `epilogue` adds fields of ops.Epilogue, `geometry` replaces the layer's own."""
+        segments = [ops.Segment(part, *known) for part, known in zip(codes, self._known, strict=True)]
+        end = ops.Epilogue(self.epilogue.bias, **epilogue) if epilogue else self.epilogue
+        if isinstance(self.outputs, int):
+            return ops.linear(segments, end, self.outputs, self.weight_bits, dtype)
+        return ops.conv2d(segments, end, geometry or self.outputs, self.weight_bits, dtype)
+
+
+def quantize(x: Tensor, quantizer: ops.OutputQuantizer) -> Tensor:
+    """Codes i8 of x under the quantizer of the layer that reads them."""
+    q = quantizer
+    return ops.quantize(x, q.scale, q.zero_point, q.group_index, q.num_bits)
+
+
+def pack(layers: Sequence[QuantLayer], order: Tensor | None = None) -> Packed:
+    """Pack a frozen layer, or linear layers that read the same codes as one with all their outputs.
+
+    Args:
+        layers: of one weight width; several need equal input quantizers (`agree`).
+        order: [O] i64, rows of the weight in the order the kernel shall compute them.
+    """
+    first = layers[0]
+    codes = torch.cat([layer.codes() for layer in layers])
+    scales = torch.cat([layer.weight_scale for layer in layers], 1)
+    bias = _joined_bias(layers)
+    if order is not None:
+        order = order.to(codes.device)
+        codes, scales, bias = codes[order], scales[:, order], None if bias is None else bias[order]
+    weights, sums = first.weight_quantizer.pack(codes, first.groups)
+    outputs = first.outputs
+    return Packed(
+        tuple(_reader(q) for q in first.quantizers),
+        tuple(zip(weights, scales.contiguous(), sums, strict=True)),
+        ops.Epilogue(bias),
+        sum(layer.weight_shape[0] for layer in layers) if isinstance(outputs, int) else outputs,
+        first.weight_quantizer.num_bits,
+    )
+
+
+def _reader(q: Any) -> ops.OutputQuantizer:
+    return ops.OutputQuantizer(q.scale, q.zero_point, q.group_index, q.num_bits)
+
+
+def _joined_bias(layers: Sequence[QuantLayer]) -> Tensor | None:
+    """Bias [O] f32 of all outputs; a layer without one adds zeros, which changes nothing."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    rows = [x.weight_scale.new_zeros(x.weight_shape[0]) if x.bias is None else x.bias for x in layers]
+    return torch.cat([row.detach().float() for row in rows])
+
+
+def agree(first: QuantLayer, second: QuantLayer) -> bool:
+    """Whether two layers give one input the same codes at every step, and so can share them."""
+    pairs = list(zip(first.quantizers, second.quantizers, strict=False))
+    return (
+        len(first.quantizers) == len(second.quantizers) == 1
+        and first.weight_quantizer.num_bits == second.weight_quantizer.num_bits
+        and all(
+            a.num_bits == b.num_bits
+            and torch.equal(a.scale, b.scale)
+            and torch.equal(a.zero_point, b.zero_point)
+            and torch.equal(a.table, b.table)
+            for a, b in pairs
+        )
+    )
