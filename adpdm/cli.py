@@ -22,6 +22,7 @@ from .config import Grouping, QuantConfig, SearchConfig, Selection
 from .demo import build_report, run_demo, save_image_grid
 from .evaluate import EvaluationConfig, EvaluationResult, compare, generate
 from .info import gather_info, render_info
+from .nn import summarize_fusion
 from .pipeline import find_denoiser, load_pipeline, quantize
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
@@ -72,6 +73,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     trace = report.trace
     rows = {
         "covered": str(report.coverage),
+        "fused": summarize_fusion(report.fusion),
         "histograms": f"{trace.histogram_bytes / 2**20:.1f} MiB, "
         f"cached inputs {trace.trajectory_bytes / 2**20:.1f} MiB",
         "seconds": ", ".join(f"{k} {v:.0f}" for k, v in trace.seconds.items()),

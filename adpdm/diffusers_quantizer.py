@@ -13,7 +13,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from .config import MAX_BITS, MIN_BITS, QuantConfig
-from .nn import LayerInfo, quant_layers, swap_layers
+from .nn import LayerInfo, fuse_blocks, quant_layers, swap_layers
 from .step import StepState, attach_step_hook
 
 FORMAT_VERSION = 1
@@ -106,6 +106,7 @@ class AdpdmQuantizer(DiffusersQuantizer):
         # The layout it was calibrated in: another one would round the float layers differently.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         attach_step_hook(model)
+        fuse_blocks(model)
         return model
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from .calibrate import Calibration, CalibrationTrace, Progress, silent
 from .config import QuantConfig
 from .diffusers_quantizer import mark_quantized
-from .nn import Coverage, LayerInfo, describe_layers, quant_layers, swap_layers
+from .nn import (
+    Coverage,
+    FusionInfo,
+    LayerInfo,
+    describe_fusion,
+    describe_layers,
+    fuse_blocks,
+    quant_layers,
+    swap_layers,
+    unfuse_blocks,
+)
 from .quantizers.activation import Mode
 from .step import StepState, attach_step_hook
 from .trajectory import Sampler
@@ -32,6 +42,7 @@ class QuantizationReport:
     coverage: Coverage
     trace: CalibrationTrace
     timesteps: list[float]  # calibrated, noisiest first
+    fusion: list[FusionInfo]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -41,6 +52,7 @@ class QuantizationReport:
             "coverage": dict(self.coverage.__dict__),
             "trace": self.trace.to_dict(),
             "timesteps": self.timesteps,
+            "fusion": [info.to_dict() for info in self.fusion],
             "machine": platform.machine(),
             "torch": torch.__version__,
         }
@@ -130,7 +142,9 @@ def _quantize(
     freeze(denoiser)
     mark_quantized(denoiser, config, layers)
     timesteps = [float(t) for t in sampler.timesteps]
-    return QuantizationReport(config, layers, Coverage.of(layers), trace, timesteps)
+    return QuantizationReport(
+        config, layers, Coverage.of(layers), trace, timesteps, describe_fusion(denoiser)
+    )
 
 
 class _Before:
@@ -145,6 +159,7 @@ class _Before:
 
     def restore(self, denoiser: nn.Module) -> None:
         """Put the float layers back, in the memory format they had: another one rounds differently."""
+        unfuse_blocks(denoiser)
         for name, layer in self.layers.items():
             parent, _, child = name.rpartition(".")
             setattr(denoiser.get_submodule(parent), child, layer)
@@ -162,11 +177,12 @@ class _Before:
 
 
 def freeze(denoiser: nn.Module) -> None:
-    """Pack the weights of all layers; from here on they run in integers."""
+    """Pack the weights of all layers; from here on they run in integers, and known blocks fused."""
     for layer in quant_layers(denoiser).values():
         layer.freeze()
         for quantizer in layer.quantizers:
             quantizer.mode = Mode.FLOAT
+    fuse_blocks(denoiser)
 
 
 def _check_denoiser(denoiser: nn.Module) -> None:

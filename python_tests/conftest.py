@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import settings
+
+from adpdm.nn.fusion import FusedBlock
 
 # Timings on shared machines vary too much for a deadline; equal examples everywhere make failures repeatable.
 settings.register_profile("adpdm", deadline=None, derandomize=True, max_examples=50, print_blob=True)
@@ -25,3 +29,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def generator() -> torch.Generator:
     """A CPU generator with a fixed seed; tests draw on the CPU and move, so devices see equal numbers."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turn the path of one layer after the other, taken within a fused block, into an error."""
+
+    def refuse(self: FusedBlock, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"{type(self).__name__} did not run fused: {self.reason()}")
+
+    monkeypatch.setattr(FusedBlock, "per_layer", refuse)

@@ -1,0 +1,331 @@
+"""What a fused block is, which blocks of a denoiser run fused, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..quantizers.activation import Mode
+from .layers import QuantLayer
+from .packed import Packed
+
+
+class NotFusable(Exception):
+    """Why a block keeps the path of one layer after the other, as a sentence without its subject."""
+
+
+@dataclass(frozen=True)
+class FusionInfo:
+    """One block, or a quantized layer outside all blocks, and how it runs."""
+
+    name: str
+    kind: str  # class of the block or layer
+    fused: bool
+    reason: str  # why not, empty when it runs fused
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class FusedBlock:
+    """Stands in for the `forward` of one block of diffusers, computing the same function in fewer passes.
+
+    It hangs in the instance (`block.forward`), so that the block keeps its class, its parameters and its
+    names. Before every call it makes sure that nobody looks at, or has changed, what it skips; otherwise the
+    forward of the class runs.
+
+    Args:
+        block: of the kind that a subclass knows.
+
+    Raises:
+        NotFusable: for settings that the subclass does not know.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self._links: list[tuple[dict[str, Any], str, nn.Module]] = []  # (owner's children, name, child)
+        self._modules: list[nn.Module] = [block]
+        self._parts: list[FusedBlock] = []  # of blocks inside, run without their `__call__`
+        self._quantizers: list[Any] = []
+        self.anchor: QuantLayer | None = None  # keeps the plan: it hears of moves, copies and loading
+        self.inspect()
+
+    # ---- what subclasses define ----
+
+    def inspect(self) -> None:
+        """Check the block's settings and `skip` every module whose own forward is not called."""
+        raise AssertionError("a subclass knows its block")
+
+    def make_plan(self) -> Any:
+        """What is derived from weights: packed layers, norms in float32."""
+        raise AssertionError("a subclass derives what it needs")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a subclass computes")
+
+    # ---- building ----
+
+    def skip(self, name: str, kind: type[nn.Module]) -> Any:
+        """The child of this name, of exactly this kind or a QuantLayer; its forward will not be called."""
+        owner_name, _, child_name = name.rpartition(".")
+        owner = self.block.get_submodule(owner_name)
+        child = owner._modules.get(child_name)
+        if isinstance(child, QuantLayer):
+            if kind is not type(child):
+                raise NotFusable(f"{name} is a {type(child).__name__}")
+            if not child.is_frozen:
+                raise NotFusable(f"{name} is not frozen")
+            self._quantizers += child.quantizers
+            self.anchor = self.anchor or child
+        elif issubclass(kind, QuantLayer):
+            raise NotFusable(f"{name} is not quantized")
+        elif type(child) is not kind:
+            raise NotFusable(f"{name} is {_article(child)}, known is {kind.__name__}")
+        assert child is not None
+        self._links.append((owner._modules, child_name, child))
+        self._modules.append(child)
+        return child
+
+    def contain(self, name: str) -> Any:
+        """The fused form of a block inside, which this one runs without its `__call__`."""
+        owner_name, _, child_name = name.rpartition(".")
+        owner = self.block.get_submodule(owner_name)
+        child = owner.get_submodule(child_name)
+        fused = child.__dict__.get("forward")
+        if not isinstance(fused, FusedBlock):
+            raise NotFusable(f"{name} is not fused")
+        self._links.append((owner._modules, child_name, child))
+        self._parts.append(fused)
+        return fused
+
+    def require(self, condition: bool, otherwise: str) -> None:
+        if not condition:
+            raise NotFusable(otherwise)
+
+    # ---- running ----
+
+    def applies(self) -> bool:
+        """Whether the fused path computes what the block would; `reason` says why not."""
+        for module in self._modules:
+            state = module.__dict__
+            if state["training"] or state["_forward_hooks"] or state["_forward_pre_hooks"]:
+                return False
+        for owner, name, child in self._links:
+            if owner.get(name) is not child:
+                return False
+        for module in self._modules[1:]:
+            if "forward" in module.__dict__:
+                return False
+        for quantizer in self._quantizers:
+            if quantizer.mode is not Mode.FLOAT:
+                return False
+        return all(p.block.__dict__.get("forward") is p and p.applies() for p in self._parts)
+
+    def reason(self) -> str:
+        """Why the fused path would not be taken now, empty when it would."""
+        for owner, name, child in self._links:
+            if owner.get(name) is not child:
+                return f"{name} was replaced"
+        for module in self._modules:
+            kind = type(module).__name__
+            if module.training:
+                return f"{kind} is in training mode"
+            if module._forward_hooks or module._forward_pre_hooks:
+                return f"{kind} has hooks"
+            if module is not self.block and "forward" in module.__dict__:
+                return f"the forward of {kind} was replaced"
+        if any(q.mode is not Mode.FLOAT for q in self._quantizers):
+            return "a quantizer is not in integer mode"
+        return next((sentence for part in self._parts if (sentence := self._reason_of(part))), "")
+
+    @staticmethod
+    def _reason_of(part: FusedBlock) -> str:
+        kind = type(part.block).__name__
+        if part.block.__dict__.get("forward") is not part:
+            return f"the forward of {kind} was replaced"
+        reason = part.reason()
+        return f"{kind} inside: {reason}" if reason else ""
+
+    @property
+    def plan(self) -> Any:
+        assert self.anchor is not None
+        plan = self.anchor.plan
+        if plan is None:
+            plan = self.anchor.plan = self.make_plan()
+        return plan
+
+    def per_layer(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the block's class."""
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+
+def _article(child: nn.Module | None) -> str:
+    return "missing" if child is None else f"a {type(child).__name__}"
+
+
+def pack_of(layer: QuantLayer) -> Packed:
+    """The packed form of a layer on the device where it is."""
+    return layer.packed(layer.weight.device)
+
+
+class NormCodes:
+    """A normalisation that ends in the codes of the layer behind it; what it needs of both, in float32."""
+
+    def __init__(self, norm: nn.GroupNorm | nn.LayerNorm, activation: ops.Activation) -> None:
+        self.weight, self.bias = _row(norm.weight), _row(norm.bias)  # [C] f32
+        self.eps, self.activation = norm.eps, activation
+        self.norm_groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
+
+    def group(
+        self,
+        sources: Sequence[Tensor],  # 1 or 2, [N, C_s, H, W] float
+        quantizer: ops.OutputQuantizer,
+        modulation: Tensor | None = None,  # [N, 2C] f32
+    ) -> Tensor:
+        """Codes [N, C, H, W] i8 of the normalised concatenation of the sources."""
+        rows = (self.weight, self.bias, modulation)
+        return ops.group_norm_quantize(sources, *rows, quantizer, self.norm_groups, self.eps, self.activation)
+
+    def layer(self, x: Tensor, quantizer: ops.OutputQuantizer) -> Tensor:
+        """Codes [*, C] i8 of normalised x [*, C] float."""
+        return ops.layer_norm_quantize(x, self.weight, self.bias, None, quantizer, self.eps)
+
+
+class SplitNormCodes:
+    """A group norm before a convolution that quantizes the halves of a skip concatenation separately."""
+
+    def __init__(self, norm: nn.GroupNorm, activation: ops.Activation, split: int) -> None:
+        self.split, self.whole = split, NormCodes(norm, activation)
+        per_group = norm.num_channels // norm.num_groups
+        self.halves: list[NormCodes] = []
+        if split % per_group == 0:
+            bounds = ((0, split), (split, norm.num_channels))
+            self.halves = [self._half(norm, activation, low, high) for low, high in bounds]
+
+    @staticmethod
+    def _half(norm: nn.GroupNorm, activation: ops.Activation, low: int, high: int) -> NormCodes:
+        half = NormCodes(norm, activation)
+        half.weight, half.bias = (None if r is None else r[low:high] for r in (half.weight, half.bias))
+        half.norm_groups = (high - low) * norm.num_groups // norm.num_channels
+        return half
+
+    def group(self, sources: Sequence[Tensor], quantizers: Sequence[ops.OutputQuantizer]) -> list[Tensor]:
+        """Codes i8 of each half under its own quantizer.
+
+        Norm groups that end at the split make two norms of one half each. Where a group spans it, both
+        halves need all channels, and each quantizer's run over all of them is cut to its half.
+        """
+        whole = sources if len(sources) == 2 else _halves(sources[0], self.split)
+        if self.halves:
+            pairs = zip(self.halves, whole, quantizers, strict=True)
+            return [half.group([x], quantizer) for half, x, quantizer in pairs]
+        first, second = (self.whole.group(sources, quantizer) for quantizer in quantizers)
+        return [_halves(first, self.split)[0], _halves(second, self.split)[1]]
+
+
+def _halves(x: Tensor, split: int) -> list[Tensor]:
+    return [x.narrow(1, 0, split), x.narrow(1, split, x.shape[1] - split)]
+
+
+def _row(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach().float()
+
+
+# ---- whole denoisers ---------------------------------------------------------------------------------------
+
+KINDS: dict[str, type[FusedBlock]] = {}  # by class name within diffusers; filled by the files of the blocks
+
+
+def fuses(*names: str) -> Callable[[type[FusedBlock]], type[FusedBlock]]:
+    """Enter a fused form for blocks of these class names."""
+
+    def enter(kind: type[FusedBlock]) -> type[FusedBlock]:
+        KINDS.update(dict.fromkeys(names, kind))
+        return kind
+
+    return enter
+
+
+def fuse_blocks(denoiser: nn.Module) -> None:
+    """Let the known blocks of a frozen denoiser run fused; saved format, names and classes stay."""
+    for _, block, kind in _known_blocks(denoiser):
+        if "forward" not in block.__dict__:
+            try:
+                block.forward = kind(block)
+            except NotFusable:
+                continue
+
+
+def unfuse_blocks(denoiser: nn.Module) -> None:
+    """Undo `fuse_blocks`: one layer after the other."""
+    for module in denoiser.modules():
+        if isinstance(module.__dict__.get("forward"), FusedBlock):
+            del module.forward
+
+
+@contextmanager
+def unfused(denoiser: nn.Module) -> Iterator[None]:
+    """Run a denoiser one layer after the other for a while, to compare."""
+    fused = [(m, m.forward) for m in denoiser.modules() if isinstance(m.__dict__.get("forward"), FusedBlock)]
+    unfuse_blocks(denoiser)
+    try:
+        yield
+    finally:
+        for module, forward in fused:
+            module.forward = forward
+
+
+def describe_fusion(denoiser: nn.Module) -> list[FusionInfo]:
+    """How every block, and every quantized layer outside the blocks, runs if it is called now."""
+    infos: list[FusionInfo] = []
+    inside: set[nn.Module] = set()
+    for name, block, kind in _known_blocks(denoiser):
+        reason = _reason(block, kind)
+        infos.insert(0, FusionInfo(name, type(block).__name__, not reason, reason))
+        inside |= set(block.modules())
+    for name, layer in denoiser.named_modules():
+        if isinstance(layer, QuantLayer) and layer not in inside:
+            infos.append(FusionInfo(name, type(layer).__name__, False, "no known block around it"))
+    return infos
+
+
+def summarize_fusion(infos: Sequence[FusionInfo]) -> str:
+    """One line: how many run fused, and what keeps the others."""
+    reasons = [f"{i.name} ({i.kind}): {i.reason}" for i in infos if not i.fused]
+    line = f"{len(infos) - len(reasons)} of {len(infos)} blocks"
+    return f"{line}; not {'; '.join(reasons)}" if reasons else line
+
+
+def _reason(block: nn.Module, kind: type[FusedBlock]) -> str:
+    fused = block.__dict__.get("forward")
+    if isinstance(fused, FusedBlock):
+        return fused.reason()
+    if fused is not None:
+        return "its forward was replaced"
+    try:
+        kind(block)
+    except NotFusable as reason:
+        return str(reason)
+    return "not fused: see fuse_blocks"
+
+
+def _known_blocks(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module, type[FusedBlock]]]:
+    """Blocks with something quantized inside, inner ones first."""
+    for name, module in reversed(list(denoiser.named_modules())):
+        kind = KINDS.get(type(module).__name__)
+        # Not those of single pipelines: AudioLDM 2 has a CrossAttnUpBlock2D of its own.
+        if kind is None or not type(module).__module__.startswith("diffusers.models."):
+            continue
+        if any(isinstance(m, QuantLayer) for m in module.modules()):
+            yield name, module, kind
+
+
+def grad_checkpointed(block: nn.Module) -> bool:
+    """Whether the block would recompute parts in the backward pass."""
+    return torch.is_grad_enabled() and bool(getattr(block, "gradient_checkpointing", False))

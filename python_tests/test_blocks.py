@@ -1,0 +1,472 @@
+"""Fused blocks: the results of one layer after the other, and that path wherever something is unknown."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from adpdm.nn import (
+    LayerInfo,
+    QuantConv2d,
+    describe_fusion,
+    fuse_blocks,
+    quant_layers,
+    swap_layers,
+    unfuse_blocks,
+    unfused,
+)
+from adpdm.quantizers.activation import Mode
+from adpdm.step import StepState
+
+STEPS, GROUPS = 6, 3
+# Floats round differently in a norm or an addition, by 2^-24, and a few codes in a million by one of 255.
+WANTED_DB = 45.0
+SECOND_SPLIT = 8
+
+
+class Host(nn.Module):
+    """A denoiser of one block, with its clock."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    @property
+    def step(self) -> StepState:
+        step = self.get_submodule("adpdm_step")
+        assert isinstance(step, StepState)
+        return step
+
+
+def frozen(block: nn.Module, split: int | None = None, bits: tuple[int, int] = (8, 8)) -> Any:
+    """The block with quantized layers of random weights and ranges, fused.
+
+    Args:
+        split: channels of the first segment of layers that read the block's concatenated input; those of an
+            up block's second residual block are SECOND_SPLIT.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for parameter in block.parameters():  # norms would be the identity, many biases zero
+        parameter.data = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+    host = Host(block.eval().requires_grad_(False)).to(memory_format=torch.channels_last)
+    infos = []
+    for name, layer in host.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not name.endswith("time_emb_proj"):
+            reads_input = name.endswith(("conv1", "conv_shortcut")) and split is not None
+            halves = None if not reads_input else SECOND_SPLIT if "resnets.1." in name else split
+            infos.append(LayerInfo(name, 0, 0, bits, "", halves))
+    swap_layers(host, infos, GROUPS, lambda slots: StepState(slots, STEPS, 1000))
+    table = torch.tensor([2, 0, 1, 2, 0, 1], dtype=torch.int32)
+    for layer in quant_layers(host).values():
+        for quantizer in layer.quantizers:
+            high = 2 + torch.rand(GROUPS, generator=torch.Generator().manual_seed(1)) * 2
+            quantizer.set_ranges(-high, 0.8 * high, table)
+        layer.freeze()
+    host.step.set_step(0)
+    fuse_blocks(host)
+    return host
+
+
+def sqnr_db(actual: Tensor, wanted: Tensor) -> float:
+    error = (actual.double() - wanted.double()).square().sum()
+    return float(10 * torch.log10(wanted.double().square().sum() / error.clamp_min(1e-30)))
+
+
+def randn(*shape: int, seed: int = 3) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def resnet(**changes: Any) -> nn.Module:
+    settings: dict[str, Any] = {"in_channels": 8, "out_channels": 8, "temb_channels": 6, "groups": 4}
+    return ResnetBlock2D(**{**settings, **changes})
+
+
+def spatial_attention(**changes: Any) -> nn.Module:
+    settings: dict[str, Any] = {
+        "heads": 2,
+        "dim_head": 4,
+        "norm_num_groups": 2,
+        "residual_connection": True,
+        "bias": True,
+        "upcast_softmax": True,
+    }
+    return Attention(8, **{**settings, **changes})
+
+
+def transformer(**changes: Any) -> nn.Module:
+    settings: dict[str, Any] = {"in_channels": 8, "norm_num_groups": 4, "cross_attention_dim": 5}
+    return Transformer2DModel(2, 4, **{**settings, **changes})
+
+
+TEMB, CONTEXT, IMAGE = randn(2, 6, seed=5), randn(2, 3, 5, seed=6), randn(2, 8, 6, 4)
+Case = tuple[Callable[[], Any], tuple[Any, ...], dict[str, Any]]
+CASES: dict[str, Case] = {
+    "resnet": (lambda: frozen(resnet()), (IMAGE, TEMB), {}),
+    "resnet with shortcut and factor": (
+        lambda: frozen(resnet(out_channels=12, output_scale_factor=1.4)),
+        (IMAGE, TEMB),
+        {},
+    ),
+    "resnet with scale and shift": (
+        lambda: frozen(resnet(time_embedding_norm="scale_shift")),
+        (IMAGE, TEMB),
+        {},
+    ),
+    "resnet without time": (lambda: frozen(resnet(temb_channels=None)), (IMAGE, None), {}),
+    "resnet, split between groups": (lambda: frozen(resnet(out_channels=4), 4), (IMAGE, TEMB), {}),
+    "resnet, split within a group": (lambda: frozen(resnet(out_channels=4), 5), (IMAGE, TEMB), {}),
+    "resnet, w4a4": (lambda: frozen(resnet(), None, (4, 4)), (IMAGE, TEMB), {}),
+    "upsample": (lambda: frozen(Upsample2D(8, True)), (IMAGE,), {}),
+    "upsample to twice the size": (lambda: frozen(Upsample2D(8, True)), (IMAGE, (12, 8)), {}),
+    "downsample": (lambda: frozen(Downsample2D(8, True, name="op")), (IMAGE,), {}),
+    "downsample, one-sided": (lambda: frozen(Downsample2D(8, True, padding=0, name="op")), (IMAGE,), {}),
+    "spatial attention": (lambda: frozen(spatial_attention()), (IMAGE,), {"temb": TEMB}),
+    "spatial attention with factor": (
+        lambda: frozen(spatial_attention(rescale_output_factor=1.4, residual_connection=False)),
+        (IMAGE,),
+        {},
+    ),
+    "attention": (lambda: frozen(Attention(8, None, 2, None, 4)), (randn(2, 7, 8),), {}),
+    "cross-attention": (lambda: frozen(Attention(8, 5, 2, None, 4)), (randn(2, 7, 8), CONTEXT), {}),
+    "transformer block": (
+        lambda: frozen(BasicTransformerBlock(8, 2, 4, cross_attention_dim=5)),
+        (randn(2, 7, 8),),
+        {"encoder_hidden_states": CONTEXT},
+    ),
+    "transformer block with two self-attentions": (
+        lambda: frozen(BasicTransformerBlock(8, 2, 4, double_self_attention=True)),
+        (randn(2, 7, 8),),
+        {},
+    ),
+    "transformer": (lambda: frozen(transformer()), (IMAGE, CONTEXT), {"return_dict": False}),
+    "transformer with linear projections": (
+        lambda: frozen(transformer(use_linear_projection=True)),
+        (IMAGE, CONTEXT),
+        {"return_dict": False},
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    make, args, kwargs = CASES[request.param]
+    return make(), args, kwargs
+
+
+def run(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        result = host.block(*args, **kwargs)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def test_fused_block_computes_what_its_layers_compute(
+    case: tuple[Any, tuple[Any, ...], dict[str, Any]], no_fallback: None
+) -> None:
+    host, args, kwargs = case
+    for step in range(3):  # three groups
+        host.step.set_step(step)
+        fused = run(host, args, kwargs)
+        with unfused(host):
+            wanted = run(host, args, kwargs)
+        assert fused.shape == wanted.shape
+        assert fused.dtype == wanted.dtype
+        assert sqnr_db(fused, wanted) > WANTED_DB
+    assert all(info.fused for info in describe_fusion(host))
+
+
+UP = {
+    "UpBlock2D": lambda: UpBlock2D(8, 12, 8, 6, num_layers=2, resnet_groups=4),
+    "AttnUpBlock2D": lambda: AttnUpBlock2D(8, 12, 8, 6, num_layers=2, resnet_groups=4, attention_head_dim=4),
+    "CrossAttnUpBlock2D": lambda: CrossAttnUpBlock2D(
+        8, 8, 12, 6, num_layers=2, resnet_groups=4, num_attention_heads=2, cross_attention_dim=5
+    ),
+}
+
+
+def up_arguments(kind: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    skips = (randn(2, 8, 6, 4, seed=7), randn(2, 8, 6, 4, seed=8))
+    context = {"encoder_hidden_states": CONTEXT} if kind.startswith("Cross") else {}
+    return (randn(2, 12, 6, 4), skips, TEMB), context
+
+
+@pytest.mark.parametrize("split", [12, None])
+@pytest.mark.parametrize("kind", UP)
+def test_up_block_never_joins_the_skip_concatenation(
+    kind: str, split: int | None, no_fallback: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = frozen(UP[kind](), split)
+    args, kwargs = up_arguments(kind)
+    with unfused(host):
+        wanted = run(host, args, kwargs)
+    cat, joined = torch.cat, []
+
+    def watched(parts: Any, *rest: Any, **others: Any) -> Tensor:
+        joined.extend(p.dtype for p in parts if p.dim() == 4)
+        return cat(parts, *rest, **others)
+
+    run(host, args, kwargs)  # packs
+    monkeypatch.setattr(torch, "cat", watched)
+    fused = run(host, args, kwargs)
+    # Without a split, the codes of the shortcut are joined: a quarter of the bytes.
+    assert set(joined) == (set() if split else {torch.int8})
+    assert sqnr_db(fused, wanted) > WANTED_DB
+
+
+def test_parts_that_do_not_meet_at_the_split_are_joined(no_fallback: None) -> None:
+    host = frozen(resnet(out_channels=4), 3)
+    forward = host.block.forward
+    fused = forward.run([IMAGE[:, :5], IMAGE[:, 5:]], TEMB)
+    assert torch.equal(fused, run(host, (IMAGE, TEMB), {}))
+
+
+def test_float_shortcut_is_called_as_it_is_now(no_fallback: None) -> None:
+    host = frozen(resnet(out_channels=12))
+    unfuse_blocks(host)
+    host.block.conv_shortcut = nn.Conv2d(8, 12, 1)
+    fuse_blocks(host)
+    run(host, (IMAGE, TEMB), {})
+    host.block.conv_shortcut = nn.Sequential(host.block.conv_shortcut, nn.Tanh())  # as an adapter would
+    fused = run(host, (IMAGE, TEMB), {})
+    with unfused(host):
+        assert sqnr_db(fused, run(host, (IMAGE, TEMB), {})) > WANTED_DB
+
+
+def test_block_of_the_same_name_elsewhere_is_unknown() -> None:
+    host = frozen(resnet())
+    unfuse_blocks(host)
+    namesake = type("ResnetBlock2D", (ResnetBlock2D,), {"__module__": "diffusers.pipelines.other"})
+    host.block.__class__ = namesake
+    fuse_blocks(host)
+    assert "forward" not in host.block.__dict__
+
+
+def test_projections_share_codes_only_where_their_quantizers_agree(no_fallback: None) -> None:
+    host = frozen(spatial_attention())
+    wanted = run(host, (IMAGE,), {})
+    assert len(host.block.forward.plan.to_itself.packed) == 1
+    quantizer = host.block.to_k.quantizers[0]
+    quantizer.scale = quantizer.scale * 1.5
+    host.block.to_q.drop_packed()
+    host.block.to_k.drop_packed()
+    fused = run(host, (IMAGE,), {})
+    assert host.block.forward.plan.to_itself.groups == [[0, 2], [1]]
+    assert not torch.equal(fused, wanted)
+    with unfused(host):
+        assert sqnr_db(fused, run(host, (IMAGE,), {})) > WANTED_DB
+
+
+# ---- what keeps the path of one layer after the other ------------------------------------------------------
+
+
+def reason_of(host: Any) -> str:
+    return next(info.reason for info in describe_fusion(host) if info.name == "block")
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (lambda: resnet(up=True), "it resamples inside"),
+        (lambda: resnet(non_linearity="gelu"), "nonlinearity is a GELU, known is SiLU"),
+        (lambda: Upsample2D(8, True, interpolate=False), "it does not interpolate"),
+        (lambda: Upsample2D(8, True, norm_type="ln_norm", elementwise_affine=True), "it has a norm"),
+        (lambda: spatial_attention(processor=AttnProcessor()), "its processor is AttnProcessor"),
+        (lambda: spatial_attention(qk_norm="layer_norm"), "it has norm_q"),
+        (
+            lambda: BasicTransformerBlock(8, 2, 4, activation_fn="gelu"),
+            "its feed-forward starts with GELU",
+        ),
+        (
+            lambda: BasicTransformerBlock(8, 2, 4, norm_type="ada_norm", num_embeds_ada_norm=10),
+            "its norms are ada_norm",
+        ),
+    ],
+)
+def test_unknown_setting_is_named(block: Callable[[], nn.Module], reason: str) -> None:
+    host = frozen(block())
+    assert "forward" not in host.block.__dict__
+    assert reason_of(host) == reason
+
+
+def test_layer_left_in_float_is_named() -> None:
+    host = frozen(resnet())
+    unfuse_blocks(host)
+    host.block.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+    fuse_blocks(host)
+    assert reason_of(host) == "conv2 is not quantized"
+
+
+def test_layer_outside_all_blocks_is_listed() -> None:
+    host = frozen(nn.Sequential(nn.Conv2d(8, 8, 1)))
+    infos = describe_fusion(host)
+    assert [(i.name, i.kind, i.fused, i.reason) for i in infos] == [
+        ("block.0", "QuantConv2d", False, "no known block around it")
+    ]
+
+
+def add_hook(host: Any) -> None:
+    host.block.conv1.register_forward_hook(lambda module, args, output: None)
+
+
+def add_pre_hook(host: Any) -> None:
+    host.block.register_forward_pre_hook(lambda module, args: None)
+
+
+def replace_child(host: Any) -> None:
+    host.block.conv1 = copy.deepcopy(host.block.conv1)
+
+
+def replace_forward(host: Any) -> None:
+    host.block.conv2.forward = lambda x: QuantConv2d.forward(host.block.conv2, x)
+
+
+def fake_mode(host: Any) -> None:
+    host.block.conv2.set_mode(Mode.FAKE)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (add_hook, "QuantConv2d has hooks"),
+        (add_pre_hook, "ResnetBlock2D has hooks"),
+        (replace_child, "conv1 was replaced"),
+        (replace_forward, "the forward of QuantConv2d was replaced"),
+        (fake_mode, "a quantizer is not in integer mode"),
+        (lambda host: host.block.dropout.train(), "Dropout is in training mode"),
+    ],
+)
+def test_change_after_fusing_takes_the_class_forward(change: Callable[[Any], None], reason: str) -> None:
+    host = frozen(resnet())
+    calls: list[str] = []
+    change(host)
+    host.block.norm1.forward = lambda x: calls.append("norm1") or nn.GroupNorm.forward(host.block.norm1, x)
+    run(host, (IMAGE, TEMB), {})
+    assert calls == ["norm1"]
+    del host.block.norm1.forward
+    assert reason_of(host) == reason
+
+
+def test_masked_attention_takes_the_class_forward() -> None:
+    host = frozen(Attention(8, None, 2, None, 4))
+    mask = torch.zeros(2, 1, 7)
+    mask[:, :, 3:] = -1e4
+    x = randn(2, 7, 8)
+    fused = run(host, (x,), {"attention_mask": mask})
+    with unfused(host):
+        assert torch.equal(fused, run(host, (x,), {"attention_mask": mask}))
+    assert not torch.equal(fused, run(host, (x,), {}))
+
+
+def test_other_processor_takes_the_class_forward() -> None:
+    host = frozen(spatial_attention())
+    host.block.set_processor(AttnProcessor())
+    assert reason_of(host) == "its processor is AttnProcessor now"
+    with unfused(host):
+        wanted = run(host, (IMAGE,), {})
+    assert torch.equal(run(host, (IMAGE,), {}), wanted)
+
+
+def test_freeu_takes_the_class_forward() -> None:
+    host = frozen(UP["UpBlock2D"](), 12)
+    host.block.resolution_idx = 0
+    plain = run(host, up_arguments("UpBlock2D")[0], {})
+    for name, value in (("s1", 0.9), ("s2", 0.2), ("b1", 1.2), ("b2", 1.4)):
+        setattr(host.block, name, value)
+    changed = run(host, up_arguments("UpBlock2D")[0], {})
+    with unfused(host):
+        assert sqnr_db(changed, run(host, up_arguments("UpBlock2D")[0], {})) > WANTED_DB
+    assert sqnr_db(changed, plain) < WANTED_DB
+
+
+def test_residual_block_with_hooks_gets_the_joined_input_from_its_up_block() -> None:
+    host = frozen(UP["UpBlock2D"](), 12)
+    seen: list[Any] = []
+    handle = host.block.resnets[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    args, _ = up_arguments("UpBlock2D")
+    hooked = run(host, args, {})
+    assert seen == [(2, 20, 6, 4)]
+    handle.remove()
+    assert sqnr_db(run(host, args, {}), hooked) > WANTED_DB
+
+
+# ---- copies, moves, names ----------------------------------------------------------------------------------
+
+
+def test_names_and_state_do_not_know_of_fusion() -> None:
+    host = frozen(transformer())
+    run(host, (IMAGE, CONTEXT), {"return_dict": False})
+    fused = list(host.state_dict()), [name for name, _ in host.named_modules()], type(host.block)
+    unfuse_blocks(host)
+    assert fused == (
+        list(host.state_dict()),
+        [name for name, _ in host.named_modules()],
+        Transformer2DModel,
+    )
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda host: pickle.loads(pickle.dumps(host))])
+def test_copy_is_fused_and_independent(duplicate: Callable[[Any], Any], no_fallback: None) -> None:
+    host = frozen(resnet())
+    wanted = run(host, (IMAGE, TEMB), {})
+    other = duplicate(host)
+    assert other.block.forward.block is other.block
+    assert other.block.forward is not host.block.forward
+    host.block.norm1.weight.data.zero_()
+    host.block.conv1.weight.data.zero_()
+    host.step.set_step(1)
+    assert torch.equal(run(other, (IMAGE, TEMB), {}), wanted)
+
+
+def test_loading_other_weights_is_noticed(no_fallback: None) -> None:
+    host = frozen(resnet())
+    state = host.state_dict()
+    state["block.conv2.weight"] = -state["block.conv2.weight"]
+    state["block.norm2.bias"] = state["block.norm2.bias"] + 1
+    before = run(host, (IMAGE, TEMB), {})
+    host.load_state_dict(state)
+    fused = run(host, (IMAGE, TEMB), {})
+    with unfused(host):
+        layers = run(host, (IMAGE, TEMB), {})
+    wanted = run(copy.deepcopy(host), (IMAGE, TEMB), {})  # a copy derives everything anew
+    assert torch.equal(fused, wanted)
+    assert sqnr_db(layers, wanted) > WANTED_DB
+    assert not torch.equal(fused, before)
+
+
+def test_unfused_puts_the_same_objects_back() -> None:
+    host = frozen(resnet())
+    forward = host.block.forward
+
+    def fail_unfused() -> None:
+        with unfused(host):
+            assert "forward" not in host.block.__dict__
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_unfused()
+    assert host.block.forward is forward
+
+
+def test_compiled_block_follows_the_step() -> None:
+    host = frozen(resnet())
+    compiled = torch.compile(host.block, backend="eager")
+    outputs = []
+    for step in range(2):
+        host.step.set_step(step)
+        with torch.no_grad():
+            outputs.append(compiled(IMAGE, TEMB))
+        assert torch.equal(outputs[step], run(host, (IMAGE, TEMB), {}))
+    assert not torch.equal(outputs[0], outputs[1])
