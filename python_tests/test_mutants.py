@@ -1,4 +1,4 @@
-"""Tests of the list of planted faults (tools/mutants.txt): it must keep up with the sources. Builds nothing."""
+"""Tests of the list of planted faults (tools/mutants.txt): it must keep up with the sources; builds none."""
 
 from __future__ import annotations
 

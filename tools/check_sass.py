@@ -88,7 +88,6 @@ IGEMM_RULES = (
     Rule(A4W4, ("sm_90a",), refused=(MMA,)),  # the planner never takes it there
     Rule(A4W4_UNPACKED, wanted=(*MMA_KERNEL, MMA_S8), refused=(MMA_S4,)),
     Rule(r"igemm_mma<.*, 64, 64, 32, ", max_registers=168),
-    Rule(r"igemm_mma<.*IgemmMode\)[012], 128, 64, 64, ", max_registers=168),
     # One fence, and waits in the loop and behind it: more, and ptxas has serialized the products (C7510).
     Rule(
         r"igemm_wgmma<",
