@@ -17,21 +17,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .bias import correct_bias
 from .config import QuantConfig
 from .nn import QuantLayer
 from .partition import all_step_errors, fit_ranges, initial_tables
+from .precision import RAISED_BITS, measure_sensitivity, raise_bits
 from .quantizers import ActivationQuantizer
 from .quantizers.activation import Mode
+from .replay import Progress, Replay
+from .rounding import round_weights
 from .search import WARN_BELOW_MAX_IMPORTANCE, Batch, GroupSearch, SearchOutcome
 from .step import StepState
 from .timesteps import TimestepSelector, fixed_visits, mmd_trace
 from .trajectory import Sampler, Trajectory
 
-Progress = Callable[[str, int, int], None]  # phase, done, total
-
 HOLDOUT_BATCHES = 16  # batches, spread over the steps, on which hardening is judged
 STATE_VERSION = 1
-BIAS_STEPS = 12  # forward passes that the mean errors are averaged over
 MIN_STEP_WEIGHT = 0.02  # of the mean
 
 
@@ -49,6 +50,8 @@ class CalibrationTrace:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     visits: list[int] = field(default_factory=list)
     step_weights: list[float] = field(default_factory=list)
+    rounding: dict[str, float] = field(default_factory=dict)  # squared error over that of nearest, by layer
+    sensitivity: dict[str, dict[str, float]] = field(default_factory=dict)  # by layer, see precision.py
     mmd: list[float] = field(default_factory=list)  # after every round
     losses: list[float] = field(default_factory=list)
     quantizers: list[dict[str, Any]] = field(default_factory=list)  # observed and covered ranges, groups
@@ -103,14 +106,16 @@ class Calibration:
         # the gradients, which would otherwise come from a few steps.
         self._draw_weights = self.step_weights.sqrt() / self.step_weights.sqrt().mean()
         self.trace.step_weights = self.step_weights.tolist()
-        self._timed("partition", self._partition)
-        for layer in self.layers.values():
-            layer.quantize_weight()
-        self._timed("bias correction", lambda: self._correct_bias(trajectory))
+        names = list(self.layers)
+        self._timed("partition", lambda: self._partition(names))
+        replay = Replay(self.sampler, self.layers, trajectory, self.step_weights, self.progress)
+        self._timed("weights", lambda: self._round_weights(replay, names))
+        self._timed("raised layers", lambda: self._raise_bits(replay))
+        self._timed("bias correction", lambda: self._correct_bias(replay))
         self._set_mode(Mode.FAKE)
         if self.config.grouping == "search" and self.config.num_groups > 1:
             self._timed("search", lambda: self._search(trajectory))
-            self._correct_bias(trajectory)
+            self._correct_bias(replay)
             self._set_mode(Mode.FAKE)
         self.trace.quantizers = [_describe(name, q) for name, q in self.quantizers.items()]
         for quantizer in self.quantizers.values():
@@ -162,8 +167,8 @@ class Calibration:
 
     # ---- partition ----
 
-    def _partition(self) -> None:
-        config, quantizers = self.config, list(self.quantizers.values())
+    def _partition(self, names: list[str]) -> None:
+        config, quantizers = self.config, [q for name in names for q in self.layers[name].quantizers]
         searched = config.grouping == "search"
         visits = [1] * config.num_inference_steps if searched else fixed_visits(config, self.num_rounds)
         self.trace.visits = list(visits)
@@ -174,54 +179,34 @@ class Calibration:
             fit_ranges(quantizer, error, table, config.groups_per_layer, importance, config.range_method)
             self.progress("partition", i + 1, len(quantizers))
 
-    # ---- bias correction ----
-
     def _set_mode(self, mode: Mode) -> None:
         for layer in self.layers.values():
             layer.set_mode(mode)
 
-    @torch.no_grad()
-    def _correct_bias(self, trajectory: Trajectory) -> None:
-        """Take the mean error that quantization adds to each output channel out of the bias.
+    # ---- weights ----
 
-        Rounding of weights shifts the mean of an output, as activations have a mean. Along the trajectory a
-        shift adds up where zero-mean noise averages out: it costs more than its share of the squared error.
-        Source: Nagel et al. 2019, section 4.2; here each layer at its full-precision input, over steps [R].
-        """
-        if not self.config.correct_bias:
+    def _round_weights(self, replay: Replay, names: list[str]) -> None:
+        if self.config.weight_rounding == "nearest":
+            for name in names:
+                self.layers[name].quantize_weight()
+        else:
+            self.trace.rounding.update(round_weights(replay, names, self.config.seed))
+
+    def _raise_bits(self, replay: Replay) -> None:
+        """Give 8 bits to the layers where fewer cost most, and do again for them what depends on it."""
+        config = self.config
+        if config.raised_layers == 0 or min(config.weight_bits, config.activation_bits) >= RAISED_BITS:
             return
-        self._set_mode(Mode.FLOAT)
-        layers = {name: layer for name, layer in self.layers.items() if layer.bias is not None}
-        for layer in layers.values():
-            layer.bias_shift = None
-        shifts: dict[str, list[Tensor]] = {name: [] for name in layers}  # [O] f64, one per call
+        found = measure_sensitivity(replay, config.seed)
+        self.trace.sensitivity = {name: s.to_dict() for name, s in found.items()}
+        raised = raise_bits(self.layers, found, config.raised_layers)
+        # One partition of the whole net depends on all of its layers.
+        self._partition(list(self.layers) if config.shared_groups else raised)
+        self._round_weights(replay, raised)
 
-        def watch(name: str, layer: QuantLayer) -> Any:
-            def before_forward(module: Any, args: tuple[Tensor, ...]) -> None:
-                shifts[name].append(layer.output_shift(args[0]))
-
-            return layer.register_forward_pre_hook(before_forward)
-
-        handles = [watch(name, layer) for name, layer in layers.items()]
-        steps = self._steps_by_weight(BIAS_STEPS)
-        try:
-            for index, step_index in enumerate(steps):
-                self._predict(
-                    self._batch(trajectory, step_index, torch.arange(trajectory.samples.shape[1]), index)
-                )
-                self.progress("bias correction", index + 1, len(steps))
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name, layer in layers.items():
-            if shifts[name]:
-                layer.bias_shift = torch.stack(shifts[name]).mean(0).to(layer.weight.dtype)
-
-    def _steps_by_weight(self, count: int) -> list[int]:
-        """Step indices at equal distances of accumulated step weight: more where an error counts more."""
-        share = self.step_weights.cumsum(0) / self.step_weights.sum()
-        wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        return torch.searchsorted(share, wanted).tolist()
+    def _correct_bias(self, replay: Replay) -> None:
+        if self.config.correct_bias:
+            correct_bias(replay)
 
     # ---- search ----
 

@@ -9,6 +9,7 @@ Grouping = Literal["shared", "uniform", "per_step", "dp", "search"]
 Selection = Literal["srm", "uniform", "normal", "random"]
 TimestepPolicy = Literal["nearest", "error"]
 RangeMethod = Literal["mse", "minmax"]
+Rounding = Literal["nearest", "gptq"]
 Objective = Literal["teacher", "noise"]
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -17,7 +18,7 @@ MAX_GROUPS = 256  # more than any use was found for
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Differentiable search over group importance weights (method.md section 4).
+    """Differentiable search over group importance weights (method.md section 6).
 
     Args:
         num_steps: optimizer steps on mixtures, spread evenly over the selection rounds.
@@ -55,7 +56,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """What to quantize, how finely, and how to find the groups (method.md sections 2 to 6).
+    """What to quantize, how finely, and how to find the groups (method.md sections 2 to 8).
 
     Args:
         weight_bits: 2 to 8, per output channel, symmetric.
@@ -64,6 +65,10 @@ class QuantConfig:
         grouping: how timesteps are partitioned; `search` is the paper's method.
         range_method: a group's range has the least squared error on its histogram (`mse`), or covers all that
             was seen (`minmax`, the baseline of the literature).
+        weight_rounding: weights to `nearest`, or so that the layer's outputs on its own quantized inputs are
+            nearest (`gptq`).
+        raised_layers: share of the multiply-accumulates that may have 8-bit activations, and share of the
+            weights that may have 8 bits, in the layers where fewer bits were measured to cost most.
         weigh_steps: let a step's error count by what it was measured to do to the final sample; otherwise all
             steps count alike.
         shared_groups: one partition for the whole network instead of one per layer.
@@ -85,6 +90,8 @@ class QuantConfig:
     num_groups: int = 8
     grouping: Grouping = "search"
     range_method: RangeMethod = "mse"
+    weight_rounding: Rounding = "gptq"
+    raised_layers: float = 0.05
     weigh_steps: bool = True
     shared_groups: bool = False
     num_inference_steps: int = 50
@@ -112,9 +119,11 @@ class QuantConfig:
         _within("num_groups", self.num_groups, 1, MAX_GROUPS)
         for name in ("num_inference_steps", "calibration_images", "round_size", "histogram_images"):
             _at_least(name, getattr(self, name), 1)
+        _within("raised_layers", self.raised_layers, 0.0, 1.0)
         _within("exclude_first", self.exclude_first, 0.0, 0.9)
         _one_of("grouping", self.grouping, get_args(Grouping))
         _one_of("range_method", self.range_method, get_args(RangeMethod))
+        _one_of("weight_rounding", self.weight_rounding, get_args(Rounding))
         _one_of("selection", self.selection, get_args(Selection))
         _one_of("timestep_policy", self.timestep_policy, get_args(TimestepPolicy))
         _one_of("input_output_bits", self.input_output_bits, (8, None))

@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import report as page
-from .calibrate import Progress
 from .config import Grouping, QuantConfig, SearchConfig
 from .evaluate import EvaluationConfig, EvaluationResult, compare, generate, layer_sqnr, psnr
 from .info import gather_info
 from .pipeline import find_denoiser, load_pipeline, quantize
+from .replay import Progress
 
 MAIN_BITS = ((8, 8), (4, 8))
 COMPARISON_BITS = (6, 6)

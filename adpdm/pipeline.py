@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from .calibrate import Calibration, CalibrationTrace, Progress, silent
+from .calibrate import Calibration, CalibrationTrace, silent
 from .config import QuantConfig
 from .diffusers_quantizer import mark_quantized
 from .nn import (
@@ -27,6 +27,7 @@ from .nn import (
     unfuse_blocks,
 )
 from .quantizers.activation import Mode
+from .replay import Progress
 from .step import StepState, attach_step_hook
 from .trajectory import Sampler
 
@@ -138,7 +139,9 @@ def _quantize(
     step = swap_layers(denoiser, layers, config.groups_per_layer, make_step)
     attach_step_hook(denoiser)
     path = None if state_file is None else Path(state_file)
-    trace = Calibration(sampler, quant_layers(denoiser), step, config, progress, path).run()
+    quant = quant_layers(denoiser)
+    trace = Calibration(sampler, quant, step, config, progress, path).run()
+    layers = [replace(x, bits=quant[x.name].bits) if x.name in quant else x for x in layers]
     freeze(denoiser)
     mark_quantized(denoiser, config, layers)
     timesteps = [float(t) for t in sampler.timesteps]

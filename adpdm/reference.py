@@ -163,7 +163,7 @@ def fake_quantize_backward(
 def fake_quantize_mixture(
     x: Tensor, scale: Tensor, zero_point: Tensor, importance: Tensor, quant_min: int, quant_max: int
 ) -> Tensor:
-    """sum_g importance[g] * Q_g(x): the mixture of quantized values of the search (method.md section 4).
+    """sum_g importance[g] * Q_g(x): the mixture of quantized values of the search (method.md section 6).
 
     Args: x [*] f32|bf16|f16; scale, zero_point, importance [G] f32. Returns x's shape and dtype.
     Groups are added in ascending order in float32.

@@ -16,7 +16,7 @@ from .quantizers.activation import Mode
 from .step import StepState
 
 WARN_BELOW_MAX_IMPORTANCE = (
-    0.9  # hardening a softer choice than this changes the network (method.md section 4)
+    0.9  # hardening a softer choice than this changes the network (method.md section 6)
 )
 FINAL_LEARNING_RATE = 0.1  # of the start, reached linearly
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import QuantConfig
 
-VISIT_BONUS_NATS = 1.5  # eta of method.md section 5, on the un-normalised entropy
+VISIT_BONUS_NATS = 1.5  # eta of method.md section 7, on the un-normalised entropy
 NORMAL_MEAN, NORMAL_SPREAD = 0.4, 0.4  # PTQ4DM's N(0.4 T, 0.4 T), counted from the noisy end
 
 
@@ -20,7 +20,7 @@ NORMAL_MEAN, NORMAL_SPREAD = 0.4, 0.4  # PTQ4DM's N(0.4 T, 0.4 T), counted from 
 class TimestepSelector:
     """Picks one step index per round by the selection of the config, and remembers why.
 
-    Source: method.md section 5. `srm` maximises mean normalised entropy + eta / (visits + 1).
+    Source: method.md section 7. `srm` maximises mean normalised entropy + eta / (visits + 1).
     """
 
     config: QuantConfig
@@ -94,7 +94,7 @@ def mmd_trace(samples: Tensor, chosen: Sequence[int]) -> list[float]:
         samples: [T, N, *] inputs of the denoiser at every step.
         chosen: step index of each round, repetitions count.
     Returns: biased estimate with an RBF kernel, bandwidth by the median heuristic; 0 when the sets agree.
-    Source: method.md section 5; reported because the surrogate of the selection only stands for it.
+    Source: method.md section 7; reported because the surrogate of the selection only stands for it.
     """
     steps, images = samples.shape[:2]
     points = samples.reshape(steps * images, -1).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,7 @@ class QuantLayer(nn.Module):
         self.weight_shape = self.weight.shape
         self.is_frozen = False
         self.bias_shift: Tensor | None = None  # [O], joins the bias when the layer is frozen
+        self._codes: Tensor | None = None  # [O, C, *] i8, until they become the weight
         self._fake_weight: Tensor | None = None
         self._packed: Packed | None = None
         self.plan: Any = None  # what the fused block around this layer derived from its layers and norms
@@ -68,9 +70,12 @@ class QuantLayer(nn.Module):
         return x.shape[self.channel_dim] - (self.weight_quantizer.split or 0)
 
     def quantize_weight(self) -> None:
-        """Derive the fake-quantized weight that the search runs on; the original stays."""
-        codes, scales = self.weight_quantizer.quantize(self.weight)
-        self.weight_scale = scales.to(self.weight.device)
+        """Round the weight to nearest; the original stays."""
+        self.set_codes(*self.weight_quantizer.quantize(self.weight))
+
+    def set_codes(self, codes: Tensor, scales: Tensor) -> None:
+        """Fix the codes [O, C, *] i8 and scales [S, O] that the search runs on and that freezing keeps."""
+        self._codes, self.weight_scale = codes, scales.to(self.weight.device)
         self._fake_weight = self._like_weight(self.weight_quantizer.dequantize(codes, scales))
 
     def _like_weight(self, value: Tensor) -> Tensor:
@@ -82,12 +87,13 @@ class QuantLayer(nn.Module):
         """Weight codes [O, C, *] i8: of the frozen layer, or those that freezing would give."""
         if self.is_frozen:
             return self.weight_quantizer.restore(self.weight.data, self.weight_shape)
-        return self.weight_quantizer.quantize(self.weight)[0]
+        return self.weight_quantizer.quantize(self.weight)[0] if self._codes is None else self._codes
 
     def freeze(self) -> None:
         """Replace the float weight by integer codes; from here on `forward` runs in integers."""
-        codes, scales = self.weight_quantizer.quantize(self.weight)
-        self.weight_scale = scales.to(self.weight.device)
+        if self._codes is None:
+            self.quantize_weight()
+        codes = self.codes()
         if self.bias is not None and self.bias_shift is not None:
             self.bias = nn.Parameter(self.bias.detach() + self.bias_shift, requires_grad=False)
             self.bias_shift = None
@@ -100,7 +106,7 @@ class QuantLayer(nn.Module):
 
     def _become_integer(self, stored: Tensor) -> None:
         self.weight = nn.Parameter(stored, requires_grad=False)
-        self._fake_weight = None
+        self._codes = self._fake_weight = None
         self.drop_packed()
         self.is_frozen = True
 
@@ -138,6 +144,10 @@ class QuantLayer(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """The float form of the layer, by the mode of its quantizers."""
+        return self.multiply(self.fake_input(x), self.effective_weight(), self.effective_bias())
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of the layer's kind."""
         raise AssertionError("a subclass says how it multiplies")
 
     def output_shift(self, x: Tensor) -> Tensor:
@@ -149,6 +159,26 @@ class QuantLayer(nn.Module):
         self.set_mode(Mode.FLOAT)
         others = [d for d in range(error.dim()) if d != self.channel_dim % error.dim()]
         return error.double().mean(others)
+
+    def output_errors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors of the float output at input x if only the weight, and if only the input, is quantized."""
+        assert self._fake_weight is not None, "codes come before their errors"
+        self.set_mode(Mode.FAKE)
+        rounded = self.fake_input(x)
+        self.set_mode(Mode.FLOAT)
+        by_weight = self.multiply(x, self._fake_weight - self.weight, None)
+        return by_weight, self.multiply(rounded - x, self.weight, None)
+
+    def set_bits(self, weight_bits: int, activation_bits: int) -> None:
+        """Change the widths before ranges and codes are fixed."""
+        self.weight_quantizer = replace(self.weight_quantizer, num_bits=weight_bits)
+        for quantizer in self.quantizers:
+            quantizer.num_bits = activation_bits
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Of the weight and of the activations."""
+        return self.weight_quantizer.num_bits, self.quantizers[0].num_bits
 
     def set_mode(self, mode: Mode) -> None:
         """Put all activation quantizers of the layer into one mode."""
@@ -224,10 +254,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return self.integer(x) if self.runs_in_integers else self.matmul(x)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(
-            self.fake_input(x), self.effective_weight(), self.effective_bias()
-        )
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output: Tensor = self._conv_forward(x, weight, bias)
         return output
 
     @property
@@ -271,8 +299,8 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]  # torch types t
     def forward(self, x: Tensor) -> Tensor:
         return self.integer(x) if self.runs_in_integers else self.matmul(x)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        return F.linear(self.fake_input(x), self.effective_weight(), self.effective_bias())
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 _CONV_KEEP = ("_reversed_padding_repeated_twice",)

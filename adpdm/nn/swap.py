@@ -15,7 +15,7 @@ from ..config import QuantConfig
 from ..step import StepState
 from .layers import QuantConv2d, QuantLayer, QuantLinear
 
-# The embedding path sees a finite set of inputs, one per timestep (method.md section 6): full precision.
+# The embedding path sees a finite set of inputs, one per timestep (method.md section 8): full precision.
 EMBEDDING_PATTERNS = (
     "*time_embedding.*",
     "*time_emb_proj",

@@ -13,7 +13,7 @@ from adpdm.report.formats import decimal, percent
 from adpdm.report.markup import Child, Html, join, tag
 from adpdm.report.style import SCRIPT, style_sheet
 
-SOFT_LIMIT = 0.9  # method.md section 4: below this importance weight hardening changes the model noticeably
+SOFT_LIMIT = 0.9  # method.md section 6: below this importance weight hardening changes the model noticeably
 
 
 def render(data: ReportData) -> str:

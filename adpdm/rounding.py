@@ -1,0 +1,217 @@
+"""Learned rounding: weight codes whose outputs are nearest on the layer's own quantized inputs (GPTQ)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .nn import QuantConv2d, QuantLayer
+from .quantizers.activation import Mode
+from .replay import Replay
+
+ROUNDING_STEPS = 16  # of all images of the cached trajectories
+MEMORY_LIMIT = 2**30  # bytes of moments
+MAX_COLUMNS = 2304  # of one matrix of moments, 42 MB: 256 channels of a 3x3 kernel; longer reductions are cut
+ROWS_PER_CALL = 512  # input vectors that one call of a layer contributes, drawn from all its positions
+DAMPING = 0.01  # of the mean of the moments' diagonal, added to it (Frantar et al. 2022)
+LAZY_COLUMNS = 128  # columns whose errors reach the columns behind them in one matrix product
+
+
+def round_weights(replay: Replay, names: Sequence[str], seed: int) -> dict[str, float]:
+    """Give layers codes that are fitted to their inputs; returns squared error over that of nearest, by name.
+
+    Layers hold ranges. Their moments take MEMORY_LIMIT bytes at a time; what does not fit takes another pass.
+    """
+    ratios: dict[str, float] = {}
+    for part in _within_memory(replay.layers, names):
+        inputs = {name: LayerInputs(replay.layers[name], seed) for name in part}
+        replay.show({name: seen.observe for name, seen in inputs.items()}, ROUNDING_STEPS, "layer inputs")
+        for name, seen in inputs.items():
+            codes, scales, ratios[name] = seen.round()
+            replay.layers[name].set_codes(codes, scales)
+            replay.progress("weights", len(ratios), len(names))
+    return ratios
+
+
+@dataclass
+class ColumnBlock:
+    """Columns of a weight that are rounded together, and the moments of their inputs."""
+
+    rows: slice  # outputs
+    channels: slice  # of the layer's input
+    columns: slice  # of the weight as [O, K]
+    second: Tensor  # [K, K] f64, sum over calls of the mean of x x^T
+    first: Tensor  # [K] f64, sum over calls of the mean of x
+
+
+class LayerInputs:
+    """Moments of the fake-quantized inputs of one layer, and the codes that follow from them.
+
+    A reduction longer than MAX_COLUMNS is cut into blocks of channels whose correlations are ignored.
+
+    Args:
+        layer: with ranges and, for `round`, a float weight.
+        seed: of the positions that are drawn from an input.
+    """
+
+    def __init__(self, layer: QuantLayer, seed: int) -> None:
+        self.layer, self.seed, self.calls = layer, seed, 0
+        device = layer.weight.device
+        self.blocks = []
+        for rows, channels, columns in _column_blocks(layer):
+            k = columns.stop - columns.start
+            second = torch.zeros(k, k, dtype=torch.float64, device=device)
+            self.blocks.append(ColumnBlock(rows, channels, columns, second, torch.zeros_like(second[0])))
+
+    def observe(self, x: Tensor) -> None:
+        """Add an input of `layer.forward`, under the current groups of its quantizers."""
+        rows = _input_rows(self.layer, x, torch.Generator().manual_seed(self.seed + self.calls))
+        self.calls += 1
+        for block in self.blocks:
+            part = rows[:, block.channels].flatten(1)  # [R, K]
+            if len(part):
+                block.second += (part.t() @ part).double() / len(part)
+                block.first += part.double().mean(0)
+
+    def round(self) -> tuple[Tensor, Tensor, float]:
+        """Codes [O, C, *] i8, scales [S, O] f32, and the squared error over that of rounding to nearest."""
+        quantizer, weight = self.layer.weight_quantizer, self.layer.weight.detach()
+        codes, scales = quantizer.quantize(weight)
+        flat = weight.double().flatten(1)
+        steps = (
+            quantizer.dequantize(torch.ones_like(codes), scales).double().flatten(1)
+        )  # scale of each column
+        nearest, learned = codes.flatten(1), codes.flatten(1).clone()
+        bound = 2 ** (quantizer.num_bits - 1) - 1
+        before = after = 0.0
+        for block in self.blocks:
+            at = (block.rows, block.columns)
+            moments = self._moments(block)
+            learned[at] = round_columns(flat[at], steps[at], moments, bound)
+            before += _squared_error(flat[at] - nearest[at] * steps[at], moments)
+            after += _squared_error(flat[at] - learned[at] * steps[at], moments)
+        return learned.view(weight.shape), scales, after / before if before else 1.0
+
+    def _moments(self, block: ColumnBlock) -> Tensor:
+        """What an error of the weight costs, [K, K]: without the mean where the bias takes it over."""
+        second, first = block.second / max(self.calls, 1), block.first / max(self.calls, 1)
+        return second if self.layer.bias is None else second - torch.outer(first, first)
+
+
+def round_columns(weight: Tensor, scale: Tensor, moments: Tensor, bound: int) -> Tensor:
+    """Codes [O, K] i8 that minimise (w - q s) M (w - q s)^T one column after the other.
+
+    Each column is rounded to nearest and its error is made up for by the columns that are still real numbers;
+    those whose inputs are largest come first. Source: GPTQ (Frantar et al. 2022), with activation order.
+
+    Args:
+        weight, scale: [O, K] f64.
+        moments: M [K, K] f64, positive semidefinite.
+        bound: codes lie in [-bound, bound].
+    """
+    columns = weight.shape[1]
+    diagonal = moments.diagonal()
+    order = diagonal.argsort(descending=True, stable=True)
+    damped = moments + torch.diag((DAMPING * diagonal.mean()).expand(columns))
+    damped = damped + torch.diag((damped.diagonal() <= 0).to(damped))  # inputs that are always 0
+    lower = torch.linalg.cholesky(damped[order][:, order])
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    rest, step = weight[:, order], scale[:, order]
+    codes = torch.empty_like(rest)
+    for first in range(0, columns, LAZY_COLUMNS):
+        last = min(first + LAZY_COLUMNS, columns)
+        errors = torch.empty_like(rest[:, first:last])
+        for j in range(first, last):
+            codes[:, j] = (rest[:, j] / step[:, j]).round().clamp(-bound, bound)
+            errors[:, j - first] = (rest[:, j] - codes[:, j] * step[:, j]) / factor[j, j]
+            rest[:, j + 1 : last] -= torch.outer(errors[:, j - first], factor[j, j + 1 : last])
+        rest[:, last:] -= errors @ factor[first:last, last:]
+    return codes[:, order.argsort()].to(torch.int8)
+
+
+def _squared_error(error: Tensor, moments: Tensor) -> float:
+    return float(((error @ moments) * error).sum())
+
+
+def _within_memory(layers: Mapping[str, QuantLayer], names: Sequence[str]) -> Iterator[list[str]]:
+    """Cut a list of layers where their moments exceed MEMORY_LIMIT; one that does so alone stays whole."""
+    part: list[str] = []
+    total = 0
+    for name in names:
+        size = sum(8 * (columns.stop - columns.start) ** 2 for _, _, columns in _column_blocks(layers[name]))
+        if part and total + size > MEMORY_LIMIT:
+            yield part
+            part, total = [], 0
+        part.append(name)
+        total += size
+    if part:
+        yield part
+
+
+def _column_blocks(layer: QuantLayer) -> Iterator[tuple[slice, slice, slice]]:
+    """Outputs, input channels and weight columns of each block."""
+    outputs, channels = layer.weight.shape[0] // layer.groups, layer.weight.shape[1]
+    area = layer.weight[0, 0].numel()
+    width = max(MAX_COLUMNS // area, 1)
+    for group in range(layer.groups):
+        rows = slice(group * outputs, (group + 1) * outputs)
+        for first in range(0, channels, width):
+            last = min(first + width, channels)
+            start = group * channels
+            yield rows, slice(start + first, start + last), slice(first * area, last * area)
+
+
+def _input_rows(layer: QuantLayer, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Vectors that the layer multiplies with its weight, fake-quantized, [R, C, area] f32.
+
+    Args: x [N, C, H, W] of a convolution or [*, C] of a linear layer; ROWS_PER_CALL positions at most.
+    """
+    if isinstance(layer, QuantConv2d):
+        grid = _output_grid(layer, x)
+        rows = _patches(layer, x, grid, _drawn(grid.numel(), generator, x.device))
+    else:
+        vectors = x.reshape(-1, x.shape[-1])
+        rows = vectors[_drawn(len(vectors), generator, x.device)]
+    layer.set_mode(Mode.FAKE)
+    parts = [q(part) for q, part in zip(layer.quantizers, layer.split_input(rows), strict=True)]
+    layer.set_mode(Mode.FLOAT)
+    joined = torch.cat(parts, layer.channel_dim).float()
+    return joined if joined.dim() == 3 else joined[..., None]
+
+
+def _drawn(positions: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """ROWS_PER_CALL of the positions, or all of them where they are fewer, ascending."""
+    return torch.randperm(positions, generator=generator)[:ROWS_PER_CALL].sort().values.to(device)
+
+
+def _output_grid(layer: QuantConv2d, x: Tensor) -> torch.Size:
+    """(N, Ho, Wo) of a convolution."""
+    geometry = layer.outputs
+    size = [
+        (x.shape[2 + d] + 2 * geometry.padding[d] - geometry.dilation[d] * (geometry.kernel_size[d] - 1) - 1)
+        // geometry.stride[d]
+        + 1
+        for d in range(2)
+    ]
+    return torch.Size((x.shape[0], *size))
+
+
+def _patches(layer: QuantConv2d, x: Tensor, grid: torch.Size, drawn: Tensor) -> Tensor:
+    """Receptive fields [R, C, area] of the output positions `drawn` [R]; outside the image is 0."""
+    geometry = layer.outputs
+    top, left = geometry.padding
+    padded = torch.nn.functional.pad(x, (left, left, top, top)).permute(0, 2, 3, 1)  # [N, H, W, C]
+    image, row, column = torch.unravel_index(drawn, grid)
+    taps_down, taps_right = torch.meshgrid(
+        *(
+            torch.arange(k, device=x.device) * d
+            for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)
+        ),
+        indexing="ij",
+    )
+    down = row[:, None] * geometry.stride[0] + taps_down.flatten()
+    right = column[:, None] * geometry.stride[1] + taps_right.flatten()
+    return padded[image[:, None], down, right].transpose(1, 2)  # [R, C, area]
