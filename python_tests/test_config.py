@@ -83,6 +83,8 @@ def test_config_json_round_trip_keeps_every_setting() -> None:
         num_groups=3,
         grouping="dp",
         range_method="minmax",
+        weight_rounding="nearest",
+        raised_layers=0.1,
         weigh_steps=False,
         shared_groups=True,
         num_inference_steps=20,
