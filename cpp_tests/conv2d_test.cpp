@@ -162,6 +162,25 @@ TEST(Conv2d, MatchesDefinitionForOddShapes) {
   }
 }
 
+TEST(Conv2d, MatchesDefinitionWhereWinogradRuns) {
+  const Shape shapes[] = {
+      {1, {16}, {2, 2}, 16},                          // one tile
+      {2, {16}, {4, 6}, 20},                          // tiles of several rows together, a tail of outputs
+      {1, {32, 16}, {6, 10}, 33},                     // two segments, more tiles than are multiplied at once
+      {3, {48}, {4, 34}, 17},                         // more than one row of tiles at once
+      {3, {256}, {16, 16}, 16},                       // more than one pass
+      {1, {16}, {6, 6}, 16, {3, 3}, {1, 1}, {0, 0}},  // no copy
+      {1, {16}, {5, 6}, 16},                          // not: an odd number of rows
+      {1, {16}, {8, 8}, 16, {3, 3}, {1, 2}},          // not: stride
+      {1, {16}, {8, 8}, 16, {3, 3}, {2, 1}},
+      {1, {16}, {8, 8}, 16, {3, 3}, {1, 1}, {2, 2}, {2, 1}},  // not: dilation
+  };
+  uint32_t seed = 200;
+  for (const Shape& shape : shapes) {
+    for (int bits : {8, 5, 4}) expect_matches_definition(shape, bits, ++seed);
+  }
+}
+
 TEST(Conv2d, HalfTypesAreRoundedFloat32) {
   Problem problem = random_problem({1, {24}, {6, 6}, 35}, 8, 5);
   for (cpu::Isa isa : supported_isas()) {
@@ -206,6 +225,45 @@ TEST(Conv2d, LargestReductionDoesNotOverflow) {
   const auto wanted = static_cast<float>(-255 * 128 * kMaxReduction);
   for (cpu::Isa isa : supported_isas()) {
     EXPECT_EQ(run<float>(problem, isa, FloatType::kFloat32, 0.0f), std::vector<float>{wanted});
+  }
+}
+
+TEST(Conv2d, LargestWinogradSumDoesNotOverflow) {
+  // Just below and above the number of channels up to which 4 times the sum fits 32 bits.
+  for (int64_t channels : {3632, 3648}) {
+    for (int8_t code : {int8_t{127}, int8_t{-128}}) {
+      Problem problem = random_problem({1, {channels}, {4, 4}, 1, {3, 3}, {1, 1}, {0, 0}}, 8, 3, true);
+      SegmentData& data = problem.segments[0];
+      std::fill(data.codes.begin(), data.codes.end(), code);
+      std::fill(data.weight_codes.begin(), data.weight_codes.end(), int8_t{-128});
+      data.zero_point[1] = code > 0 ? -128 : 127;
+      testing::pack(data, 1, 9, 1, 8);
+      const auto wanted = static_cast<float>((code - data.zero_point[1]) * -128 * 9 * channels);
+      for (cpu::Isa isa : supported_isas()) {
+        EXPECT_EQ(run<float>(problem, isa, FloatType::kFloat32, 0.0f), std::vector<float>(4, wanted))
+            << cpu::isa_name(isa);
+      }
+    }
+  }
+}
+
+TEST(Conv2d, SumsOfNarrowWeightsDoNotSaturate) {
+  // Every product of a pair, and of all pairs added in 16 bits, at its extreme: (127 + 128) * quant_min.
+  for (int bits = 2; bits <= 8; ++bits) {
+    const CodeRange range = signed_range(bits);
+    for (int weight : {range.quant_min, range.quant_max}) {
+      Problem problem = random_problem({1, {300}, {1, 5}, 1, {1, 1}, {1, 1}, {0, 0}}, bits, 4, true);
+      SegmentData& data = problem.segments[0];
+      std::fill(data.codes.begin(), data.codes.end(), int8_t{127});
+      std::fill(data.weight_codes.begin(), data.weight_codes.end(), static_cast<int8_t>(weight));
+      data.zero_point[1] = 5;
+      testing::pack(data, 1, 1, 1, bits);
+      const auto wanted = static_cast<float>((127 - 5) * weight * 300);
+      for (cpu::Isa isa : supported_isas()) {
+        EXPECT_EQ(run<float>(problem, isa, FloatType::kFloat32, 0.0f), std::vector<float>(5, wanted))
+            << cpu::isa_name(isa) << ", " << bits << " bits, weights " << weight;
+      }
+    }
   }
 }
 

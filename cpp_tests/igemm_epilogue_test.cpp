@@ -117,6 +117,12 @@ std::vector<Layer> layers() {
   conv.weight_bits = 4;
   conv.stride = {2, 1};
   result.push_back(conv);
+  Layer winograd;
+  winograd.batch = 2;
+  winograd.channels = {32, 16};
+  winograd.input = {4, 6};
+  winograd.out_channels = 40;
+  result.push_back(winograd);
   return result;
 }
 
@@ -237,6 +243,8 @@ TEST(Conv2dGeometry, UpsamplesWhileReading) {
         layer.channels = {channels, channels + 3};
         layer.out_channels = 18;
         layer.weight_bits = bits;
+        expect_as_defined(layer, {}, ++seed);
+        layer.channels = {channels, channels};
         expect_as_defined(layer, {}, ++seed);
       }
     }

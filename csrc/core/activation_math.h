@@ -9,9 +9,10 @@ namespace adpdm {
 
 // T is float, or a vector type with at_least, at_most, operators and these two.
 ADPDM_HD float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-// 2^n for an integer n in [-126, 127] held as a float.
-ADPDM_HD float power_of_two(float n) {
-  return bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+// x * 2^n for n + kRoundMagic, where x and the product are normal numbers: the last bits of the sum are n,
+// and an addition to the exponent takes less than a conversion and a multiplication.
+ADPDM_HD float times_power_of_two(float x, float n_plus_magic) {
+  return bits_to_float(float_to_bits(x) + (float_to_bits(n_plus_magic) << 23));
 }
 
 // e^x, relative error below 2^-22, for x clamped to [-87, 88]: below float32's subnormals and infinity, so
@@ -19,7 +20,8 @@ ADPDM_HD float power_of_two(float n) {
 template <typename T>
 ADPDM_HD T exp_clamped(T x) {
   x = at_most(at_least(x, T(-87.0f)), T(88.0f));
-  const T n = round_half_even(x * T(1.44269504f));
+  const T n_plus_magic = x * T(1.44269504f) + T(kRoundMagic);  // as round_half_even()
+  const T n = n_plus_magic - T(kRoundMagic);
   // ln 2 in two parts: n times the first, of 15 bits, is exact.
   T r = fused_multiply_add(n, T(-0.693145752f), x);
   r = fused_multiply_add(n, T(-1.42860677e-6f), r);
@@ -32,7 +34,7 @@ ADPDM_HD T exp_clamped(T x) {
   p = fused_multiply_add(p, r, T(0.5f));
   p = fused_multiply_add(p, r, T(1.0f));
   p = fused_multiply_add(p, r, T(1.0f));
-  return p * power_of_two(n);
+  return times_power_of_two(p, n_plus_magic);
 }
 
 // x * sigmoid(x). NaN becomes -87 in the exponent and stays NaN by the last division.

@@ -8,6 +8,7 @@
 #include "core/group_index.h"
 #include "cpu/igemm.h"
 #include "cpu/parallel.h"
+#include "cpu/winograd.h"
 
 namespace adpdm::cpu {
 namespace {
@@ -188,6 +189,7 @@ void conv2d(const Conv2dArgs& args) {
   problem.tile.tap_columns = args.kernel.width;
   problem.tile.output = tile_output(args);
   problem.tile.nibbles = stored_in_nibbles(args.weight_bits);
+  problem.tile.weight_bits = args.weight_bits;
 
   // Kept between calls, because fresh pages cost more than the copy; owned by the thread, so calls do not
   // interfere.
@@ -200,6 +202,7 @@ void conv2d(const Conv2dArgs& args) {
   for (int s = 0; s < args.num_segments; ++s) {
     problem.inputs[s] = describe_input(args, args.segments[s], scratch.data() + bytes[s]);
   }
+  if (winograd_applies(problem)) return run_winograd(problem);
   merge_taps(problem);
   run_igemm(problem);
 }

@@ -34,20 +34,6 @@ Partition make_partition(const Igemm& problem, const IgemmKernel& kernel) {
   return part;
 }
 
-// Moves to a later output; one that pairs of geglu do not straddle, a multiple of 16.
-void skip_outputs(int64_t outputs, TileOutput& output) {
-  const int64_t results = output.activation == Activation::kGeglu ? outputs / 2 : outputs;
-  if (output.bias) output.bias += outputs;
-  if (output.row_bias) output.row_bias += outputs;
-  if (output.residual) output.residual += outputs * float_size(output.residual_type);
-  output.data += results * result_bytes(output);
-}
-
-void skip_pixels(int64_t pixels, TileOutput& output) {
-  if (output.residual) output.residual += pixels * output.outputs * float_size(output.residual_type);
-  output.data += pixels * output.step * result_bytes(output);
-}
-
 // Points the tile at the outputs of one slab.
 void select_slab(const Igemm& problem, const Partition& part, int64_t slab, Tile& tile) {
   const int64_t group = slab / part.slabs;
@@ -99,6 +85,19 @@ int64_t steps_per_tile(const Igemm& problem, const Partition& part) {
 }
 
 }  // namespace
+
+void skip_outputs(int64_t outputs, TileOutput& output) {
+  const int64_t results = output.activation == Activation::kGeglu ? outputs / 2 : outputs;
+  if (output.bias) output.bias += outputs;
+  if (output.row_bias) output.row_bias += outputs;
+  if (output.residual) output.residual += outputs * float_size(output.residual_type);
+  output.data += results * result_bytes(output);
+}
+
+void skip_pixels(int64_t pixels, TileOutput& output) {
+  if (output.residual) output.residual += pixels * output.outputs * float_size(output.residual_type);
+  output.data += pixels * output.step * result_bytes(output);
+}
 
 void run_igemm(const Igemm& problem) {
   const IgemmKernel& kernel = ADPDM_SELECT_ISA(igemm_kernel);

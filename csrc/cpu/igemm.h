@@ -10,7 +10,7 @@
 
 namespace adpdm::cpu {
 
-constexpr int kMaxTilePixels = 16;
+constexpr int kMaxTilePixels = 24;
 constexpr int kMaxTileBlocks = 4;
 
 // One segment's operands of a tile. A tap's codes are contiguous; taps form a grid of tap_rows x tap_columns.
@@ -56,6 +56,7 @@ struct Tile {
   int64_t tap_columns;
   TileOutput output;  // at the tile's first output and pixel; pixels follow one another
   bool nibbles;       // weights are 4-bit
+  int weight_bits;    // codes are within the range of so many
 };
 
 struct IgemmKernel {
@@ -85,6 +86,10 @@ struct Igemm {
   int64_t outputs;  // all groups together
   Tile tile;        // what all tiles share; its output at output 0, pixel 0
 };
+
+// Move to a later output (one that pairs of geglu do not straddle: a multiple of 16) or pixel.
+void skip_outputs(int64_t outputs, TileOutput& output);
+void skip_pixels(int64_t pixels, TileOutput& output);
 
 // Computes all tiles, in parallel; the result does not depend on the number of threads.
 void run_igemm(const Igemm& problem);

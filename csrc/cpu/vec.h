@@ -23,7 +23,7 @@ namespace {
 using adpdm::at_least;
 using adpdm::at_most;
 using adpdm::fused_multiply_add;
-using adpdm::power_of_two;
+using adpdm::times_power_of_two;
 
 // Every sum runs over 16 lanes whatever the vector length, so that all instruction sets round alike.
 constexpr int kLanes = 16;
@@ -49,9 +49,9 @@ ADPDM_VEC Vec operator-(Vec a, Vec b) { return Vec(_mm512_sub_ps(a.v, b.v)); }
 ADPDM_VEC Vec operator*(Vec a, Vec b) { return Vec(_mm512_mul_ps(a.v, b.v)); }
 ADPDM_VEC Vec operator/(Vec a, Vec b) { return Vec(_mm512_div_ps(a.v, b.v)); }
 ADPDM_VEC Vec fused_multiply_add(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.v, b.v, c.v)); }
-ADPDM_VEC Vec power_of_two(Vec n) {
-  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
-  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)));
+ADPDM_VEC Vec times_power_of_two(Vec x, Vec n_plus_magic) {
+  const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(n_plus_magic.v), 23);
+  return Vec(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), exponent)));
 }
 ADPDM_VEC Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 // MAXPS and MINPS return their second operand when either is NaN.
@@ -110,9 +110,9 @@ ADPDM_VEC Vec operator-(Vec a, Vec b) { return Vec(_mm256_sub_ps(a.v, b.v)); }
 ADPDM_VEC Vec operator*(Vec a, Vec b) { return Vec(_mm256_mul_ps(a.v, b.v)); }
 ADPDM_VEC Vec operator/(Vec a, Vec b) { return Vec(_mm256_div_ps(a.v, b.v)); }
 ADPDM_VEC Vec fused_multiply_add(Vec a, Vec b, Vec c) { return Vec(_mm256_fmadd_ps(a.v, b.v, c.v)); }
-ADPDM_VEC Vec power_of_two(Vec n) {
-  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
-  return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+ADPDM_VEC Vec times_power_of_two(Vec x, Vec n_plus_magic) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(n_plus_magic.v), 23);
+  return Vec(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.v), exponent)));
 }
 ADPDM_VEC Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
 ADPDM_VEC Vec at_least(Vec x, Vec low) { return Vec(_mm256_max_ps(x.v, low.v)); }
@@ -151,6 +151,7 @@ ADPDM_VEC void store_f16(uint16_t* p, Vec x) {
 
 using Float4 = float __attribute__((vector_size(16)));
 using Int4 = int32_t __attribute__((vector_size(16)));
+using Uint4 = uint32_t __attribute__((vector_size(16)));
 
 struct Mask {
   Int4 m;  // 0 or -1
@@ -179,8 +180,9 @@ ADPDM_VEC Vec fused_multiply_add(Vec a, Vec b, Vec c) {
   for (int i = 0; i < Vec::kSize; ++i) sum.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
   return sum;
 }
-ADPDM_VEC Vec power_of_two(Vec n) {
-  return Vec(reinterpret_cast<Float4>((__builtin_convertvector(n.v, Int4) + 127) << 23));
+ADPDM_VEC Vec times_power_of_two(Vec x, Vec n_plus_magic) {
+  const Uint4 exponent = reinterpret_cast<Uint4>(n_plus_magic.v) << 23;
+  return Vec(reinterpret_cast<Float4>(reinterpret_cast<Uint4>(x.v) + exponent));
 }
 ADPDM_VEC Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
 ADPDM_VEC Vec masked(Int4 m, Vec x) { return Vec(reinterpret_cast<Float4>(m & reinterpret_cast<Int4>(x.v))); }
@@ -311,9 +313,9 @@ ADPDM_VEC Vecs<N> fused_multiply_add(Vecs<N> a, Vecs<N> b, Vecs<N> c) {
   return a;
 }
 template <int N>
-ADPDM_VEC Vecs<N> power_of_two(Vecs<N> n) {
-  for (int i = 0; i < N; ++i) n.v[i] = power_of_two(n.v[i]);
-  return n;
+ADPDM_VEC Vecs<N> times_power_of_two(Vecs<N> x, Vecs<N> n_plus_magic) {
+  for (int i = 0; i < N; ++i) x.v[i] = times_power_of_two(x.v[i], n_plus_magic.v[i]);
+  return x;
 }
 
 // Elements i.. of a tensor of that type; Vec::kSize of them.
