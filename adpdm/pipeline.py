@@ -107,6 +107,7 @@ def quantize(
     if prompts is not None:
         conditioning = {**(conditioning or {}), **_encode(pipe_or_denoiser, prompts)}
     _check_conditioning(denoiser, conditioning)
+    _check_objective(scheduler, config)
     before = _Before(denoiser)
     try:
         return _quantize(denoiser, scheduler, conditioning, config, progress, state_file)
@@ -127,15 +128,15 @@ def _quantize(
     sampler = Sampler(denoiser, scheduler, _sample_shape(denoiser), config.num_inference_steps, conditioning)
     layers = describe_layers(denoiser, config, lambda: _trace_forward(sampler))
 
+    num_groups = config.groups_per_layer(len(sampler.timesteps))
+
     def make_step(num_slots: int) -> StepState:
-        state = StepState(
-            num_slots, config.num_inference_steps, sampler.num_train_timesteps, config.timestep_policy
-        )
+        state = StepState(num_slots, len(sampler.timesteps), config.timestep_policy)
         state.set_timesteps(sampler.timesteps)
         return state
 
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    step = swap_layers(denoiser, layers, config.groups_per_layer, make_step)
+    step = swap_layers(denoiser, layers, num_groups, make_step)
     attach_step_hook(denoiser)
     path = None if state_file is None else Path(state_file)
     trace = Calibration(sampler, quant_layers(denoiser), step, config, progress, path).run()
@@ -204,7 +205,7 @@ def _find_scheduler(pipe_or_denoiser: Any, scheduler: Any) -> Any:
         raise ValueError(
             "quantize: a bare denoiser needs scheduler=..., the sampler it will be used with; got None"
         )
-    for name in ("set_timesteps", "scale_model_input", "step"):
+    for name in ("set_timesteps", "step"):
         if not hasattr(found, name):
             raise TypeError(
                 f"quantize: wanted a diffusers scheduler with {name}(), got {type(found).__name__}"
@@ -243,10 +244,19 @@ def _check_conditioning(denoiser: nn.Module, conditioning: dict[str, Tensor] | N
         )
 
 
+def _check_objective(scheduler: Any, config: QuantConfig) -> None:
+    prediction = getattr(scheduler.config, "prediction_type", "velocity of a flow")
+    if config.search.objective == "noise" and prediction != "epsilon":
+        raise ValueError(
+            "quantize: search.objective 'noise' needs a denoiser that predicts the noise; that of "
+            f"{type(scheduler).__name__} predicts: {prediction}; use 'teacher'"
+        )
+
+
 def _trace_forward(sampler: Sampler) -> None:
     """One forward pass on noise at the first timestep."""
     sample = torch.zeros(1, *sampler.sample_shape)
-    sampler.predict(sample, sampler.timesteps[0], sampler.conditions(0, 1))
+    sampler.predict(sample, sampler.calls[0], sampler.conditions(0, 1))
 
 
 def load_pipeline(path: Path | str, **kwargs: Any) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .schedulers import first_sample, model_input
+
 SEED_STRIDE = 1_000_003  # prime, so that streams of neighbouring seeds do not meet
 PROBE_SIZE = 0.01  # error of the noise prediction, whose variance is 1, that probes a step's sensitivity
 PROBE_SEED = 20_230_518
@@ -20,23 +22,26 @@ OnStep = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Inputs and outputs of the denoiser along the sampler."""
+    """Inputs and outputs of the denoiser at the M calls of the sampler."""
 
-    samples: Tensor  # [T, B, C, H, W], as the denoiser sees them
-    noise_preds: Tensor  # [T, B, C, H, W]
+    samples: Tensor  # [M, B, C, H, W], as the denoiser sees them
+    noise_preds: Tensor  # [M, B, C, H, W]
     final: Tensor  # [B, C, H, W]
-    sensitivity: Tensor  # [T] f64, squared error of the next sample per squared error of the noise
+    sensitivity: Tensor  # [M] f64, squared error of the next sample per squared error of the noise
     conditioning: dict[str, Tensor]  # [B, ...] each
 
 
 class Sampler:
     """A denoiser, its scheduler and its conditioning as one function from noise to samples.
 
+    The scheduler asks for M calls at `calls` [M]. Those of second order ask twice at a timestep, or at some
+    in between; `timesteps` [T] are the different ones, noisiest first, `step_of_call` says where a call is.
+
     Args:
         denoiser: called as denoiser(sample, timestep, **conditioning), returns an object with `.sample`.
         scheduler: any diffusers scheduler; copied, so that the caller's keeps its own timesteps.
         sample_shape: (C, H, W).
-        num_inference_steps: T.
+        num_inference_steps: what the scheduler is asked for.
         conditioning: tensors [N, ...] by argument name; image i uses entry i modulo N.
     """
 
@@ -51,17 +56,11 @@ class Sampler:
         self.denoiser, self.sample_shape = denoiser, sample_shape
         self.scheduler = copy.deepcopy(scheduler)
         self.scheduler.set_timesteps(num_inference_steps)
-        self.timesteps: Tensor = self.scheduler.timesteps
+        self.calls: Tensor = self.scheduler.timesteps
         self.conditioning = conditioning or {}
-        if len(self.timesteps) != num_inference_steps:
-            raise ValueError(
-                f"{type(scheduler).__name__} visits {len(self.timesteps)} timesteps for num_inference_steps="
-                f"{num_inference_steps}; pick a scheduler or a number of steps where the two agree"
-            )
-
-    @property
-    def num_train_timesteps(self) -> int:
-        return int(self.scheduler.config.num_train_timesteps)
+        ascending, positions = torch.unique(self.calls.float(), return_inverse=True)
+        self.timesteps = ascending.flip(0)  # [T] f32
+        self.step_of_call: list[int] = (len(ascending) - 1 - positions).tolist()
 
     def conditions(self, first: int, batch: int) -> dict[str, Tensor]:
         """Conditioning of images first .. first + batch - 1."""
@@ -84,8 +83,8 @@ class Sampler:
         Every image has a generator of its own, so that the batch size does not change it.
 
         Args:
-            stop: last step index to visit (inclusive); None goes to the end.
-            on_step: called with the step index before the denoiser runs.
+            stop: last call to make (inclusive); None goes to the end.
+            on_step: called with the number of the call before the denoiser runs.
         """
         scheduler = copy.deepcopy(self.scheduler)
         generators = [
@@ -93,15 +92,15 @@ class Sampler:
         ]
         shape = (1, *self.sample_shape)
         noise = torch.cat([torch.randn(shape, generator=g) for g in generators])
-        sample = (noise * scheduler.init_noise_sigma).contiguous(memory_format=torch.channels_last)
+        sample = first_sample(scheduler, noise).contiguous(memory_format=torch.channels_last)
         conditioning = self.conditions(first, batch)
         extra = self._step_arguments(scheduler, generators)
         samples, preds, sensitivity = [], [], []
-        last = len(self.timesteps) - 1 if stop is None else stop
+        last = len(self.calls) - 1 if stop is None else stop
         for index, timestep in enumerate(scheduler.timesteps[: last + 1]):
             if on_step is not None:
                 on_step(index)
-            seen = scheduler.scale_model_input(sample, timestep)
+            seen = model_input(scheduler, sample, timestep)
             pred = self.predict(seen, timestep, conditioning)
             samples.append(seen)
             preds.append(pred)
