@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,10 +67,12 @@ class StepState(nn.Module):
         flat = timestep.detach().reshape(-1)
         if flat.numel() == 0:
             raise ValueError("timestep must hold at least one value, got an empty tensor")
-        if flat.numel() > 1 and flat.device.type == "cpu" and bool((flat != flat[0]).any()):
-            raise ValueError(
-                "adpdm quantizes one timestep per call, but the batch mixes timesteps "
-                f"{sorted({float(t) for t in flat})[:8]}; call the denoiser once per timestep"
+        if flat.numel() > 1 and flat.device.type == "cpu":
+            _demand(
+                (flat == flat[0]).all(),
+                "adpdm quantizes one timestep per call, but the batch mixes timesteps; "
+                "call the denoiser once per timestep",
+                lambda: f": {sorted({float(t) for t in flat})[:8]}",
             )
         return flat[:1].to(self.table.device)
 
@@ -83,11 +86,13 @@ class StepState(nn.Module):
         if value.dtype.is_floating_point:
             eps = max(torch.finfo(value.dtype).eps, torch.finfo(torch.float32).eps)
             tolerance = eps * value.abs().float()
-        if bool(distance > tolerance):
-            raise ValueError(
-                f"timestep {float(value):g} was not calibrated and timestep_policy is 'error'; "
-                f"calibrated are {[round(t, 6) for t in self.timesteps.tolist()]}"
-            )
+        _demand(
+            (distance <= tolerance)[0],
+            "the timestep was not calibrated and timestep_policy is 'error'",
+            lambda: (
+                f": got {float(value):g}, calibrated are {[round(t, 6) for t in self.timesteps.tolist()]}"
+            ),
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow .to() to another device but not to another dtype: bfloat16 would merge timesteps."""
@@ -96,6 +101,14 @@ class StepState(nn.Module):
         if self.timesteps.dtype != torch.float32:
             self.timesteps = timesteps.to(self.timesteps.device)
         return self
+
+
+def _demand(condition: Tensor, sentence: str, details: Callable[[], str]) -> None:
+    """Raise ValueError unless the condition holds; RuntimeError in a compiled graph, which sees no values."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, sentence)
+    elif not bool(condition):
+        raise ValueError(sentence + details())
 
 
 def attach_step_hook(denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:

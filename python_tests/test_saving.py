@@ -166,7 +166,9 @@ def test_timestep_policy_survives(tmp_path: Path) -> None:
     pipe.unet.save_pretrained(tmp_path)
     loaded = UNet2DModel.from_pretrained(tmp_path)
     loaded(torch.zeros(1, 1, 8, 8), 830)
-    with pytest.raises(ValueError, match="timestep 829 was not calibrated"):
+    with pytest.raises(
+        ValueError, match="not calibrated and timestep_policy is 'error': got 829, calibrated"
+    ):
         loaded(torch.zeros(1, 1, 8, 8), 829)
 
 
