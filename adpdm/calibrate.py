@@ -17,17 +17,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from .config import QuantConfig
 from .nn import QuantLayer
 from .partition import all_step_errors, fit_ranges, initial_tables
 from .quantizers import ActivationQuantizer
 from .quantizers.activation import Mode
-from .schedulers import model_input
+from .schedulers import in_channels_last, model_input
 from .search import WARN_BELOW_MAX_IMPORTANCE, Batch, GroupSearch, SearchOutcome
 from .step import StepState
 from .timesteps import TimestepSelector, fixed_visits, mmd_trace
-from .trajectory import Sampler, Trajectory
+from .trajectory import Sampler, Trajectory, join, pick
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
 
@@ -294,7 +295,7 @@ class Calibration:
             return self._batch(trajectory, call, images, index)
         chosen = pool[int(torch.randint(0, len(pool), (1,), generator=generator))]
         images = torch.randint(0, chosen.sample.shape[0], (size,), generator=generator)
-        conditioning = {name: value[images] for name, value in chosen.conditioning.items()}
+        conditioning = pick(chosen.conditioning, images)
         return replace(
             chosen, sample=chosen.sample[images], target=chosen.target[images], conditioning=conditioning
         )
@@ -311,10 +312,8 @@ class Calibration:
             scheduler = copy.deepcopy(self.sampler.scheduler)
             sample = scheduler.add_noise(final, target, timestep.expand(len(images)))
             sample = model_input(scheduler, sample, timestep)
-        sample = sample.contiguous(memory_format=torch.channels_last)
-        conditioning = {name: value[images] for name, value in trajectory.conditioning.items()}
-        weight = float(self._draw_weights[call])
-        return Batch(step_index, timestep, sample, target, weight, conditioning)
+        weight, conditioning = float(self._draw_weights[call]), pick(trajectory.conditioning, images)
+        return Batch(step_index, timestep, in_channels_last(sample), target, weight, conditioning)
 
     def _held_out(self) -> list[Batch]:
         """Batches of images that nothing is fitted to, at steps spread over the trajectory."""
@@ -363,13 +362,18 @@ class Calibration:
         digest = hashlib.sha256()
         for name, tensor in [
             *((name, layer.weight.detach()) for name, layer in self.layers.items()),
-            *sorted(self.sampler.conditioning.items()),
+            *((keystr(path), value) for path, value in self._given_tensors()),
         ]:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().tobytes())
         scheduler = self.sampler.scheduler
         settings = [self.config.to_dict(), type(scheduler).__name__, dict(scheduler.config)]
         return json.dumps([*settings, digest.hexdigest()], default=str)
+
+    def _given_tensors(self) -> list[tuple[Any, Tensor]]:
+        """Tensors of conditioning and constants, with their paths, in one order."""
+        given = [self.sampler.conditioning, self.sampler.call.constants]
+        return [(path, x) for path, x in tree_flatten_with_path(given)[0] if isinstance(x, Tensor)]
 
     def _save(self, search: GroupSearch, selector: TimestepSelector, rounds_done: int) -> None:
         if self.state_file is None:
@@ -435,12 +439,11 @@ def _describe(name: str, quantizer: ActivationQuantizer) -> dict[str, Any]:
 
 def _join(parts: list[Trajectory]) -> Trajectory:
     """Concatenate trajectories along their images."""
-    conditioning = {name: torch.cat([p.conditioning[name] for p in parts]) for name in parts[0].conditioning}
     return Trajectory(
         torch.cat([p.samples for p in parts], 1),
         torch.cat([p.noise_preds for p in parts], 1),
         torch.cat([p.final for p in parts]),
         sum((p.sensitivity * len(p.final) for p in parts), torch.zeros(()))
         / sum(len(p.final) for p in parts),
-        conditioning,
+        join([p.conditioning for p in parts]),
     )

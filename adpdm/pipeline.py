@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from .nn import (
 )
 from .quantizers.activation import Mode
 from .step import StepState, attach_step_hook
-from .trajectory import Sampler
+from .trajectory import Conditioning, DenoiserCall, Sampler
 
 DENOISER_NAMES = ("unet", "transformer")
 
@@ -77,7 +78,8 @@ def quantize(
     config: QuantConfig | None = None,
     *,
     scheduler: Any = None,
-    conditioning: dict[str, Tensor] | None = None,
+    conditioning: Conditioning | None = None,
+    call: DenoiserCall | None = None,
     prompts: Sequence[str] | None = None,
     progress: Progress = silent,
     state_file: Path | str | None = None,
@@ -85,11 +87,12 @@ def quantize(
     """Quantize a trained diffusion model by ADP-DM, in place, from nothing but the model itself.
 
     Args:
-        pipe_or_denoiser: diffusers pipeline, or UNet2DModel / UNet2DConditionModel in float32 on the CPU.
+        pipe_or_denoiser: diffusers pipeline, or its U-Net or transformer, in float32 on the CPU.
         config: bits, groups and search; see QuantConfig.
         scheduler: to calibrate with; needed for a bare denoiser, otherwise the pipeline's own.
-        conditioning: tensors [N, ...] by argument name of the denoiser, e.g. encoder_hidden_states [N, L, D];
-            image i is generated under entry i modulo N.
+        conditioning: tensors [N, ...] by argument name of the denoiser, e.g. encoder_hidden_states [N, L, D],
+            or dicts of them, e.g. added_cond_kwargs; image i is generated under entry i modulo N.
+        call: what else the denoiser is given, where it takes more than images, timestep and conditioning.
         prompts: texts to encode with the pipeline instead.
         progress: called with (phase, done, total).
         state_file: the search saves itself here after every round and resumes from it.
@@ -110,7 +113,9 @@ def quantize(
     _check_objective(scheduler, config)
     before = _Before(denoiser)
     try:
-        return _quantize(denoiser, scheduler, conditioning, config, progress, state_file)
+        shape = call.sample_shape if call and call.sample_shape else _sample_shape(denoiser)
+        sampler = Sampler(denoiser, scheduler, shape, config.num_inference_steps, conditioning, call)
+        return _quantize(denoiser, sampler, config, progress, state_file)
     except BaseException:
         before.restore(denoiser)
         raise
@@ -118,14 +123,12 @@ def quantize(
 
 def _quantize(
     denoiser: nn.Module,
-    scheduler: Any,
-    conditioning: dict[str, Tensor] | None,
+    sampler: Sampler,
     config: QuantConfig,
     progress: Progress,
     state_file: Path | str | None,
 ) -> QuantizationReport:
     denoiser.eval().requires_grad_(False)
-    sampler = Sampler(denoiser, scheduler, _sample_shape(denoiser), config.num_inference_steps, conditioning)
     layers = describe_layers(denoiser, config, lambda: _trace_forward(sampler))
 
     num_groups = config.groups_per_layer(len(sampler.timesteps))
@@ -215,9 +218,12 @@ def _find_scheduler(pipe_or_denoiser: Any, scheduler: Any) -> Any:
 
 def _sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:
     config: Any = denoiser.config
-    size = config.sample_size
+    size = getattr(config, "sample_size", None)
     if size is None:
-        raise ValueError(f"quantize: {type(denoiser).__name__}.config.sample_size must be set, got None")
+        raise ValueError(
+            f"quantize: {type(denoiser).__name__}.config.sample_size must be set, got None; "
+            "or say call=DenoiserCall(sample_shape=...)"
+        )
     height, width = (size, size) if isinstance(size, int) else size
     return int(config.in_channels), int(height), int(width)
 
@@ -226,6 +232,13 @@ def _encode(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Text embeddings of prompts, and of the empty one that classifier-free guidance uses."""
     if isinstance(pipe, nn.Module) or not hasattr(pipe, "encode_prompt"):
         raise TypeError(f"quantize: prompts need a pipeline with encode_prompt, got {type(pipe).__name__}")
+    takes = list(inspect.signature(pipe.encode_prompt).parameters)
+    wanted = ["prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance"]
+    if takes[:4] != wanted:
+        raise TypeError(
+            f"quantize: prompts need an encode_prompt that takes {wanted}, as of Stable Diffusion 1 and 2; "
+            f"that of {type(pipe).__name__} takes {takes[:4]}: encode them and pass conditioning"
+        )
     if not prompts:
         raise ValueError("quantize: prompts must hold at least one text, got none")
     with torch.no_grad():
@@ -233,7 +246,7 @@ def _encode(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": embeddings.float()}
 
 
-def _check_conditioning(denoiser: nn.Module, conditioning: dict[str, Tensor] | None) -> None:
+def _check_conditioning(denoiser: nn.Module, conditioning: Conditioning | None) -> None:
     config: Any = denoiser.config
     wants_text = getattr(config, "cross_attention_dim", None) is not None
     given = set(conditioning or {})

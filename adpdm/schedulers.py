@@ -1,9 +1,10 @@
-"""What schedulers of diffusers do differently around a step: the first sample, the input of the denoiser."""
+"""What schedulers of diffusers do differently around a step: first sample, input and output."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -18,3 +19,14 @@ def model_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
     scale = getattr(scheduler, "scale_model_input", None)
     seen: Tensor = sample if scale is None else scale(sample, timestep)
     return seen
+
+
+def used_output(scheduler: Any, output: Tensor, channels: int) -> Tensor:
+    """What the scheduler wants of an output [N, C or 2 C, *]: without variances that it did not learn."""
+    learned = str(getattr(scheduler.config, "variance_type", "")).startswith("learned")
+    return output[:, :channels] if output.shape[1] == 2 * channels and not learned else output
+
+
+def in_channels_last(sample: Tensor) -> Tensor:
+    """Images [N, C, H, W] as convolutions want them; other samples as they are."""
+    return sample.contiguous(memory_format=torch.channels_last) if sample.dim() == 4 else sample

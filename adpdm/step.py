@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -114,12 +115,20 @@ def _demand(condition: Tensor, sentence: str, details: Callable[[], str]) -> Non
 def attach_step_hook(denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
     """Let the denoiser set the step from its `timestep` argument before every forward pass."""
 
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]  # without self
+    if "timestep" not in names:
+        raise TypeError(
+            f"{type(denoiser).__name__}.forward must have an argument `timestep` that says which groups to "
+            f"use, got {names}"
+        )
+    position = names.index("timestep")
+
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
+        timestep = args[position] if len(args) > position else kwargs.get("timestep")
         if timestep is None:
             raise ValueError(
-                f"{type(module).__name__}: adpdm needs the timestep, as second positional or keyword "
-                "argument `timestep`; got neither"
+                f"{type(module).__name__}: adpdm needs the timestep, as positional argument {position} or as "
+                "keyword argument `timestep`; got neither"
             )
         module.get_submodule("adpdm_step").set_timestep(timestep)  # type: ignore[operator]
 

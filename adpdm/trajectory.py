@@ -4,31 +4,60 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from .schedulers import first_sample, model_input
+from .schedulers import first_sample, in_channels_last, model_input, used_output
 
 SEED_STRIDE = 1_000_003  # prime, so that streams of neighbouring seeds do not meet
 PROBE_SIZE = 0.01  # error of the noise prediction, whose variance is 1, that probes a step's sensitivity
 PROBE_SEED = 20_230_518
 
 OnStep = Callable[[int], None]
+Conditioning = dict[str, Any]  # tensors [N, ...], or dicts of them
 
 
 @dataclass(frozen=True)
 class Trajectory:
     """Inputs and outputs of the denoiser at the M calls of the sampler."""
 
-    samples: Tensor  # [M, B, C, H, W], as the denoiser sees them
-    noise_preds: Tensor  # [M, B, C, H, W]
-    final: Tensor  # [B, C, H, W]
+    samples: Tensor  # [M, B, *], as the denoiser sees them
+    noise_preds: Tensor  # [M, B, *]
+    final: Tensor  # [B, *]
     sensitivity: Tensor  # [M] f64, squared error of the next sample per squared error of the noise
-    conditioning: dict[str, Tensor]  # [B, ...] each
+    conditioning: Conditioning  # [B, ...] each
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """How a pipeline calls its denoiser, where that is more than images, timestep and conditioning.
+
+    Args:
+        sample_shape: of one sample, (C, H, W), or (L, C) for packed latents; None takes it from the config.
+        constants: keyword arguments that every call gets as they are: ids of tokens, flags.
+        timestep_factor: the denoiser is given the scheduler's timestep times this; 1e-3 for Flux.
+        schedule: keyword arguments of the scheduler's set_timesteps, such as the shift `mu`.
+    """
+
+    sample_shape: tuple[int, ...] | None = None
+    constants: dict[str, Any] = field(default_factory=dict)
+    timestep_factor: float = 1.0
+    schedule: dict[str, Any] = field(default_factory=dict)
+
+
+def pick(conditioning: Conditioning, images: Tensor) -> Conditioning:
+    """Rows `images` of every tensor."""
+    return tree_map(lambda value: value[images], conditioning)  # type: ignore[no-any-return]
+
+
+def join(parts: Sequence[Conditioning]) -> Conditioning:
+    """The parts as one, along the images."""
+    return tree_map(lambda *values: torch.cat(values), *parts)  # type: ignore[no-any-return]
 
 
 class Sampler:
@@ -38,41 +67,50 @@ class Sampler:
     in between; `timesteps` [T] are the different ones, noisiest first, `step_of_call` says where a call is.
 
     Args:
-        denoiser: called as denoiser(sample, timestep, **conditioning), returns an object with `.sample`.
+        denoiser: called with sample, timestep [N] and conditioning, returns an object with `.sample`.
         scheduler: any diffusers scheduler; copied, so that the caller's keeps its own timesteps.
-        sample_shape: (C, H, W).
+        sample_shape: (C, H, W), or any other without the batch.
         num_inference_steps: what the scheduler is asked for.
-        conditioning: tensors [N, ...] by argument name; image i uses entry i modulo N.
+        conditioning: tensors [N, ...] by argument name, in dicts where the denoiser wants dicts; image i uses
+            entry i modulo N.
+        call: what else the denoiser is given.
     """
 
     def __init__(
         self,
         denoiser: nn.Module,
         scheduler: Any,
-        sample_shape: tuple[int, int, int],
+        sample_shape: tuple[int, ...],
         num_inference_steps: int,
-        conditioning: dict[str, Tensor] | None = None,
+        conditioning: Conditioning | None = None,
+        call: DenoiserCall | None = None,
     ) -> None:
         self.denoiser, self.sample_shape = denoiser, sample_shape
         self.scheduler = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(num_inference_steps)
+        self.call = call or DenoiserCall()
+        self.scheduler.set_timesteps(num_inference_steps, **self.call.schedule)
         self.calls: Tensor = self.scheduler.timesteps
         self.conditioning = conditioning or {}
-        ascending, positions = torch.unique(self.calls.float(), return_inverse=True)
+        given = self.given_timestep(self.calls).float()
+        ascending, positions = torch.unique(given, return_inverse=True)
         self.timesteps = ascending.flip(0)  # [T] f32
         self.step_of_call: list[int] = (len(ascending) - 1 - positions).tolist()
 
-    def conditions(self, first: int, batch: int) -> dict[str, Tensor]:
-        """Conditioning of images first .. first + batch - 1."""
-        return {
-            name: value[torch.arange(first, first + batch) % value.shape[0]]
-            for name, value in self.conditioning.items()
-        }
+    def given_timestep(self, timestep: Tensor) -> Tensor:
+        """What the denoiser is given for a timestep of the scheduler."""
+        factor = self.call.timestep_factor
+        return timestep if factor == 1.0 else timestep * factor
 
-    def predict(self, sample: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        """Noise prediction [B, C, H, W] of the denoiser."""
-        output: Tensor = self.denoiser(sample, timestep, **conditioning).sample
-        return output
+    def conditions(self, first: int, batch: int) -> Conditioning:
+        """Conditioning of images first .. first + batch - 1."""
+        images = torch.arange(first, first + batch)
+        return tree_map(lambda value: value[images % value.shape[0]], self.conditioning)  # type: ignore[no-any-return]
+
+    def predict(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Prediction [B, *] at a timestep of the scheduler, as far as the scheduler uses it."""
+        given = self.given_timestep(timestep).expand(sample.shape[0])
+        output: Tensor = self.denoiser(sample, timestep=given, **conditioning, **self.call.constants).sample
+        return used_output(self.scheduler, output, sample.shape[1])
 
     @torch.no_grad()
     def run(
@@ -92,7 +130,7 @@ class Sampler:
         ]
         shape = (1, *self.sample_shape)
         noise = torch.cat([torch.randn(shape, generator=g) for g in generators])
-        sample = first_sample(scheduler, noise).contiguous(memory_format=torch.channels_last)
+        sample = in_channels_last(first_sample(scheduler, noise))
         conditioning = self.conditions(first, batch)
         extra = self._step_arguments(scheduler, generators)
         samples, preds, sensitivity = [], [], []

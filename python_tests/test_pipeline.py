@@ -221,9 +221,11 @@ def test_conditional_unet_under_guidance() -> None:
 def test_prompts_are_encoded_with_the_empty_one() -> None:
     asked: list[list[str]] = []
 
-    def encode_prompt(texts: list[str], device: str, images: int, guidance: bool) -> tuple[Tensor, None]:
-        asked.append(texts)
-        return noise(len(texts), 5, 8).double(), None
+    def encode_prompt(
+        prompt: list[str], device: str, num_images_per_prompt: int, do_classifier_free_guidance: bool
+    ) -> tuple[Tensor, None]:
+        asked.append(prompt)
+        return noise(len(prompt), 5, 8).double(), None
 
     pipe = SimpleNamespace(
         unet=tiny_conditional_unet(), scheduler=ddim_scheduler(), encode_prompt=encode_prompt
@@ -447,8 +449,26 @@ def test_prompts_without_text_encoder_are_refused() -> None:
 
 
 def test_no_prompts_are_refused() -> None:
-    pipe = SimpleNamespace(unet=tiny_conditional_unet(), scheduler=ddim_scheduler(), encode_prompt=print)
+    def encode_prompt(
+        prompt: Any, device: Any, num_images_per_prompt: int, do_classifier_free_guidance: bool
+    ) -> None:
+        raise AssertionError("nothing to encode")
+
+    pipe = SimpleNamespace(
+        unet=tiny_conditional_unet(), scheduler=ddim_scheduler(), encode_prompt=encode_prompt
+    )
     refused(pipe, ValueError, "prompts must hold at least one text, got none", prompts=[])
+
+
+def test_prompts_of_other_pipelines_are_refused() -> None:
+    def encode_prompt(prompt: Any, prompt_2: Any, prompt_3: Any) -> None:
+        raise AssertionError("not understood")
+
+    pipe = SimpleNamespace(
+        unet=tiny_conditional_unet(), scheduler=ddim_scheduler(), encode_prompt=encode_prompt
+    )
+    message = r"takes \['prompt', 'prompt_2', 'prompt_3'\]: encode them and pass conditioning"
+    refused(pipe, TypeError, message, prompts=["a cat"])
 
 
 def test_unknown_layer_pattern_is_refused() -> None:

@@ -166,6 +166,28 @@ def test_hook_reads_positional_and_keyword_timesteps() -> None:
     assert denoiser(sample=sample, timestep=900.0) == 0
 
 
+class LateTimestep(Denoiser):
+    """As in transformers for text and image: the timestep is the third argument."""
+
+    def forward(self, sample: Tensor, context: object = None, timestep: object = None) -> int:  # type: ignore[override]
+        return int(self.get_submodule("adpdm_step").step_index)
+
+
+def test_hook_finds_the_timestep_where_the_denoiser_takes_it() -> None:
+    denoiser = LateTimestep()
+    attach_step_hook(denoiser)
+    assert denoiser(torch.zeros(1), 900.0, 600) == 1
+    assert denoiser(torch.zeros(1), 900.0, timestep=300) == 2
+    with pytest.raises(ValueError, match="as positional argument 2 or as keyword"):
+        denoiser(torch.zeros(1), 900.0)
+
+
+def test_denoiser_without_timestep_is_refused() -> None:
+    message = r"Linear.forward must have an argument `timestep` .*, got \['input'\]"
+    with pytest.raises(TypeError, match=message):
+        attach_step_hook(nn.Linear(1, 1))
+
+
 def test_hook_refuses_a_call_without_timestep() -> None:
     denoiser = Denoiser()
     attach_step_hook(denoiser)
