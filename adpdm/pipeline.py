@@ -267,9 +267,20 @@ def _check_objective(scheduler: Any, config: QuantConfig) -> None:
 
 
 def _trace_forward(sampler: Sampler) -> None:
-    """One forward pass on noise at the first timestep."""
+    """One forward pass on zeros at the first timestep.
+
+    Raises:
+        ValueError: for a prediction of another shape than the sample, which no scheduler could go on from.
+    """
     sample = torch.zeros(1, *sampler.sample_shape)
-    sampler.predict(sample, sampler.calls[0], sampler.conditions(0, 1))
+    prediction = sampler.predict(sample, sampler.calls[0], sampler.conditions(0, 1))
+    learned = prediction.shape[1] == 2 * sample.shape[1]
+    if prediction.shape != sample.shape and not learned:
+        raise ValueError(
+            f"quantize: {type(sampler.denoiser).__name__} must predict what it is given, got "
+            f"{tuple(prediction.shape)} for samples {tuple(sample.shape)}; denoisers that take more channels "
+            "than they predict, as those made for inpainting, cannot be calibrated"
+        )
 
 
 def load_pipeline(path: Path | str, **kwargs: Any) -> Any:

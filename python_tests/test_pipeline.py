@@ -487,5 +487,12 @@ def test_model_without_sample_size_is_refused() -> None:
     refused(denoiser, ValueError, "config.sample_size must be set, got None", scheduler=ddim_scheduler())
 
 
+def test_inpainting_model_is_refused() -> None:
+    message = r"must predict what it is given, got \(1, 4, 8, 8\) for samples \(1, 9, 8, 8\); .* inpainting"
+    conditioning = {"encoder_hidden_states": noise(1, 5, 8)}
+    denoiser = tiny_conditional_unet(in_channels=9)
+    refused(denoiser, ValueError, message, scheduler=ddim_scheduler(), conditioning=conditioning)
+
+
 def test_module_that_is_no_diffusers_model_is_refused() -> None:
     refused(nn.Linear(2, 2), TypeError, "wanted a diffusers model, got Linear", scheduler=ddim_scheduler())
