@@ -9,7 +9,8 @@ from . import _native as _native
 from . import diffusers_quantizer as _diffusers_quantizer
 from .config import QuantConfig, SearchConfig
 from .pipeline import QuantizationReport, load_pipeline, quantize
+from .trajectory import DenoiserCall
 
 _diffusers_quantizer.register()
 
-__all__ = ["QuantConfig", "QuantizationReport", "SearchConfig", "load_pipeline", "quantize"]
+__all__ = ["DenoiserCall", "QuantConfig", "QuantizationReport", "SearchConfig", "load_pipeline", "quantize"]

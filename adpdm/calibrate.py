@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from .bias import correct_bias
 from .config import QuantConfig
@@ -26,10 +28,11 @@ from .quantizers import ActivationQuantizer
 from .quantizers.activation import Mode
 from .replay import Progress, Replay
 from .rounding import round_weights
+from .schedulers import in_channels_last, model_input
 from .search import WARN_BELOW_MAX_IMPORTANCE, Batch, GroupSearch, SearchOutcome
 from .step import StepState
 from .timesteps import TimestepSelector, fixed_visits, mmd_trace
-from .trajectory import Sampler, Trajectory
+from .trajectory import Sampler, Trajectory, join, pick
 
 HOLDOUT_BATCHES = 16  # batches, spread over the steps, on which hardening is judged
 STATE_VERSION = 1
@@ -86,6 +89,7 @@ class Calibration:
         self.sampler, self.layers, self.step, self.config = sampler, layers, step, config
         self.progress, self.state_file = progress, state_file
         self.trace = CalibrationTrace()
+        self.num_steps, self.num_calls = len(sampler.timesteps), len(sampler.calls)
         self.quantizers: dict[str, ActivationQuantizer] = {
             name if len(layer.quantizers) == 1 else f"{name}[{i}]": q
             for name, layer in layers.items()
@@ -99,16 +103,21 @@ class Calibration:
     def run(self) -> CalibrationTrace:
         """Observe, partition, search; leaves every quantizer with its ranges and tables, in fake mode."""
         trajectory = self._timed("trajectories", self._observe)
-        self.step_weights = step_weights(trajectory.sensitivity)
+        self.call_weights = step_weights(trajectory.sensitivity)
         if not self.config.weigh_steps:
-            self.step_weights = torch.ones_like(self.step_weights)
+            self.call_weights = torch.ones_like(self.call_weights)
         # Drawing by the root of the weight and weighing by the other root keeps the expectation and evens out
         # the gradients, which would otherwise come from a few steps.
-        self._draw_weights = self.step_weights.sqrt() / self.step_weights.sqrt().mean()
+        self._draw_weights = self.call_weights.sqrt() / self.call_weights.sqrt().mean()
+        # What depends on the timestep alone counts by all calls at it.
+        steps = torch.tensor(self.sampler.step_of_call)
+        self.step_weights = torch.zeros(self.num_steps, dtype=torch.float64)
+        self.step_weights.index_add_(0, steps, self.call_weights)
+        self.step_weights /= self.step_weights.mean()
         self.trace.step_weights = self.step_weights.tolist()
         names = list(self.layers)
         self._timed("partition", lambda: self._partition(names))
-        replay = Replay(self.sampler, self.layers, trajectory, self.step_weights, self.progress)
+        replay = Replay(self.sampler, self.layers, trajectory, self.call_weights, self.progress)
         self._timed("weights", lambda: self._round_weights(replay, names))
         self._timed("raised layers", lambda: self._raise_bits(replay))
         self._timed("bias correction", lambda: self._correct_bias(replay))
@@ -133,7 +142,7 @@ class Calibration:
     def _observe(self) -> Trajectory:
         config, quantizers = self.config, list(self.quantizers.values())
         for quantizer in quantizers:
-            quantizer.start_observing(config.num_inference_steps)
+            quantizer.start_observing(self.num_steps)
         self.trace.histogram_bytes = sum(q.counts.nbytes for q in quantizers if q.counts is not None)
         batches = []
         for first in range(0, config.histogram_images, config.round_size):
@@ -141,27 +150,28 @@ class Calibration:
 
             def watch(index: int, first: int = first, batch: int = batch) -> None:
                 self._check_finite(index - 1)
-                done = first * config.num_inference_steps + index * batch
-                self.progress("trajectories", done, config.histogram_images * config.num_inference_steps)
+                done = first * self.num_calls + index * batch
+                self.progress("trajectories", done, config.histogram_images * self.num_calls)
 
             batches.append(self.sampler.run(config.seed, first, batch, on_step=watch))
-            self._check_finite(config.num_inference_steps - 1)
-        total = config.histogram_images * config.num_inference_steps
+            self._check_finite(self.num_calls - 1)
+        total = config.histogram_images * self.num_calls
         self.progress("trajectories", total, total)
         trajectory = _join(batches)
         self.trace.trajectory_bytes = trajectory.samples.nbytes + trajectory.noise_preds.nbytes
         return trajectory
 
-    def _check_finite(self, step_index: int) -> None:
-        if step_index < 0:
+    def _check_finite(self, call: int) -> None:
+        if call < 0:
             return
+        step_index = self.sampler.step_of_call[call]
         for name, quantizer in self.quantizers.items():
             assert quantizer.extrema is not None
             low, high = quantizer.extrema[step_index].tolist()
             if not (low > -float("inf") and high < float("inf")):  # false for NaN as well
                 raise ValueError(
                     f"calibration: the input of layer {name!r} at timestep "
-                    f"{int(self.sampler.timesteps[step_index])} must be finite, got range [{low}, {high}]; "
+                    f"{float(self.sampler.calls[call]):g} must be finite, got range [{low}, {high}]; "
                     "the full-precision model itself produces it"
                 )
 
@@ -170,13 +180,15 @@ class Calibration:
     def _partition(self, names: list[str]) -> None:
         config, quantizers = self.config, [q for name in names for q in self.layers[name].quantizers]
         searched = config.grouping == "search"
-        visits = [1] * config.num_inference_steps if searched else fixed_visits(config, self.num_rounds)
+        visits = fixed_visits(config, self.num_rounds, self.num_steps)
+        visits = [1] * self.num_steps if searched else visits
         self.trace.visits = list(visits)
         importance = self.step_weights * torch.tensor(visits)
         errors = all_step_errors(quantizers, importance, config.range_method)
         tables = initial_tables(quantizers, errors, config)
         for i, (quantizer, error, table) in enumerate(zip(quantizers, errors, tables, strict=True)):
-            fit_ranges(quantizer, error, table, config.groups_per_layer, importance, config.range_method)
+            groups = config.groups_per_layer(self.num_steps)
+            fit_ranges(quantizer, error, table, groups, importance, config.range_method)
             self.progress("partition", i + 1, len(quantizers))
 
     def _set_mode(self, mode: Mode) -> None:
@@ -214,7 +226,7 @@ class Calibration:
         config = self.config
         held_out = self._held_out()
         search = GroupSearch(list(self.quantizers.values()), self.step, config, self._predict, held_out)
-        selector = TimestepSelector(config, self.num_rounds)
+        selector = TimestepSelector(config, self.num_rounds, self.num_steps)
         pool: list[Batch] = []
         start_round = self._resume(search, selector, pool)
         for round_index in range(start_round, self.num_rounds):
@@ -226,7 +238,7 @@ class Calibration:
             self._save(search, selector, round_index + 1)
         self.trace.outcome = self._harden(search, trajectory, pool, held_out)
         self.trace.rounds, self.trace.visits = selector.trace, selector.visits
-        chosen = [row["step_index"] for row in selector.trace]
+        chosen = [self._call_at(row["step_index"], i) for i, row in enumerate(selector.trace)]
         self.trace.mmd = mmd_trace(trajectory.samples, chosen)
 
     def _steps_of_round(self, round_index: int) -> range:
@@ -249,39 +261,45 @@ class Calibration:
         count = min(
             self.config.round_size, self.config.calibration_images - round_index * self.config.round_size
         )
-        made = self.sampler.run(self.config.seed, first, count, stop=step_index)
+        call = self._call_at(step_index, round_index)
+        made = self.sampler.run(self.config.seed, first, count, stop=call)
         search.set_mode(mode)
-        return self._batch(made, step_index, torch.arange(count), round_index)
+        return self._batch(made, call, torch.arange(count), round_index)
+
+    def _call_at(self, step_index: int, round_index: int) -> int:
+        """The call that shows a step in a round: where a scheduler comes back to a timestep, each in turn."""
+        calls = [i for i, step in enumerate(self.sampler.step_of_call) if step == step_index]
+        return calls[round_index % len(calls)]
 
     def _draw(self, trajectory: Trajectory, pool: list[Batch], index: int) -> Batch:
         """The batch of optimizer step `index`: a step of the cached trajectories, or selected images."""
         generator = torch.Generator().manual_seed(self.config.seed * 7_368_787 + index)
         size = self.config.search.batch_size
         if float(torch.rand(1, generator=generator)) < self.config.search.replay:
-            step_index = int(torch.multinomial(self._draw_weights, 1, generator=generator))
+            call = int(torch.multinomial(self._draw_weights, 1, generator=generator))
             images = torch.randint(0, trajectory.samples.shape[1], (size,), generator=generator)
-            return self._batch(trajectory, step_index, images, index)
+            return self._batch(trajectory, call, images, index)
         chosen = pool[int(torch.randint(0, len(pool), (1,), generator=generator))]
         images = torch.randint(0, chosen.sample.shape[0], (size,), generator=generator)
-        conditioning = {name: value[images] for name, value in chosen.conditioning.items()}
+        conditioning = pick(chosen.conditioning, images)
         return replace(
             chosen, sample=chosen.sample[images], target=chosen.target[images], conditioning=conditioning
         )
 
-    def _batch(self, trajectory: Trajectory, step_index: int, images: Tensor, draw: int) -> Batch:
-        """Images of a trajectory at one step, with the target of the objective."""
-        timestep = self.sampler.timesteps[step_index]
-        sample, target = trajectory.samples[step_index, images], trajectory.noise_preds[step_index, images]
+    def _batch(self, trajectory: Trajectory, call: int, images: Tensor, draw: int) -> Batch:
+        """Images of a trajectory at one call, with the target of the objective."""
+        timestep, step_index = self.sampler.calls[call], self.sampler.step_of_call[call]
+        sample, target = trajectory.samples[call, images], trajectory.noise_preds[call, images]
         if self.config.search.objective == "noise":
             final = trajectory.final[images]
             generator = torch.Generator().manual_seed(self.config.seed * 15_485_863 + draw)
             target = torch.randn(final.shape, generator=generator)
-            sample = self.sampler.scheduler.add_noise(final, target, timestep.expand(len(images)))
-            sample = self.sampler.scheduler.scale_model_input(sample, timestep)
-        sample = sample.contiguous(memory_format=torch.channels_last)
-        conditioning = {name: value[images] for name, value in trajectory.conditioning.items()}
-        weight = float(self._draw_weights[step_index])
-        return Batch(step_index, timestep, sample, target, weight, conditioning)
+            # A copy: schedulers over sigmas remember the first timestep that they scale for.
+            scheduler = copy.deepcopy(self.sampler.scheduler)
+            sample = scheduler.add_noise(final, target, timestep.expand(len(images)))
+            sample = model_input(scheduler, sample, timestep)
+        weight, conditioning = float(self._draw_weights[call]), pick(trajectory.conditioning, images)
+        return Batch(step_index, timestep, in_channels_last(sample), target, weight, conditioning)
 
     def _held_out(self) -> list[Batch]:
         """Batches of images that nothing is fitted to, at steps spread over the trajectory."""
@@ -289,11 +307,9 @@ class Calibration:
         first = self.config.histogram_images + self.config.calibration_images
         fresh = self.sampler.run(self.config.seed, first, self.config.search.batch_size)
         self._set_mode(Mode.FAKE)
-        steps = (
-            torch.linspace(0, self.config.num_inference_steps - 1, HOLDOUT_BATCHES).round().long().tolist()
-        )
+        calls = torch.linspace(0, self.num_calls - 1, HOLDOUT_BATCHES).round().long().tolist()
         images = torch.arange(self.config.search.batch_size)
-        return [replace(self._batch(fresh, k, images, k), weight=float(self.step_weights[k])) for k in steps]
+        return [replace(self._batch(fresh, k, images, k), weight=float(self.call_weights[k])) for k in calls]
 
     def _harden(
         self, search: GroupSearch, trajectory: Trajectory, pool: list[Batch], held_out: list[Batch]
@@ -332,13 +348,18 @@ class Calibration:
         digest = hashlib.sha256()
         for name, tensor in [
             *((name, layer.weight.detach()) for name, layer in self.layers.items()),
-            *sorted(self.sampler.conditioning.items()),
+            *((keystr(path), value) for path, value in self._given_tensors()),
         ]:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().tobytes())
         scheduler = self.sampler.scheduler
         settings = [self.config.to_dict(), type(scheduler).__name__, dict(scheduler.config)]
         return json.dumps([*settings, digest.hexdigest()], default=str)
+
+    def _given_tensors(self) -> list[tuple[Any, Tensor]]:
+        """Tensors of conditioning and constants, with their paths, in one order."""
+        given = [self.sampler.conditioning, self.sampler.call.constants]
+        return [(path, x) for path, x in tree_flatten_with_path(given)[0] if isinstance(x, Tensor)]
 
     def _save(self, search: GroupSearch, selector: TimestepSelector, rounds_done: int) -> None:
         if self.state_file is None:
@@ -381,7 +402,7 @@ class Calibration:
 
 
 def step_weights(sensitivity: Tensor) -> Tensor:
-    """How much an error of the noise prediction counts at each step, [T] f64 with mean 1 [R].
+    """How much an error of the noise prediction counts at each call, [M] f64 with mean 1 [R].
 
     The floor keeps a step that hardly matters for this scheduler from being ignored altogether.
     """
@@ -404,12 +425,11 @@ def _describe(name: str, quantizer: ActivationQuantizer) -> dict[str, Any]:
 
 def _join(parts: list[Trajectory]) -> Trajectory:
     """Concatenate trajectories along their images."""
-    conditioning = {name: torch.cat([p.conditioning[name] for p in parts]) for name in parts[0].conditioning}
     return Trajectory(
         torch.cat([p.samples for p in parts], 1),
         torch.cat([p.noise_preds for p in parts], 1),
         torch.cat([p.final for p in parts]),
         sum((p.sensitivity * len(p.final) for p in parts), torch.zeros(()))
         / sum(len(p.final) for p in parts),
-        conditioning,
+        join([p.conditioning for p in parts]),
     )

@@ -72,7 +72,8 @@ class QuantConfig:
         weigh_steps: let a step's error count by what it was measured to do to the final sample; otherwise all
             steps count alike.
         shared_groups: one partition for the whole network instead of one per layer.
-        num_inference_steps: T, steps of the sampler that is calibrated for.
+        num_inference_steps: of the sampler that is calibrated for; T, the number of different timesteps it
+            visits, is another one with some schedulers.
         selection: how timesteps of calibration images are chosen.
         calibration_images: images generated for the search in total, in rounds of `round_size`.
         histogram_images: full trajectories whose activations fill the histograms.
@@ -133,12 +134,22 @@ class QuantConfig:
                 f"got {self.num_groups}"
             )
 
-    @property
-    def groups_per_layer(self) -> int:
-        """G after the grouping has had its say: 1 for `shared`, T for `per_step`."""
+    def groups_per_layer(self, num_steps: int) -> int:
+        """G for T = `num_steps` after the grouping has had its say: 1 for `shared`, T for `per_step`.
+
+        Raises:
+            ValueError: for more groups than timesteps; rounding merges some with some schedulers.
+        """
         if self.grouping == "shared":
             return 1
-        return self.num_inference_steps if self.grouping == "per_step" else self.num_groups
+        if self.grouping == "per_step":
+            return num_steps
+        if self.num_groups > num_steps:
+            raise ValueError(
+                f"num_groups must be at most {num_steps}, the number of different timesteps that the "
+                f"scheduler visits for num_inference_steps={self.num_inference_steps}; got {self.num_groups}"
+            )
+        return self.num_groups
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""

@@ -16,7 +16,7 @@ from .config import MAX_BITS, MIN_BITS, QuantConfig
 from .nn import LayerInfo, fuse_blocks, quant_layers, swap_layers
 from .step import StepState, attach_step_hook
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had a step for every training timestep, which noise levels do not fit into
 LAYER_KEYS = {"name", "weight_bits", "activation_bits", "split"}
 
 
@@ -32,7 +32,7 @@ class AdpdmConfig(QuantizationConfigMixin):
     Args:
         quant_config: the settings it was quantized with, as a dict.
         layers: per quantized layer name, weight bits, activation bits, groups and split.
-        num_train_timesteps: length of the timestep table.
+        num_steps: T, calibrated timesteps.
         format_version: of the checkpoint.
     """
 
@@ -40,7 +40,7 @@ class AdpdmConfig(QuantizationConfigMixin):
         self,
         quant_config: dict[str, Any],
         layers: list[dict[str, Any]],
-        num_train_timesteps: int,
+        num_steps: int | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = Method.ADPDM.value,
         **unknown: Any,
@@ -54,10 +54,14 @@ class AdpdmConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise ValueError(f"quantization_config: unknown keys {sorted(unknown)}")
+        if type(num_steps) is not int or num_steps < 1:
+            raise ValueError(
+                f"quantization_config: num_steps must be an integer of at least 1, got {num_steps!r}"
+            )
         self.quant_method = Method.ADPDM  # type: ignore[assignment]
         self.format_version = format_version
         self.quant_config, self.layers = quant_config, layers
-        self.num_train_timesteps = num_train_timesteps
+        self.num_steps: int = num_steps
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; diffusers serialises this at every load."""
@@ -66,7 +70,7 @@ class AdpdmConfig(QuantizationConfigMixin):
             "format_version": self.format_version,
             "quant_config": self.quant_config,
             "layers": self.layers,
-            "num_train_timesteps": self.num_train_timesteps,
+            "num_steps": self.num_steps,
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -221,11 +225,9 @@ def build_frozen(model: nn.Module, config: AdpdmConfig) -> None:
     infos = [_stored_layer(model, row) for row in config.layers]
 
     def make_step(num_slots: int) -> StepState:
-        return StepState(
-            num_slots, settings.num_inference_steps, config.num_train_timesteps, settings.timestep_policy
-        )
+        return StepState(num_slots, config.num_steps, settings.timestep_policy)
 
-    swap_layers(model, infos, settings.groups_per_layer, make_step)
+    swap_layers(model, infos, settings.groups_per_layer(config.num_steps), make_step)
     for twin in quant_layers(model).values():
         twin.prepare_frozen()
 
@@ -239,7 +241,7 @@ def mark_quantized(model: nn.Module, config: QuantConfig, layers: Sequence[Layer
         for x in layers
         if x.bits is not None
     ]
-    quantization_config = AdpdmConfig(config.to_dict(), rows, step.timestep_to_step.numel())
+    quantization_config = AdpdmConfig(config.to_dict(), rows, step.timesteps.numel())
     quantizer = AdpdmQuantizer(quantization_config, pre_quantized=True)
     untyped: Any = model
     untyped.hf_quantizer = quantizer

@@ -66,7 +66,8 @@ def initial_tables(
     quantizers: Sequence[ActivationQuantizer], errors: Sequence[StepErrors], config: QuantConfig
 ) -> list[Tensor]:
     """Starting table [T] i32 of every quantizer by the grouping of the config."""
-    steps, groups = config.num_inference_steps, config.groups_per_layer
+    steps = errors[0].error.shape[0]
+    groups = config.groups_per_layer(steps)
     if config.grouping in ("shared", "per_step", "uniform"):
         return [uniform_table(steps, groups)] * len(quantizers)
     if not config.shared_groups:

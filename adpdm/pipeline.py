@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from .nn import (
 from .quantizers.activation import Mode
 from .replay import Progress
 from .step import StepState, attach_step_hook
-from .trajectory import Sampler
+from .trajectory import Conditioning, DenoiserCall, Sampler
 
 DENOISER_NAMES = ("unet", "transformer")
 
@@ -78,7 +79,8 @@ def quantize(
     config: QuantConfig | None = None,
     *,
     scheduler: Any = None,
-    conditioning: dict[str, Tensor] | None = None,
+    conditioning: Conditioning | None = None,
+    call: DenoiserCall | None = None,
     prompts: Sequence[str] | None = None,
     progress: Progress = silent,
     state_file: Path | str | None = None,
@@ -86,11 +88,12 @@ def quantize(
     """Quantize a trained diffusion model by ADP-DM, in place, from nothing but the model itself.
 
     Args:
-        pipe_or_denoiser: diffusers pipeline, or UNet2DModel / UNet2DConditionModel in float32 on the CPU.
+        pipe_or_denoiser: diffusers pipeline, or its U-Net or transformer, in float32 on the CPU.
         config: bits, groups and search; see QuantConfig.
         scheduler: to calibrate with; needed for a bare denoiser, otherwise the pipeline's own.
-        conditioning: tensors [N, ...] by argument name of the denoiser, e.g. encoder_hidden_states [N, L, D];
-            image i is generated under entry i modulo N.
+        conditioning: tensors [N, ...] by argument name of the denoiser, e.g. encoder_hidden_states [N, L, D],
+            or dicts of them, e.g. added_cond_kwargs; image i is generated under entry i modulo N.
+        call: what else the denoiser is given, where it takes more than images, timestep and conditioning.
         prompts: texts to encode with the pipeline instead.
         progress: called with (phase, done, total).
         state_file: the search saves itself here after every round and resumes from it.
@@ -108,9 +111,12 @@ def quantize(
     if prompts is not None:
         conditioning = {**(conditioning or {}), **_encode(pipe_or_denoiser, prompts)}
     _check_conditioning(denoiser, conditioning)
+    _check_objective(scheduler, config)
     before = _Before(denoiser)
     try:
-        return _quantize(denoiser, scheduler, conditioning, config, progress, state_file)
+        shape = call.sample_shape if call and call.sample_shape else _sample_shape(denoiser)
+        sampler = Sampler(denoiser, scheduler, shape, config.num_inference_steps, conditioning, call)
+        return _quantize(denoiser, sampler, config, progress, state_file)
     except BaseException:
         before.restore(denoiser)
         raise
@@ -118,25 +124,23 @@ def quantize(
 
 def _quantize(
     denoiser: nn.Module,
-    scheduler: Any,
-    conditioning: dict[str, Tensor] | None,
+    sampler: Sampler,
     config: QuantConfig,
     progress: Progress,
     state_file: Path | str | None,
 ) -> QuantizationReport:
     denoiser.eval().requires_grad_(False)
-    sampler = Sampler(denoiser, scheduler, _sample_shape(denoiser), config.num_inference_steps, conditioning)
     layers = describe_layers(denoiser, config, lambda: _trace_forward(sampler))
 
+    num_groups = config.groups_per_layer(len(sampler.timesteps))
+
     def make_step(num_slots: int) -> StepState:
-        state = StepState(
-            num_slots, config.num_inference_steps, sampler.num_train_timesteps, config.timestep_policy
-        )
+        state = StepState(num_slots, len(sampler.timesteps), config.timestep_policy)
         state.set_timesteps(sampler.timesteps)
         return state
 
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    step = swap_layers(denoiser, layers, config.groups_per_layer, make_step)
+    step = swap_layers(denoiser, layers, num_groups, make_step)
     attach_step_hook(denoiser)
     path = None if state_file is None else Path(state_file)
     quant = quant_layers(denoiser)
@@ -207,7 +211,7 @@ def _find_scheduler(pipe_or_denoiser: Any, scheduler: Any) -> Any:
         raise ValueError(
             "quantize: a bare denoiser needs scheduler=..., the sampler it will be used with; got None"
         )
-    for name in ("set_timesteps", "scale_model_input", "step"):
+    for name in ("set_timesteps", "step"):
         if not hasattr(found, name):
             raise TypeError(
                 f"quantize: wanted a diffusers scheduler with {name}(), got {type(found).__name__}"
@@ -217,9 +221,12 @@ def _find_scheduler(pipe_or_denoiser: Any, scheduler: Any) -> Any:
 
 def _sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:
     config: Any = denoiser.config
-    size = config.sample_size
+    size = getattr(config, "sample_size", None)
     if size is None:
-        raise ValueError(f"quantize: {type(denoiser).__name__}.config.sample_size must be set, got None")
+        raise ValueError(
+            f"quantize: {type(denoiser).__name__}.config.sample_size must be set, got None; "
+            "or say call=DenoiserCall(sample_shape=...)"
+        )
     height, width = (size, size) if isinstance(size, int) else size
     return int(config.in_channels), int(height), int(width)
 
@@ -228,6 +235,13 @@ def _encode(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Text embeddings of prompts, and of the empty one that classifier-free guidance uses."""
     if isinstance(pipe, nn.Module) or not hasattr(pipe, "encode_prompt"):
         raise TypeError(f"quantize: prompts need a pipeline with encode_prompt, got {type(pipe).__name__}")
+    takes = list(inspect.signature(pipe.encode_prompt).parameters)
+    wanted = ["prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance"]
+    if takes[:4] != wanted:
+        raise TypeError(
+            f"quantize: prompts need an encode_prompt that takes {wanted}, as of Stable Diffusion 1 and 2; "
+            f"that of {type(pipe).__name__} takes {takes[:4]}: encode them and pass conditioning"
+        )
     if not prompts:
         raise ValueError("quantize: prompts must hold at least one text, got none")
     with torch.no_grad():
@@ -235,7 +249,7 @@ def _encode(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     return {"encoder_hidden_states": embeddings.float()}
 
 
-def _check_conditioning(denoiser: nn.Module, conditioning: dict[str, Tensor] | None) -> None:
+def _check_conditioning(denoiser: nn.Module, conditioning: Conditioning | None) -> None:
     config: Any = denoiser.config
     wants_text = getattr(config, "cross_attention_dim", None) is not None
     given = set(conditioning or {})
@@ -246,10 +260,30 @@ def _check_conditioning(denoiser: nn.Module, conditioning: dict[str, Tensor] | N
         )
 
 
+def _check_objective(scheduler: Any, config: QuantConfig) -> None:
+    prediction = getattr(scheduler.config, "prediction_type", "velocity of a flow")
+    if config.search.objective == "noise" and prediction != "epsilon":
+        raise ValueError(
+            "quantize: search.objective 'noise' needs a denoiser that predicts the noise; that of "
+            f"{type(scheduler).__name__} predicts: {prediction}; use 'teacher'"
+        )
+
+
 def _trace_forward(sampler: Sampler) -> None:
-    """One forward pass on noise at the first timestep."""
+    """One forward pass on zeros at the first timestep.
+
+    Raises:
+        ValueError: for a prediction of another shape than the sample, which no scheduler could go on from.
+    """
     sample = torch.zeros(1, *sampler.sample_shape)
-    sampler.predict(sample, sampler.timesteps[0], sampler.conditions(0, 1))
+    prediction = sampler.predict(sample, sampler.calls[0], sampler.conditions(0, 1))
+    learned = prediction.shape[1] == 2 * sample.shape[1]
+    if prediction.shape != sample.shape and not learned:
+        raise ValueError(
+            f"quantize: {type(sampler.denoiser).__name__} must predict what it is given, got "
+            f"{tuple(prediction.shape)} for samples {tuple(sample.shape)}; denoisers that take more channels "
+            "than they predict, as those made for inpainting, cannot be calibrated"
+        )
 
 
 def load_pipeline(path: Path | str, **kwargs: Any) -> Any:

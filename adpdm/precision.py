@@ -60,6 +60,8 @@ def _probe(
     def watch(name: str, layer: QuantLayer) -> Any:
         def after_forward(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach()
+            if not output.requires_grad:  # what a layer makes of the conditioning alone
+                output.requires_grad_()
             output.register_hook(lambda gradient: _add(found, name, layer, x, gradient))
 
         return layer.register_forward_hook(after_forward)

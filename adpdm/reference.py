@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
@@ -263,16 +262,17 @@ class ConvGeometry:
     groups: int = 1
     padding_end: tuple[int, int] | None = None  # below and right; None: as padding
     upsample: int = 1  # 2: the convolution sees every pixel of the input twice in both directions
+    _numbers: list[int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ends = self.padding if self.padding_end is None else self.padding_end
+        pairs = (self.kernel_size, self.stride, self.padding, ends, self.dilation)
+        numbers = [self.out_channels, *(n for pair in pairs for n in pair), self.groups, self.upsample]
+        object.__setattr__(self, "_numbers", numbers)
 
     def numbers(self) -> list[int]:
         """The 13 numbers of the operator's schema, in its order."""
         return self._numbers
-
-    @functools.cached_property
-    def _numbers(self) -> list[int]:
-        ends = self.padding if self.padding_end is None else self.padding_end
-        pairs = (self.kernel_size, self.stride, self.padding, ends, self.dilation)
-        return [self.out_channels, *(n for pair in pairs for n in pair), self.groups, self.upsample]
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the result for those of the input as stored."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .nn import QuantLayer
 from .quantizers.activation import Mode
+from .schedulers import in_channels_last
 from .trajectory import Sampler, Trajectory
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
@@ -19,33 +20,33 @@ Observer = Callable[[Tensor], None]  # gets an input of a layer
 
 @dataclass(frozen=True)
 class Replay:
-    """All images of a trajectory at steps that are chosen by how much an error counts there.
+    """All images of a trajectory at calls that are chosen by how much an error counts there.
 
     Args:
         layers: of the sampler's denoiser, by name.
-        step_weights: [T] f64.
+        call_weights: [M] f64.
     """
 
     sampler: Sampler
     layers: Mapping[str, QuantLayer]
     trajectory: Trajectory
-    step_weights: Tensor
+    call_weights: Tensor
     progress: Progress
 
-    def steps(self, count: int) -> list[int]:
-        """Step indices at equal distances of accumulated weight: more where an error counts more."""
-        share = self.step_weights.cumsum(0) / self.step_weights.sum()
+    def calls(self, count: int) -> list[int]:
+        """Calls at equal distances of accumulated weight: more where an error counts more."""
+        share = self.call_weights.cumsum(0) / self.call_weights.sum()
         wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         return torch.searchsorted(share, wanted.to(share.device)).clamp(max=len(share) - 1).tolist()
 
     def inputs(self, count: int, phase: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """(sample [B, C, H, W], timestep []) of `count` steps; tells the progress after each."""
-        for index, step_index in enumerate(self.steps(count)):
-            yield self.trajectory.samples[step_index], self.sampler.timesteps[step_index]
+        """(sample [B, *], timestep []) of `count` calls; tells the progress after each."""
+        for index, call in enumerate(self.calls(count)):
+            yield in_channels_last(self.trajectory.samples[call]), self.sampler.calls[call]
             self.progress(phase, index + 1, count)
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """Noise prediction [B, C, H, W] of the denoiser, in the mode that its layers are in."""
+        """Prediction [B, *] of the denoiser, in the mode that its layers are in."""
         return self.sampler.predict(sample, timestep, self.trajectory.conditioning)
 
     def set_mode(self, mode: Mode) -> None:
@@ -55,7 +56,7 @@ class Replay:
 
     @torch.no_grad()
     def show(self, observers: Mapping[str, Observer], count: int, phase: str) -> None:
-        """Call the observer of each named layer with the layer's full-precision input at every step."""
+        """Call the observer of each named layer with the layer's full-precision input at every call."""
         self.set_mode(Mode.FLOAT)
         handles = [
             self.layers[name].register_forward_pre_hook(_before_forward(observe))

@@ -61,10 +61,10 @@ class Batch:
 
     step_index: int
     timestep: Tensor  # []
-    sample: Tensor  # [B, C, H, W], as the denoiser sees it
-    target: Tensor  # [B, C, H, W], the full-precision noise prediction (or the noise)
+    sample: Tensor  # [B, *], as the denoiser sees it
+    target: Tensor  # [B, *], the full-precision noise prediction (or the noise)
     weight: float  # of the step, 1 on average
-    conditioning: dict[str, Tensor]  # [B, ...] each
+    conditioning: dict[str, Any]  # [B, ...] each
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,41 +13,33 @@ from .config import TimestepPolicy
 
 
 class StepState(nn.Module):
-    """Tables from timestep to step to group, and the current row of them.
+    """The calibrated timesteps, the groups at each of them, and the current row of both.
 
-    Layers refer to this module and read `group_index` through their slot; only `set_timestep` writes.
+    Layers refer to this module and read `group_index` through their slot; only `set_timestep` writes. The key
+    is the value that the denoiser is given, in whatever unit: a training timestep, or a noise level.
 
     Args:
         num_slots: number of grouped quantizers in the denoiser.
-        num_steps: T, calibrated steps.
-        num_train_timesteps: length of the table that is keyed by timestep.
+        num_steps: T, calibrated timesteps.
         policy: `nearest` calibrated timestep, or `error` for any other.
     """
 
     group_index: Tensor  # [num_slots] i32, groups of the current step
     step_index: Tensor  # [1] i32, current step
-    timestep_to_step: Tensor  # [num_train_timesteps] i32, -1 where the policy forbids the timestep
+    timesteps: Tensor  # [T] f32, noisiest first
     table: Tensor  # [T, num_slots] i32
 
-    def __init__(
-        self, num_slots: int, num_steps: int, num_train_timesteps: int, policy: TimestepPolicy = "nearest"
-    ) -> None:
+    def __init__(self, num_slots: int, num_steps: int, policy: TimestepPolicy = "nearest") -> None:
         super().__init__()
         self.policy = policy
         self.register_buffer("group_index", torch.zeros(num_slots, dtype=torch.int32), persistent=False)
         self.register_buffer("step_index", torch.zeros(1, dtype=torch.int32), persistent=False)
-        self.register_buffer("timestep_to_step", torch.zeros(num_train_timesteps, dtype=torch.int32))
+        self.register_buffer("timesteps", torch.zeros(num_steps))
         self.register_buffer("table", torch.zeros(num_steps, num_slots, dtype=torch.int32))
 
     def set_timesteps(self, timesteps: Tensor) -> None:
-        """Fill the timestep table for calibrated timesteps [T], noisiest first, by the policy."""
-        calibrated = timesteps.detach().double().cpu()
-        every = torch.arange(self.timestep_to_step.numel(), dtype=torch.float64)
-        distance = (every[:, None] - calibrated[None, :]).abs()
-        nearest = distance.argmin(1).to(torch.int32)
-        if self.policy == "error":
-            nearest[distance.amin(1) > 0.5] = -1  # schedulers may hand over fractional timesteps
-        self.timestep_to_step.copy_(nearest)
+        """Take the calibrated timesteps [T], noisiest first."""
+        self.timesteps.copy_(timesteps)
 
     def set_timestep(self, timestep: Tensor | float | int) -> None:
         """Make the groups of one timestep current. A [B] tensor must hold one value B times.
@@ -54,13 +48,11 @@ class StepState(nn.Module):
             ValueError: for mixed timesteps in a batch (checked on the CPU only, where looking is free), or
                 for a timestep outside the calibrated ones under the policy `error`.
         """
-        index = self._table_position(timestep)
-        step = self.timestep_to_step.index_select(0, index)
-        if self.policy == "error" and int(step) < 0:
-            raise ValueError(
-                f"timestep {float(index)} was not calibrated and timestep_policy is 'error'; "
-                f"calibrated are {self._calibrated()}"
-            )
+        value = self._one_value(timestep)
+        distance = (self.timesteps - value.float()).abs()
+        step = distance.argmin(0, keepdim=True)
+        if self.policy == "error":
+            self._refuse_unknown(value, distance.index_select(0, step))
         self.step_index.copy_(step)
         self.group_index.copy_(self.table.index_select(0, step)[0])
 
@@ -69,34 +61,74 @@ class StepState(nn.Module):
         self.step_index.fill_(step)
         self.group_index.copy_(self.table[step])
 
-    def _table_position(self, timestep: Tensor | float | int) -> Tensor:
-        last = self.timestep_to_step.numel() - 1
+    def _one_value(self, timestep: Tensor | float | int) -> Tensor:
+        """The timestep as [1], in the dtype it came in."""
         if not isinstance(timestep, Tensor):
-            return torch.tensor([min(max(round(timestep), 0), last)], device=self.table.device)
+            return torch.tensor([timestep], device=self.table.device)
         flat = timestep.detach().reshape(-1)
         if flat.numel() == 0:
             raise ValueError("timestep must hold at least one value, got an empty tensor")
-        if flat.numel() > 1 and flat.device.type == "cpu" and bool((flat != flat[0]).any()):
-            raise ValueError(
-                "adpdm quantizes one timestep per call, but the batch mixes timesteps "
-                f"{sorted({float(t) for t in flat})[:8]}; call the denoiser once per timestep"
+        if flat.numel() > 1 and flat.device.type == "cpu":
+            _demand(
+                (flat == flat[0]).all(),
+                "adpdm quantizes one timestep per call, but the batch mixes timesteps; "
+                "call the denoiser once per timestep",
+                lambda: f": {sorted({float(t) for t in flat})[:8]}",
             )
-        return flat[:1].to(self.table.device).round().long().clamp(0, last)
+        return flat[:1].to(self.table.device)
 
-    def _calibrated(self) -> list[int]:
-        steps = self.timestep_to_step
-        return [int(i) for i in torch.nonzero(steps >= 0).flatten()][::-1]
+    def _refuse_unknown(self, value: Tensor, distance: Tensor) -> None:
+        """Raise for a timestep [1] at a distance [1] that rounding to its dtype does not explain.
+
+        Pipelines of flow matching hand over timesteps in the dtype of the samples, and divided by 1000 once
+        they are: two roundings of half an epsilon each.
+        """
+        tolerance: Tensor | float = 0.5
+        if value.dtype.is_floating_point:
+            eps = max(torch.finfo(value.dtype).eps, torch.finfo(torch.float32).eps)
+            tolerance = eps * value.abs().float()
+        _demand(
+            (distance <= tolerance)[0],
+            "the timestep was not calibrated and timestep_policy is 'error'",
+            lambda: (
+                f": got {float(value):g}, calibrated are {[round(t, 6) for t in self.timesteps.tolist()]}"
+            ),
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow .to() to another device but not to another dtype: bfloat16 would merge timesteps."""
+        timesteps = self.timesteps
+        super()._apply(fn, recurse)
+        if self.timesteps.dtype != torch.float32:
+            self.timesteps = timesteps.to(self.timesteps.device)
+        return self
+
+
+def _demand(condition: Tensor, sentence: str, details: Callable[[], str]) -> None:
+    """Raise ValueError unless the condition holds; RuntimeError in a compiled graph, which sees no values."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, sentence)
+    elif not bool(condition):
+        raise ValueError(sentence + details())
 
 
 def attach_step_hook(denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
     """Let the denoiser set the step from its `timestep` argument before every forward pass."""
 
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]  # without self
+    if "timestep" not in names:
+        raise TypeError(
+            f"{type(denoiser).__name__}.forward must have an argument `timestep` that says which groups to "
+            f"use, got {names}"
+        )
+    position = names.index("timestep")
+
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1] if len(args) > 1 else None
+        timestep = args[position] if len(args) > position else kwargs.get("timestep")
         if timestep is None:
             raise ValueError(
-                f"{type(module).__name__}: adpdm needs the timestep, as second positional or keyword "
-                "argument `timestep`; got neither"
+                f"{type(module).__name__}: adpdm needs the timestep, as positional argument {position} or as "
+                "keyword argument `timestep`; got neither"
             )
         module.get_submodule("adpdm_step").set_timestep(timestep)  # type: ignore[operator]
 

@@ -25,16 +25,13 @@ class TimestepSelector:
 
     config: QuantConfig
     num_rounds: int
+    num_steps: int  # T
     visits: list[int] = field(default_factory=list)  # [T]
     trace: list[dict[str, Any]] = field(default_factory=list)  # one row per round
 
     def __post_init__(self) -> None:
         if not self.visits:
             self.visits = [0] * self.num_steps
-
-    @property
-    def num_steps(self) -> int:
-        return self.config.num_inference_steps
 
     @property
     def first_allowed(self) -> int:
@@ -77,13 +74,13 @@ class TimestepSelector:
         return min(max(round(draw), first), self.num_steps - 1)
 
 
-def fixed_visits(config: QuantConfig, num_rounds: int) -> list[int]:
+def fixed_visits(config: QuantConfig, num_rounds: int, num_steps: int) -> list[int]:
     """Visits per step [T] of a selection without a search, where `srm` means every step once."""
     if config.selection == "srm":
-        return [1] * config.num_inference_steps
-    selector = TimestepSelector(config, num_rounds)
+        return [1] * num_steps
+    selector = TimestepSelector(config, num_rounds, num_steps)
     for _ in range(num_rounds):
-        selector.choose(torch.zeros(config.num_inference_steps))
+        selector.choose(torch.zeros(num_steps))
     return selector.visits
 
 
@@ -91,8 +88,8 @@ def mmd_trace(samples: Tensor, chosen: Sequence[int]) -> list[float]:
     """Maximum mean discrepancy between the samples of all steps and of the chosen ones, after every round.
 
     Args:
-        samples: [T, N, *] inputs of the denoiser at every step.
-        chosen: step index of each round, repetitions count.
+        samples: [M, N, *] inputs of the denoiser at every call.
+        chosen: call of each round, repetitions count.
     Returns: biased estimate with an RBF kernel, bandwidth by the median heuristic; 0 when the sets agree.
     Source: method.md section 7; reported because the surrogate of the selection only stands for it.
     """

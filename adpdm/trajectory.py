@@ -4,76 +4,113 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .schedulers import first_sample, in_channels_last, model_input, used_output
 
 SEED_STRIDE = 1_000_003  # prime, so that streams of neighbouring seeds do not meet
 PROBE_SIZE = 0.01  # error of the noise prediction, whose variance is 1, that probes a step's sensitivity
 PROBE_SEED = 20_230_518
 
 OnStep = Callable[[int], None]
+Conditioning = dict[str, Any]  # tensors [N, ...], or dicts of them
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Inputs and outputs of the denoiser along the sampler."""
+    """Inputs and outputs of the denoiser at the M calls of the sampler."""
 
-    samples: Tensor  # [T, B, C, H, W], as the denoiser sees them
-    noise_preds: Tensor  # [T, B, C, H, W]
-    final: Tensor  # [B, C, H, W]
-    sensitivity: Tensor  # [T] f64, squared error of the next sample per squared error of the noise
-    conditioning: dict[str, Tensor]  # [B, ...] each
+    samples: Tensor  # [M, B, *], as the denoiser sees them
+    noise_preds: Tensor  # [M, B, *]
+    final: Tensor  # [B, *]
+    sensitivity: Tensor  # [M] f64, squared error of the next sample per squared error of the noise
+    conditioning: Conditioning  # [B, ...] each
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """How a pipeline calls its denoiser, where that is more than images, timestep and conditioning.
+
+    Args:
+        sample_shape: of one sample, (C, H, W), or (L, C) for packed latents; None takes it from the config.
+        constants: keyword arguments that every call gets as they are: ids of tokens, flags.
+        timestep_factor: the denoiser is given the scheduler's timestep times this; 1e-3 for Flux.
+        schedule: keyword arguments of the scheduler's set_timesteps, such as the shift `mu`.
+    """
+
+    sample_shape: tuple[int, ...] | None = None
+    constants: dict[str, Any] = field(default_factory=dict)
+    timestep_factor: float = 1.0
+    schedule: dict[str, Any] = field(default_factory=dict)
+
+
+def pick(conditioning: Conditioning, images: Tensor) -> Conditioning:
+    """Rows `images` of every tensor."""
+    return tree_map(lambda value: value[images], conditioning)  # type: ignore[no-any-return]
+
+
+def join(parts: Sequence[Conditioning]) -> Conditioning:
+    """The parts as one, along the images."""
+    return tree_map(lambda *values: torch.cat(values), *parts)  # type: ignore[no-any-return]
 
 
 class Sampler:
     """A denoiser, its scheduler and its conditioning as one function from noise to samples.
 
+    The scheduler asks for M calls at `calls` [M]. Those of second order ask twice at a timestep, or at some
+    in between; `timesteps` [T] are the different ones, noisiest first, `step_of_call` says where a call is.
+
     Args:
-        denoiser: called as denoiser(sample, timestep, **conditioning), returns an object with `.sample`.
+        denoiser: called with sample, timestep [N] and conditioning, returns an object with `.sample`.
         scheduler: any diffusers scheduler; copied, so that the caller's keeps its own timesteps.
-        sample_shape: (C, H, W).
-        num_inference_steps: T.
-        conditioning: tensors [N, ...] by argument name; image i uses entry i modulo N.
+        sample_shape: (C, H, W), or any other without the batch.
+        num_inference_steps: what the scheduler is asked for.
+        conditioning: tensors [N, ...] by argument name, in dicts where the denoiser wants dicts; image i uses
+            entry i modulo N.
+        call: what else the denoiser is given.
     """
 
     def __init__(
         self,
         denoiser: nn.Module,
         scheduler: Any,
-        sample_shape: tuple[int, int, int],
+        sample_shape: tuple[int, ...],
         num_inference_steps: int,
-        conditioning: dict[str, Tensor] | None = None,
+        conditioning: Conditioning | None = None,
+        call: DenoiserCall | None = None,
     ) -> None:
         self.denoiser, self.sample_shape = denoiser, sample_shape
         self.scheduler = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(num_inference_steps)
-        self.timesteps: Tensor = self.scheduler.timesteps
+        self.call = call or DenoiserCall()
+        self.scheduler.set_timesteps(num_inference_steps, **self.call.schedule)
+        self.calls: Tensor = self.scheduler.timesteps
         self.conditioning = conditioning or {}
-        if len(self.timesteps) != num_inference_steps:
-            raise ValueError(
-                f"{type(scheduler).__name__} visits {len(self.timesteps)} timesteps for num_inference_steps="
-                f"{num_inference_steps}; pick a scheduler or a number of steps where the two agree"
-            )
+        given = self.given_timestep(self.calls).float()
+        ascending, positions = torch.unique(given, return_inverse=True)
+        self.timesteps = ascending.flip(0)  # [T] f32
+        self.step_of_call: list[int] = (len(ascending) - 1 - positions).tolist()
 
-    @property
-    def num_train_timesteps(self) -> int:
-        return int(self.scheduler.config.num_train_timesteps)
+    def given_timestep(self, timestep: Tensor) -> Tensor:
+        """What the denoiser is given for a timestep of the scheduler."""
+        factor = self.call.timestep_factor
+        return timestep if factor == 1.0 else timestep * factor
 
-    def conditions(self, first: int, batch: int) -> dict[str, Tensor]:
+    def conditions(self, first: int, batch: int) -> Conditioning:
         """Conditioning of images first .. first + batch - 1."""
-        return {
-            name: value[torch.arange(first, first + batch) % value.shape[0]]
-            for name, value in self.conditioning.items()
-        }
+        images = torch.arange(first, first + batch)
+        return tree_map(lambda value: value[images % value.shape[0]], self.conditioning)  # type: ignore[no-any-return]
 
-    def predict(self, sample: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        """Noise prediction [B, C, H, W] of the denoiser."""
-        output: Tensor = self.denoiser(sample, timestep, **conditioning).sample
-        return output
+    def predict(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Prediction [B, *] at a timestep of the scheduler, as far as the scheduler uses it."""
+        given = self.given_timestep(timestep).expand(sample.shape[0])
+        output: Tensor = self.denoiser(sample, timestep=given, **conditioning, **self.call.constants).sample
+        return used_output(self.scheduler, output, sample.shape[1])
 
     @torch.no_grad()
     def run(
@@ -84,8 +121,8 @@ class Sampler:
         Every image has a generator of its own, so that the batch size does not change it.
 
         Args:
-            stop: last step index to visit (inclusive); None goes to the end.
-            on_step: called with the step index before the denoiser runs.
+            stop: last call to make (inclusive); None goes to the end.
+            on_step: called with the number of the call before the denoiser runs.
         """
         scheduler = copy.deepcopy(self.scheduler)
         generators = [
@@ -93,15 +130,15 @@ class Sampler:
         ]
         shape = (1, *self.sample_shape)
         noise = torch.cat([torch.randn(shape, generator=g) for g in generators])
-        sample = (noise * scheduler.init_noise_sigma).contiguous(memory_format=torch.channels_last)
+        sample = in_channels_last(first_sample(scheduler, noise))
         conditioning = self.conditions(first, batch)
         extra = self._step_arguments(scheduler, generators)
         samples, preds, sensitivity = [], [], []
-        last = len(self.timesteps) - 1 if stop is None else stop
+        last = len(self.calls) - 1 if stop is None else stop
         for index, timestep in enumerate(scheduler.timesteps[: last + 1]):
             if on_step is not None:
                 on_step(index)
-            seen = scheduler.scale_model_input(sample, timestep)
+            seen = model_input(scheduler, sample, timestep)
             pred = self.predict(seen, timestep, conditioning)
             samples.append(seen)
             preds.append(pred)

@@ -68,7 +68,7 @@ def frozen(block: nn.Module, split: int | None = None, bits: tuple[int, int] = (
             reads_input = name.endswith(("conv1", "conv_shortcut")) and split is not None
             halves = None if not reads_input else SECOND_SPLIT if "resnets.1." in name else split
             infos.append(LayerInfo(name, 0, 0, bits, "", halves))
-    swap_layers(host, infos, GROUPS, lambda slots: StepState(slots, STEPS, 1000))
+    swap_layers(host, infos, GROUPS, lambda slots: StepState(slots, STEPS))
     table = torch.tensor([2, 0, 1, 2, 0, 1], dtype=torch.int32)
     for layer in quant_layers(host).values():
         for quantizer in layer.quantizers:

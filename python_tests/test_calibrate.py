@@ -340,7 +340,7 @@ def test_bias_correction_leaves_no_mean_error(monkeypatch: pytest.MonkeyPatch) -
     @torch.no_grad()
     def checked(calibration: Calibration, trajectory: Trajectory) -> None:
         nonlocal seen
-        steps = calibration._steps_by_weight(calibrate.BIAS_STEPS)
+        steps = calibration._calls_by_weight(calibrate.BIAS_STEPS)
         images = torch.arange(HISTOGRAM_IMAGES)
         batches = [calibration._batch(trajectory, k, images, i) for i, k in enumerate(steps)]
         calibration._set_mode(Mode.FLOAT)

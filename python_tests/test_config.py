@@ -65,15 +65,21 @@ def test_search_config_refuses_with_wanted_and_got(settings: dict[str, Any], mes
 
 
 def test_config_accepts_as_many_groups_as_steps() -> None:
-    assert QuantConfig(num_groups=5, num_inference_steps=5).groups_per_layer == 5
+    assert QuantConfig(num_groups=5, num_inference_steps=5).groups_per_layer(5) == 5
+
+
+def test_config_refuses_more_groups_than_the_scheduler_visits_timesteps() -> None:
+    message = "at most 4, the number of different timesteps that the scheduler visits for .*=5; got 5"
+    with pytest.raises(ValueError, match=message):
+        QuantConfig(num_groups=5, num_inference_steps=5).groups_per_layer(4)
 
 
 @pytest.mark.parametrize(
-    ("grouping", "groups"), [("shared", 1), ("uniform", 4), ("per_step", 20), ("dp", 4), ("search", 4)]
+    ("grouping", "groups"), [("shared", 1), ("uniform", 4), ("per_step", 39), ("dp", 4), ("search", 4)]
 )
 def test_config_groups_per_layer_follows_grouping(grouping: Any, groups: int) -> None:
     config = QuantConfig(grouping=grouping, num_groups=4, num_inference_steps=20)
-    assert config.groups_per_layer == groups
+    assert config.groups_per_layer(39) == groups  # a scheduler of second order
 
 
 def test_config_json_round_trip_keeps_every_setting() -> None:

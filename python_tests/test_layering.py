@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
     {"config", "_native", "reference"},
     {"qparams", "info"},
-    {"ops", "step"},
+    {"ops", "step", "schedulers"},
     {"quantizers"},
     {"nn"},
     {"search", "timesteps", "partition", "trajectory", "io", "evaluate", "report"},

@@ -34,7 +34,7 @@ def build(
     layer: nn.Conv2d | nn.Linear, bits: tuple[int, int], split: int | None, generator: torch.Generator
 ) -> tuple[QuantLayer, StepState]:
     """The twin of a float layer, calibrated, not yet frozen."""
-    step = StepState(1 if split is None else 2, STEPS, 1000)
+    step = StepState(1 if split is None else 2, STEPS)
     kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
     twin = kind.of(layer, bits, GROUPS, 0, step, split)  # type: ignore[arg-type]
     set_ranges(twin, generator)
@@ -312,7 +312,7 @@ class Pair(nn.Module):
     def __init__(self, bits: tuple[int, int] = (4, 8), calibrated: bool = True) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        step = StepState(3, STEPS, 1000)
+        step = StepState(3, STEPS)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             conv, linear = nn.Conv2d(4, 5, 3), nn.Linear(5, 6)

@@ -75,7 +75,7 @@ def test_uniform_table_blocks_differ_by_one_step_at_most(steps: int, groups: int
 def observers(rows_per_layer: list[list[Tensor]], groups: int, bits: int = 4) -> list[ActivationQuantizer]:
     """Quantizers that have observed one tensor per step."""
     steps = len(rows_per_layer[0])
-    state = StepState(len(rows_per_layer), steps, 1000)
+    state = StepState(len(rows_per_layer), steps)
     quantizers = []
     for slot, rows in enumerate(rows_per_layer):
         quantizer = ActivationQuantizer(bits, groups, slot, state)

@@ -84,7 +84,7 @@ def test_folder_holds_safetensors_and_json_only(saved: tuple[Any, Path]) -> None
     files = [p for p in saved[1].rglob("*") if p.is_file()]
     assert {p.suffix for p in files} == {".safetensors", ".json"}
     stored = json.loads((saved[1] / "unet" / "config.json").read_text())["quantization_config"]
-    assert (stored["quant_method"], stored["format_version"]) == ("adpdm", 1)
+    assert (stored["quant_method"], stored["format_version"]) == ("adpdm", 2)
 
 
 def test_float_weights_of_quantized_layers_are_not_saved(saved: tuple[Any, Path]) -> None:
@@ -110,7 +110,7 @@ def test_file_size_is_what_the_bits_say(saved: tuple[Any, Path]) -> None:
         else:
             size += 4 * parameter.numel()
     slots = sum(len(layer.quantizers) for layer in layers.values())
-    size += 4 * STEPS * slots + 4 * 1000  # groups of the steps, steps of the timesteps
+    size += 4 * STEPS * slots + 4 * STEPS  # groups of the steps, their timesteps
     header = 8 + 160 * len(pipe.unet.state_dict())  # name, dtype, shape and offsets of a tensor as JSON
     assert size <= (folder / "unet" / WEIGHTS).stat().st_size <= size + header
 
@@ -166,7 +166,9 @@ def test_timestep_policy_survives(tmp_path: Path) -> None:
     pipe.unet.save_pretrained(tmp_path)
     loaded = UNet2DModel.from_pretrained(tmp_path)
     loaded(torch.zeros(1, 1, 8, 8), 830)
-    with pytest.raises(ValueError, match="timestep 829.0 was not calibrated"):
+    with pytest.raises(
+        ValueError, match="not calibrated and timestep_policy is 'error': got 829, calibrated"
+    ):
         loaded(torch.zeros(1, 1, 8, 8), 829)
 
 
@@ -246,10 +248,25 @@ def test_missing_file_is_refused(broken: Path) -> None:
     refuse(broken, "no file named diffusion_pytorch_model")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_other_format_version_is_refused(broken: Path, version: Any) -> None:
     change_config(broken, format_version=version)
-    refuse(broken, rf"reads format_version 1, got {version!r}; install the version that wrote")
+    refuse(broken, rf"reads format_version 2, got {version!r}; install the version that wrote")
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, None, True])
+def test_impossible_number_of_steps_is_refused(broken: Path, steps: Any) -> None:
+    change_config(broken, num_steps=steps)
+    refuse(broken, rf"num_steps must be an integer of at least 1, got {steps!r}")
+
+
+def test_config_of_the_first_format_is_refused_by_its_version(broken: Path) -> None:
+    values = json.loads((broken / "config.json").read_text())
+    stored = values["quantization_config"]
+    del stored["num_steps"]
+    values["quantization_config"] = {**stored, "format_version": 1, "num_train_timesteps": 1000}
+    (broken / "config.json").write_text(json.dumps(values))
+    refuse(broken, "reads format_version 2, got 1; install the version that wrote")
 
 
 def test_unknown_config_key_is_refused(broken: Path) -> None:

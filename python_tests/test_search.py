@@ -21,7 +21,7 @@ class Network(nn.Module):
 
     def __init__(self, bits: int = 4) -> None:
         super().__init__()
-        self.step = StepState(2, STEPS, 1000)
+        self.step = StepState(2, STEPS)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             floats = [nn.Linear(FEATURES, FEATURES) for _ in range(2)]

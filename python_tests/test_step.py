@@ -15,7 +15,7 @@ CALIBRATED = [900.0, 600.0, 300.0, 0.0]
 def make_state(policy: TimestepPolicy = "nearest", timesteps: list[float] = CALIBRATED) -> StepState:
     """Two slots: the first has the group k at step k, the second 3 - k."""
     steps = len(timesteps)
-    state = StepState(2, steps, 1000, policy)
+    state = StepState(2, steps, policy)
     state.set_timesteps(torch.tensor(timesteps))
     k = torch.arange(steps, dtype=torch.int32)
     state.table.copy_(torch.stack([k, steps - 1 - k], 1))
@@ -46,7 +46,7 @@ def test_set_timestep_takes_every_form(timestep: Tensor | float) -> None:
 def test_set_timestep_refuses_a_batch_of_mixed_timesteps() -> None:
     state = make_state()
     state.set_timestep(300)
-    with pytest.raises(ValueError, match=r"mixes timesteps \[300.0, 900.0\]; call the denoiser once per"):
+    with pytest.raises(ValueError, match=r"call the denoiser once per timestep: \[300.0, 900.0\]"):
         state.set_timestep(torch.tensor([300, 900, 300]))
     assert state.group_index.tolist() == [2, 1]  # untouched
 
@@ -62,26 +62,57 @@ def test_nearest_policy_serves_other_step_counts(steps: int) -> None:
     for timestep in torch.linspace(999, 0, steps).tolist():
         state.set_timestep(timestep)
         step = int(state.step_index)
-        distances = [abs(round(timestep) - c) for c in CALIBRATED]
+        distances = [abs(timestep - c) for c in CALIBRATED]
         assert distances[step] == min(distances)
         assert state.group_index.tolist() == [step, 3 - step]
 
 
-def test_nearest_policy_saturates_outside_the_training_range() -> None:
+def test_nearest_policy_serves_timesteps_beyond_the_calibrated_ones() -> None:
     state = make_state()
     for timestep, step in ((5000, 0), (-3, 3), (torch.tensor(1e6), 0), (torch.tensor([-1, -1]), 3)):
         state.set_timestep(timestep)
         assert int(state.step_index) == step
 
 
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 37.5])
+def test_timesteps_may_have_any_unit(unit: float) -> None:
+    # Transformers under flow matching are given noise levels in [0, 1]; EDM gives logarithms, also below 0.
+    levels = [unit * (c - 450.0) for c in CALIBRATED]
+    state = make_state(timesteps=levels)
+    for step, level in enumerate(levels):
+        for near in (level - 0.4 * 300 * unit, level, level + 0.4 * 300 * unit):
+            state.set_timestep(torch.full((2,), near))
+            assert int(state.step_index) == step
+
+
 def test_error_policy_names_timestep_and_calibrated_ones() -> None:
     state = make_state("error")
     state.set_timestep(torch.tensor(300))
     assert int(state.step_index) == 2
-    message = r"timestep 450.0 was not calibrated and .* 'error'; calibrated are \[900, 600, 300, 0\]"
+    message = r"not calibrated and .* 'error': got 450, calibrated are \[900.0, 600.0, 300.0, 0.0\]"
     with pytest.raises(ValueError, match=message):
         state.set_timestep(450)
     assert state.group_index.tolist() == [2, 1]  # untouched
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_error_policy_allows_for_the_rounding_of_the_samples_dtype(dtype: torch.dtype) -> None:
+    levels = [0.9876, 0.7512, 0.5033, 0.2517]
+    state = make_state("error", levels)
+    for step, level in enumerate(levels):
+        # What a pipeline of flow matching does: the timestep in the dtype of the samples, then divided.
+        state.set_timestep(torch.tensor(1000 * level).to(dtype) / 1000)
+        assert int(state.step_index) == step
+    with pytest.raises(ValueError, match="not calibrated .* got 0.7[34].*, calibrated are"):
+        state.set_timestep(torch.tensor(0.74, dtype=dtype))
+
+
+def test_timesteps_stay_float32_when_the_model_is_cast() -> None:
+    state = make_state(timesteps=[990.7, 988.2, 3.1, 0.0]).to(torch.bfloat16)
+    assert state.timesteps.dtype == torch.float32
+    for step, timestep in enumerate((990.7, 988.2, 3.1, 0.0)):
+        state.set_timestep(timestep)
+        assert int(state.step_index) == step
 
 
 def test_error_policy_accepts_fractional_timesteps_of_the_scheduler() -> None:
@@ -112,7 +143,7 @@ def test_writing_keeps_the_tensors_that_kernels_hold() -> None:
 
 
 def test_state_dict_holds_the_tables_only() -> None:
-    assert sorted(make_state().state_dict()) == ["table", "timestep_to_step"]
+    assert sorted(make_state().state_dict()) == ["table", "timesteps"]
 
 
 class Denoiser(nn.Module):
@@ -133,6 +164,28 @@ def test_hook_reads_positional_and_keyword_timesteps() -> None:
     assert denoiser(sample, 600) == 1
     assert denoiser(sample, timestep=torch.tensor([300])) == 2
     assert denoiser(sample=sample, timestep=900.0) == 0
+
+
+class LateTimestep(Denoiser):
+    """As in transformers for text and image: the timestep is the third argument."""
+
+    def forward(self, sample: Tensor, context: object = None, timestep: object = None) -> int:  # type: ignore[override]
+        return int(self.get_submodule("adpdm_step").step_index)
+
+
+def test_hook_finds_the_timestep_where_the_denoiser_takes_it() -> None:
+    denoiser = LateTimestep()
+    attach_step_hook(denoiser)
+    assert denoiser(torch.zeros(1), 900.0, 600) == 1
+    assert denoiser(torch.zeros(1), 900.0, timestep=300) == 2
+    with pytest.raises(ValueError, match="as positional argument 2 or as keyword"):
+        denoiser(torch.zeros(1), 900.0)
+
+
+def test_denoiser_without_timestep_is_refused() -> None:
+    message = r"Linear.forward must have an argument `timestep` .*, got \['input'\]"
+    with pytest.raises(TypeError, match=message):
+        attach_step_hook(nn.Linear(1, 1))
 
 
 def test_hook_refuses_a_call_without_timestep() -> None:

@@ -20,7 +20,7 @@ def selector(selection: Any, rounds: int = 8, steps: int = STEPS, **changes: Any
     config = QuantConfig(
         selection=selection, num_inference_steps=steps, num_groups=min(GROUPS, steps), **changes
     )
-    return TimestepSelector(config, rounds)
+    return TimestepSelector(config, rounds, steps)
 
 
 def draws(selector: TimestepSelector, rounds: int) -> list[int]:
@@ -100,7 +100,7 @@ def test_resumed_selector_continues_the_sequence(selection: str) -> None:
     wanted = draws(whole, 8)
     half = selector(selection)
     draws(half, 5)
-    resumed = TimestepSelector(half.config, 8, visits=list(half.visits), trace=list(half.trace))
+    resumed = TimestepSelector(half.config, 8, STEPS, visits=list(half.visits), trace=list(half.trace))
     assert draws(resumed, 3) == wanted[5:]
 
 
@@ -128,11 +128,11 @@ def test_fixed_visits_count_the_draws(selection: str) -> None:
     wanted = [0] * STEPS
     for step in draws(chooser, 6):
         wanted[step] += 1
-    assert fixed_visits(chooser.config, 6) == wanted
+    assert fixed_visits(chooser.config, 6, STEPS) == wanted
 
 
 def test_fixed_visits_of_srm_take_every_step() -> None:
-    assert fixed_visits(selector("srm").config, 3) == [1] * STEPS
+    assert fixed_visits(selector("srm").config, 3, STEPS) == [1] * STEPS
 
 
 # ---- maximum mean discrepancy ------------------------------------------------------------------------------

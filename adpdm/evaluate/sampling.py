@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..schedulers import first_sample, model_input
+
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 StepObserver = Callable[[int, Tensor, Tensor, Tensor], None]  # (step_index, timestep, sample, noise_pred)
 
@@ -23,8 +25,8 @@ class GenerationResult:
 
     Args:
         samples: [N, C, H, W] f32, clamped to [-1, 1].
-        timesteps: [T] values given to the denoiser, noisiest first.
-        seconds_per_step: [batches, T] wall time of one denoiser call and scheduler step of one batch.
+        timesteps: [M] values given to the denoiser, in the order of its calls.
+        seconds_per_step: [batches, M] wall time of one denoiser call and scheduler step of one batch.
     """
 
     samples: Tensor
@@ -66,7 +68,7 @@ class Trajectory:
         self.timesteps: Tensor = self.scheduler.timesteps
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         noise = torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(device)
-        self.sample: Tensor = noise * self.scheduler.init_noise_sigma
+        self.sample = first_sample(self.scheduler, noise)
         accepted = inspect.signature(self.scheduler.step).parameters
         self._step_arguments: dict[str, Any] = {}
         if "eta" in accepted:
@@ -76,8 +78,7 @@ class Trajectory:
 
     def model_input(self, step_index: int) -> Tensor:
         """The sample as the denoiser wants it at this step (sigma schedulers scale it)."""
-        scaled: Tensor = self.scheduler.scale_model_input(self.sample, self.timesteps[step_index])
-        return scaled
+        return model_input(self.scheduler, self.sample, self.timesteps[step_index])
 
     def advance(self, noise_pred: Tensor, step_index: int) -> None:
         """Takes the scheduler's step in place."""

@@ -14,6 +14,7 @@ from .. import ops
 from ..quantizers.activation import Mode
 from .layers import QuantLayer
 from .packed import Packed
+from .tracing import derived
 
 
 class NotFusable(Exception):
@@ -154,6 +155,11 @@ class FusedBlock:
 
     @property
     def plan(self) -> Any:
+        return derived(self, "kept_plan")
+
+    @property
+    def kept_plan(self) -> Any:
+        """The plan, made at first use and after the anchor forgot it."""
         assert self.anchor is not None
         plan = self.anchor.plan
         if plan is None:

@@ -14,6 +14,7 @@ from ..quantizers.activation import ActivationQuantizer, Mode
 from ..quantizers.weight import WeightQuantizer
 from ..step import StepState
 from .packed import Packed, pack
+from .tracing import derived
 
 
 class QuantLayer(nn.Module):
@@ -117,7 +118,15 @@ class QuantLayer(nn.Module):
 
     def packed(self, device: torch.device) -> Packed:
         """The layer as the kernels of a device want it, derived at first use."""
-        if self._packed is None or self._packed.device != device:
+        packed: Packed = derived(self, "kept_packed")
+        if packed.device != device:
+            raise ValueError(f"{type(self).__name__}: input is on {device}, its weight on {packed.device}")
+        return packed
+
+    @property
+    def kept_packed(self) -> Packed:
+        """The packed form on the device of the weight, derived at first use and after it was dropped."""
+        if self._packed is None or self._packed.device != self.weight.device:
             self._packed = pack([self])
         return self._packed
 

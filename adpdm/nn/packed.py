@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .tracing import derived
 
 if TYPE_CHECKING:
     from .layers import QuantLayer
@@ -31,7 +32,7 @@ class Packed:
         return self.weights[0][0].device
 
     @cached_property
-    def _known(self) -> list[tuple[Tensor, ...]]:
+    def known(self) -> list[tuple[Tensor, ...]]:
         """What a segment consists of besides codes."""
         pairs = zip(self.quantizers, self.weights, strict=True)
         return [(q.scale, q.zero_point, q.group_index, *weight) for q, weight in pairs]
@@ -48,7 +49,8 @@ class Packed:
         **epilogue: Any,
     ) -> Tensor:
         """Result of `dtype`; `epilogue` adds fields of ops.Epilogue, `geometry` replaces the layer's own."""
-        segments = [ops.Segment(part, *known) for part, known in zip(codes, self._known, strict=True)]
+        known = derived(self, "known")
+        segments = [ops.Segment(part, *rest) for part, rest in zip(codes, known, strict=True)]
         end = ops.Epilogue(self.epilogue.bias, **epilogue) if epilogue else self.epilogue
         if isinstance(self.outputs, int):
             return ops.linear(segments, end, self.outputs, self.weight_bits, dtype)

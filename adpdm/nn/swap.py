@@ -23,9 +23,12 @@ EMBEDDING_PATTERNS = (
     "*add_embedding.*",
     "*class_embedding*",
     "*adaln_single.*",
+    "*time_text_embed.*",
+    "*_embedder.*",
     "*norm*.linear",
+    "proj_out_1",  # scale and shift of the last norm of DiT
 )
-INPUT_OUTPUT_NAMES = ("conv_in", "conv_out", "proj_out", "pos_embed.proj")
+INPUT_OUTPUT_NAMES = ("conv_in", "conv_out", "proj_out", "pos_embed.proj", "x_embedder", "proj_out_2")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ..ops import Activation
 from .fusion import FusedBlock, NormCodes, fuses, grad_checkpointed, pack_of
 from .layers import QuantConv2d, QuantLayer, QuantLinear
 from .packed import Packed, agree, pack, quantize
+from .tracing import derived
 
 Quantize = Callable[[ops.OutputQuantizer], Tensor]  # codes of an input, given whose
 
@@ -149,10 +150,10 @@ class FusedAttention(FusedBlock):
         """Attention [N, L, O] of an input given by its codes [N, L, C] i8, to itself or to a context."""
         plan: _AttentionPlan = self.plan
         if context is None:
-            query, key, value = plan.to_itself(codes_of, dtype)
+            query, key, value = derived(plan, "to_itself")(codes_of, dtype)
         else:
-            (query,) = plan.query(codes_of, dtype)
-            key, value = plan.context(lambda q: quantize(context, q), dtype)
+            (query,) = derived(plan, "query")(codes_of, dtype)
+            key, value = derived(plan, "context")(lambda q: quantize(context, q), dtype)
         heads: int = self.block.heads  # type: ignore[assignment]
         q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

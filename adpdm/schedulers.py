@@ -1,0 +1,32 @@
+"""What schedulers of diffusers do differently around a step: first sample, input and output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def first_sample(scheduler: Any, noise: Tensor) -> Tensor:
+    """The sample [N, ...] that a trajectory starts from; schedulers of flow matching start from the noise."""
+    start: Tensor = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    return start
+
+
+def model_input(scheduler: Any, sample: Tensor, timestep: Tensor) -> Tensor:
+    """The sample as the denoiser wants it: schedulers over sigmas scale it, those of flow matching do not."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    seen: Tensor = sample if scale is None else scale(sample, timestep)
+    return seen
+
+
+def used_output(scheduler: Any, output: Tensor, channels: int) -> Tensor:
+    """What the scheduler wants of an output [N, C or 2 C, *]: without variances that it did not learn."""
+    learned = str(getattr(scheduler.config, "variance_type", "")).startswith("learned")
+    return output[:, :channels] if output.shape[1] == 2 * channels and not learned else output
+
+
+def in_channels_last(sample: Tensor) -> Tensor:
+    """Images [N, C, H, W] as convolutions want them; other samples as they are."""
+    return sample.contiguous(memory_format=torch.channels_last) if sample.dim() == 4 else sample

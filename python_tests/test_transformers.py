@@ -1,0 +1,221 @@
+"""Transformers and SDXL: what their pipelines pass, what is quantized, and the same samples after loading."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+import adpdm
+from adpdm import DenoiserCall, QuantConfig, SearchConfig
+from adpdm.nn import quant_layers
+from adpdm.testing import tiny_conditional_unet
+from adpdm.trajectory import Sampler, join, pick
+
+STEPS = 4
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Case:
+    """A denoiser, the scheduler it is used with, and what its pipeline passes to it."""
+
+    def __init__(
+        self, denoiser: Any, scheduler: Any, conditioning: dict[str, Any], call: DenoiserCall | None = None
+    ) -> None:
+        self.denoiser, self.scheduler = denoiser.eval(), scheduler
+        self.conditioning, self.call = conditioning, call
+
+    def sampler(self, denoiser: Any) -> Sampler:
+        shape = self.call.sample_shape if self.call else None
+        config: Any = self.denoiser.config
+        shape = shape or (config.in_channels, config.sample_size, config.sample_size)
+        return Sampler(denoiser, self.scheduler, shape, STEPS, self.conditioning, self.call)
+
+
+def dit() -> Case:
+    denoiser = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        norm_num_groups=4,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+    return Case(denoiser, diffusers.DDIMScheduler(), {"class_labels": torch.tensor([1, 7, 9])})
+
+
+def pixart() -> Case:
+    denoiser = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        norm_num_groups=4,
+        sample_size=8,
+        patch_size=2,
+        cross_attention_dim=16,
+        caption_channels=12,
+        use_additional_conditions=False,
+    )
+    conditioning = {"encoder_hidden_states": noise(3, 5, 12)}
+    constants = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    call = DenoiserCall(constants=constants)
+    return Case(denoiser, diffusers.DPMSolverMultistepScheduler(), conditioning, call)
+
+
+def sd3() -> Case:
+    denoiser = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pooled_projection_dim=10,
+        out_channels=4,
+        pos_embed_max_size=8,
+    )
+    conditioning = {"encoder_hidden_states": noise(3, 5, 12), "pooled_projections": noise(3, 10, seed=1)}
+    return Case(denoiser, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), conditioning)
+
+
+def flux() -> Case:
+    denoiser = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    conditioning = {
+        "encoder_hidden_states": noise(3, 5, 12),
+        "pooled_projections": noise(3, 10, seed=1),
+        "guidance": torch.full((3,), 3.5),
+    }
+    call = DenoiserCall(
+        sample_shape=(16, 8),
+        constants={
+            "img_ids": torch.cartesian_prod(*[torch.arange(n) for n in (1, 4, 4)]).float(),
+            "txt_ids": torch.zeros(5, 3),
+        },
+        timestep_factor=1e-3,
+        schedule={"mu": 0.8},
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return Case(denoiser, scheduler, conditioning, call)
+
+
+def sdxl() -> Case:
+    denoiser = tiny_conditional_unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 10,
+        use_linear_projection=True,
+    )
+    ids = torch.tensor([64.0, 64, 0, 0, 64, 64]).repeat(3, 1)
+    conditioning = {
+        "encoder_hidden_states": noise(3, 5, 8),
+        "added_cond_kwargs": {"text_embeds": noise(3, 10, seed=1), "time_ids": ids},
+    }
+    return Case(denoiser, diffusers.EulerDiscreteScheduler(), conditioning)
+
+
+CASES = {"dit": dit, "pixart": pixart, "sd3": sd3, "flux": flux, "sdxl": sdxl}
+# Share of multiply-accumulates that became integer, at least; the tiny widths leave more to embeddings and
+# to input and output layers than real ones do.
+COVERED = {"dit": 0.75, "pixart": 0.85, "sd3": 0.85, "flux": 0.75, "sdxl": 0.9}
+# Never integer, by what they do: input, output, and what sees one value per timestep.
+KEPT = {
+    "dit": ("pos_embed.proj", "proj_out_1", "proj_out_2", "transformer_blocks.0.norm1.linear"),
+    "pixart": ("pos_embed.proj", "proj_out", "adaln_single.linear"),
+    "sd3": ("pos_embed.proj", "proj_out", "time_text_embed.text_embedder.linear_1", "norm_out.linear"),
+    "flux": ("x_embedder", "proj_out", "time_text_embed.guidance_embedder.linear_1", "norm_out.linear"),
+    "sdxl": ("conv_in", "conv_out", "add_embedding.linear_1"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_denoiser_quantizes_samples_and_loads(name: str, tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        case = CASES[name]()
+    denoiser = case.denoiser
+    run = case.sampler(denoiser).run(5, 0, 3)
+    settings = QuantConfig(num_groups=2, num_inference_steps=STEPS, histogram_images=3, grouping="dp")
+    report = adpdm.quantize(
+        denoiser, settings, scheduler=case.scheduler, conditioning=case.conditioning, call=case.call
+    )
+    assert report.coverage.macs > COVERED[name]
+    assert not set(KEPT[name]) & set(quant_layers(denoiser))
+    assert all(dict(denoiser.named_modules())[kept] for kept in KEPT[name])
+    sampler = case.sampler(denoiser)
+    for call, index in enumerate(sampler.step_of_call):
+        with torch.no_grad():
+            pred = sampler.predict(run.samples[call], sampler.calls[call], run.conditioning)
+        assert int(denoiser.adpdm_step.step_index) == index
+        wanted = run.noise_preds[call]
+        assert pred.shape == wanted.shape
+        assert float((pred - wanted).square().mean() / wanted.square().mean()) < 0.02
+    denoiser.save_pretrained(tmp_path)
+    loaded = type(denoiser).from_pretrained(tmp_path)
+    assert torch.equal(case.sampler(loaded).run(5, 0, 2).final, sampler.run(5, 0, 2).final)
+
+
+def test_transformer_without_image_size_needs_the_shape_of_its_samples() -> None:
+    message = (
+        r"FluxTransformer2DModel.config.sample_size must be set, .*; or say call=DenoiserCall\(sample_shape"
+    )
+    case = flux()
+    with pytest.raises(ValueError, match=message):
+        adpdm.quantize(case.denoiser, scheduler=case.scheduler, conditioning=case.conditioning)
+    assert not quant_layers(case.denoiser)
+
+
+def test_conditioning_may_hold_dicts() -> None:
+    given = {"a": noise(3, 2), "b": {"c": noise(3, 4), "d": {"e": torch.arange(3)}}}
+    sampler = Sampler(tiny_conditional_unet(), diffusers.DDIMScheduler(), (4, 8, 8), STEPS, given)
+    picked = sampler.conditions(2, 2)  # images 2 and 3 have the entries 2 and 0
+    assert picked["b"]["d"]["e"].tolist() == [2, 0]
+    assert torch.equal(picked["b"]["c"], given["b"]["c"][[2, 0]])
+    joined = join([picked, pick(given, torch.tensor([1]))])
+    assert joined["b"]["d"]["e"].tolist() == [2, 0, 1]
+    assert joined["a"].shape == (3, 2)
+
+
+def test_state_file_belongs_to_its_constants(tmp_path: Path) -> None:
+    case, state = flux(), tmp_path / "state.safetensors"
+    search = SearchConfig(num_steps=2, refit_steps=1, batch_size=2)
+    settings = QuantConfig(
+        num_groups=2,
+        num_inference_steps=STEPS,
+        histogram_images=2,
+        calibration_images=4,
+        round_size=2,
+        search=search,
+    )
+    arguments = {"scheduler": case.scheduler, "conditioning": case.conditioning, "state_file": state}
+    adpdm.quantize(copy.deepcopy(case.denoiser), settings, call=case.call, **arguments)
+    assert state.exists()
+    constants = {**case.call.constants, "txt_ids": torch.ones(5, 3)}
+    with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
+        adpdm.quantize(case.denoiser, settings, call=replace(case.call, constants=constants), **arguments)
