@@ -16,7 +16,7 @@ from adpdm.nn import QuantLayer, QuantLinear, quant_layers
 from adpdm.precision import Sensitivity, _probe, most_sensitive, raise_bits
 from adpdm.quantizers.activation import Mode
 from adpdm.step import StepState
-from adpdm.testing import ddim_scheduler, tiny_unet
+from adpdm.testing import CROSS_ATTENTION_DIM, ddim_scheduler, tiny_conditional_unet, tiny_unet
 
 STEPS = 4
 
@@ -24,7 +24,7 @@ STEPS = 4
 def chain(bits: tuple[int, int] = (4, 4)) -> tuple[nn.Sequential, dict[str, QuantLayer]]:
     """Two linear layers, quantized but in float mode: small enough to know the answer."""
     torch.manual_seed(0)
-    state = StepState(2, STEPS, 1000, "nearest")
+    state = StepState(2, STEPS)
     layers: dict[str, QuantLayer] = {}
     for slot, (name, plain) in enumerate({"first": nn.Linear(6, 8), "second": nn.Linear(8, 5)}.items()):
         layer = QuantLinear.of(plain, bits, 1, slot, state, None)
@@ -135,3 +135,18 @@ def test_mixed_bits_are_saved_and_loaded(tmp_path: Path) -> None:
     }
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(4))
     assert torch.equal(unet(x, 500).sample, loaded(x, 500).sample)
+
+
+def test_layers_that_see_only_the_conditioning_are_measured_too() -> None:
+    unet = tiny_conditional_unet()
+    words = torch.randn(4, 3, CROSS_ATTENTION_DIM, generator=torch.Generator().manual_seed(5))
+    settings = QuantConfig(
+        weight_bits=4, grouping="dp", num_groups=2, num_inference_steps=STEPS, histogram_images=4
+    )
+    report = adpdm.quantize(
+        unet, settings, scheduler=ddim_scheduler(), conditioning={"encoder_hidden_states": words}
+    )
+    found = report.trace.sensitivity
+    keys = [name for name in found if name.endswith("attn2.to_k")]
+    assert found.keys() == quant_layers(unet).keys()
+    assert keys and all(found[name]["weight"] > 0 for name in keys)
