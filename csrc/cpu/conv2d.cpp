@@ -207,9 +207,9 @@ void conv2d(const Conv2dArgs& args) {
 
   int64_t bytes[kMaxSegments + 1] = {};
   for (int s = 0; s < args.num_segments; ++s) bytes[s + 1] = bytes[s] + scratch_bytes(args, args.segments[s]);
-  int8_t* scratch = thread_scratch(bytes[args.num_segments]);
+  int8_t* scratch = bytes[args.num_segments] > 0 ? thread_scratch(bytes[args.num_segments]) : nullptr;
   for (int s = 0; s < args.num_segments; ++s) {
-    problem.inputs[s] = describe_input(args, args.segments[s], scratch + bytes[s]);
+    problem.inputs[s] = describe_input(args, args.segments[s], scratch ? scratch + bytes[s] : nullptr);
   }
   merge_taps(problem);
   run_igemm(problem);

@@ -83,7 +83,8 @@ int64_t steps_per_tile(const Igemm& problem, const Partition& part) {
 }  // namespace
 
 void select_outputs(const Igemm& problem, int64_t group, int64_t first, int64_t last, Tile& tile) {
-  const int64_t group_outputs = problem.outputs / problem.groups;
+  // A division per tile shows in linear layers of one row.
+  const int64_t group_outputs = problem.groups == 1 ? problem.outputs : problem.outputs / problem.groups;
   const int64_t blocks = ceil_div(group_outputs, kBlockOutputs);
   const int64_t output = group * group_outputs + first * kBlockOutputs;
   tile.num_blocks = static_cast<int>(last - first);
