@@ -207,5 +207,17 @@ TEST(PixelWalk, RunsEndWhereTheGridDoes) {
   EXPECT_EQ(run.num_pixels, 4);
 }
 
+TEST(PixelWalk, RunsEndWhereSegmentsHaveDifferentHalos) {
+  cpu::Igemm problem = geometry({2, 4}, 8, 40, 80);
+  problem.tile.num_segments = 2;
+  problem.inputs[1] = problem.inputs[0];
+  cpu::PixelRun<16> run;
+  cpu::PixelWalk(problem, 0).next(8, run);
+  EXPECT_EQ(run.rows, 9);
+  problem.inputs[1].row_step += 8;
+  cpu::PixelWalk(problem, 0).next(8, run);
+  EXPECT_EQ(run.rows, 4);
+}
+
 }  // namespace
 }  // namespace adpdm::testing
