@@ -8,22 +8,16 @@
 #include <vector>
 
 #include "core/float_convert.h"
-#include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "igemm_level.h"
 #include "igemm_problem.h"
 
 namespace adpdm {
 namespace {
 
+using testing::igemm_levels;
+using testing::IgemmLevel;
 using testing::SegmentData;
-
-std::vector<cpu::Isa> supported_isas() {
-  std::vector<cpu::Isa> isas;
-  for (cpu::Isa isa : {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvx512}) {
-    if (cpu::cpu_supports(isa)) isas.push_back(isa);
-  }
-  return isas;
-}
 
 struct Shape {
   int64_t batch;
@@ -74,8 +68,8 @@ Problem random_problem(const Shape& shape, int weight_bits, uint32_t seed, bool 
 
 // Runs the operator; elements beyond the output keep their guard value.
 template <typename T>
-std::vector<T> run(Problem& problem, cpu::Isa isa, FloatType type, T guard) {
-  cpu::ScopedIsa scope(isa);
+std::vector<T> run(Problem& problem, const IgemmLevel& level, FloatType type, T guard) {
+  const testing::ScopedLevel scope(level);
   Conv2dArgs& args = problem.args;
   for (int s = 0; s < args.num_segments; ++s) args.segments[s] = problem.segments[s].segment();
   const int64_t size = args.batch * args.out.height * args.out.width * args.out_channels;
@@ -91,8 +85,8 @@ void expect_matches_definition(const Shape& shape, int weight_bits, uint32_t see
   Problem problem = random_problem(shape, weight_bits, seed);
   problem.args.output = plain_output(problem.bias.data(), nullptr, FloatType::kFloat32);
   const std::vector<float> wanted = testing::naive_conv2d(problem.args, problem.segments);
-  for (cpu::Isa isa : supported_isas()) {
-    EXPECT_EQ(run<float>(problem, isa, FloatType::kFloat32, -7.0f), wanted) << cpu::isa_name(isa);
+  for (const IgemmLevel& level : igemm_levels()) {
+    EXPECT_EQ(run<float>(problem, level, FloatType::kFloat32, -7.0f), wanted) << level.name;
   }
 }
 
@@ -122,8 +116,8 @@ TEST(Conv2d, HandComputedWithHalo) {
   problem.args.upsample = 1;
   problem.args.groups = 1;
   problem.args.weight_bits = 8;
-  for (cpu::Isa isa : supported_isas()) {
-    EXPECT_EQ(run<float>(problem, isa, FloatType::kFloat32, 0.0f), (std::vector<float>{1.0f, 2.25f}));
+  for (const IgemmLevel& level : igemm_levels()) {
+    EXPECT_EQ(run<float>(problem, level, FloatType::kFloat32, 0.0f), (std::vector<float>{1.0f, 2.25f}));
   }
 }
 
@@ -183,13 +177,13 @@ TEST(Conv2d, MatchesDefinitionWhereWinogradRuns) {
 
 TEST(Conv2d, HalfTypesAreRoundedFloat32) {
   Problem problem = random_problem({1, {24}, {6, 6}, 35}, 8, 5);
-  for (cpu::Isa isa : supported_isas()) {
-    const std::vector<float> exact = run<float>(problem, isa, FloatType::kFloat32, 0.0f);
-    const std::vector<uint16_t> bfloat = run<uint16_t>(problem, isa, FloatType::kBFloat16, 0x1234);
-    const std::vector<uint16_t> half = run<uint16_t>(problem, isa, FloatType::kFloat16, 0x1234);
+  for (const IgemmLevel& level : igemm_levels()) {
+    const std::vector<float> exact = run<float>(problem, level, FloatType::kFloat32, 0.0f);
+    const std::vector<uint16_t> bfloat = run<uint16_t>(problem, level, FloatType::kBFloat16, 0x1234);
+    const std::vector<uint16_t> half = run<uint16_t>(problem, level, FloatType::kFloat16, 0x1234);
     for (size_t i = 0; i < exact.size(); ++i) {
-      ASSERT_EQ(bfloat[i], float_to_bf16(exact[i])) << cpu::isa_name(isa);
-      ASSERT_EQ(half[i], float_to_f16(exact[i])) << cpu::isa_name(isa);
+      ASSERT_EQ(bfloat[i], float_to_bf16(exact[i])) << level.name;
+      ASSERT_EQ(half[i], float_to_f16(exact[i])) << level.name;
     }
   }
 }
@@ -203,13 +197,13 @@ TEST(Conv2d, HalfTypesRoundExtremesOnEveryIsa) {
   std::fill(problem.segments[0].codes.begin(), problem.segments[0].codes.end(), int8_t{0});
   problem.segments[0].zero_point[1] = 0;
   problem.bias = values;
-  for (cpu::Isa isa : supported_isas()) {
-    const std::vector<uint16_t> bfloat = run<uint16_t>(problem, isa, FloatType::kBFloat16, 0);
-    const std::vector<uint16_t> half = run<uint16_t>(problem, isa, FloatType::kFloat16, 0);
+  for (const IgemmLevel& level : igemm_levels()) {
+    const std::vector<uint16_t> bfloat = run<uint16_t>(problem, level, FloatType::kBFloat16, 0);
+    const std::vector<uint16_t> half = run<uint16_t>(problem, level, FloatType::kFloat16, 0);
     for (size_t i = 0; i < values.size(); ++i) {
       const float sum = values[i] + 0.0f;  // -0 + 0 * scale is +0
-      EXPECT_EQ(bfloat[i], float_to_bf16(sum)) << cpu::isa_name(isa) << " " << values[i];
-      EXPECT_EQ(half[i], float_to_f16(sum)) << cpu::isa_name(isa) << " " << values[i];
+      EXPECT_EQ(bfloat[i], float_to_bf16(sum)) << level.name << " " << values[i];
+      EXPECT_EQ(half[i], float_to_f16(sum)) << level.name << " " << values[i];
     }
   }
 }
@@ -223,8 +217,8 @@ TEST(Conv2d, LargestReductionDoesNotOverflow) {
   data.zero_point[1] = -128;
   testing::pack(data, 1, 1, 1, 8);
   const auto wanted = static_cast<float>(-255 * 128 * kMaxReduction);
-  for (cpu::Isa isa : supported_isas()) {
-    EXPECT_EQ(run<float>(problem, isa, FloatType::kFloat32, 0.0f), std::vector<float>{wanted});
+  for (const IgemmLevel& level : igemm_levels()) {
+    EXPECT_EQ(run<float>(problem, level, FloatType::kFloat32, 0.0f), std::vector<float>{wanted});
   }
 }
 
@@ -269,8 +263,8 @@ TEST(Conv2d, SumsOfNarrowWeightsDoNotSaturate) {
 
 TEST(Conv2d, EmptyBatchDoesNothing) {
   Problem problem = random_problem({0, {4}, {3, 3}, 8}, 8, 1);
-  for (cpu::Isa isa : supported_isas())
-    EXPECT_TRUE(run<float>(problem, isa, FloatType::kFloat32, 0.0f).empty());
+  for (const IgemmLevel& level : igemm_levels())
+    EXPECT_TRUE(run<float>(problem, level, FloatType::kFloat32, 0.0f).empty());
 }
 
 // Cuts every range into single elements and runs them backwards in new threads.
@@ -282,12 +276,12 @@ void scattered_backend(int64_t begin, int64_t end, int64_t grain, void* context,
 
 TEST(Conv2d, WorkSplitDoesNotChangeResults) {
   Problem problem = random_problem({2, {64, 12}, {16, 16}, 96}, 8, 9);
-  for (cpu::Isa isa : supported_isas()) {
-    const std::vector<float> serial = run<float>(problem, isa, FloatType::kFloat32, 0.0f);
+  for (const IgemmLevel& level : igemm_levels()) {
+    const std::vector<float> serial = run<float>(problem, level, FloatType::kFloat32, 0.0f);
     cpu::ParallelBackend before = cpu::set_parallel_backend(scattered_backend);
-    const std::vector<float> scattered = run<float>(problem, isa, FloatType::kFloat32, 0.0f);
+    const std::vector<float> scattered = run<float>(problem, level, FloatType::kFloat32, 0.0f);
     cpu::set_parallel_backend(before);
-    EXPECT_EQ(serial, scattered) << cpu::isa_name(isa);
+    EXPECT_EQ(serial, scattered) << level.name;
   }
 }
 

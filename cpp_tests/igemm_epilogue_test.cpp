@@ -5,10 +5,10 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "elementwise_cases.h"
 #include "igemm_case.h"
+#include "igemm_level.h"
 
 namespace adpdm::testing {
 namespace {
@@ -21,11 +21,11 @@ class CpuCase {
         residual_(stored_as(host.residual, host.epilogue.residual.value_or(FloatType::kFloat32))),
         result_(static_cast<size_t>(host.rows() * host.result_columns() * element_bytes() + kGuard), 0x5a) {}
 
-  std::vector<uint32_t> conv2d(cpu::Isa isa) {
-    return run(isa, [&] { cpu::conv2d(args()); });
+  std::vector<uint32_t> conv2d(const IgemmLevel& level) {
+    return run(level, [&] { cpu::conv2d(args()); });
   }
 
-  std::vector<uint32_t> linear(cpu::Isa isa) {
+  std::vector<uint32_t> linear(const IgemmLevel& level) {
     const Conv2dArgs conv = args();
     LinearArgs linear{};
     std::copy(conv.segments, conv.segments + kMaxSegments, linear.segments);
@@ -35,7 +35,7 @@ class CpuCase {
     linear.rows_per_image = conv.out.width;
     linear.out_features = conv.out_channels;
     linear.weight_bits = conv.weight_bits;
-    return run(isa, [&] { cpu::linear(linear); });
+    return run(level, [&] { cpu::linear(linear); });
   }
 
  private:
@@ -59,8 +59,8 @@ class CpuCase {
   }
 
   template <typename Op>
-  std::vector<uint32_t> run(cpu::Isa isa, Op&& op) {
-    const cpu::ScopedIsa scope(isa);
+  std::vector<uint32_t> run(const IgemmLevel& level, Op&& op) {
+    const ScopedLevel scope(level);
     std::fill(result_.begin(), result_.end(), uint8_t{0x5a});
     op();
     const auto size = static_cast<size_t>(element_bytes());
@@ -82,10 +82,10 @@ void expect_as_defined(const Layer& layer, const Epilogue& epilogue, uint32_t se
   const std::vector<uint32_t> expected = expected_results(host);
   const bool is_linear = layer.input.height == 1 && layer.kernel.height == 1 && layer.kernel.width == 1;
   CpuCase cpu_case(host);
-  for (cpu::Isa isa : supported_isas()) {
-    EXPECT_EQ(cpu_case.conv2d(isa), expected) << cpu::isa_name(isa) << ", seed " << seed;
+  for (const IgemmLevel& level : igemm_levels()) {
+    EXPECT_EQ(cpu_case.conv2d(level), expected) << level.name << ", seed " << seed;
     if (!is_linear) continue;
-    EXPECT_EQ(cpu_case.linear(isa), expected) << cpu::isa_name(isa) << ", seed " << seed;
+    EXPECT_EQ(cpu_case.linear(level), expected) << level.name << ", seed " << seed;
   }
 }
 
@@ -217,8 +217,8 @@ TEST(IgemmEpilogue, WorkSplitDoesNotChangeResults) {
   epilogue.residual = FloatType::kFloat32;
   const HostCase host = random_case(layer, epilogue, 3);
   CpuCase cpu_case(host);
-  for (cpu::Isa isa : supported_isas()) {
-    const std::vector<uint32_t> serial = cpu_case.conv2d(isa);
+  for (const IgemmLevel& level : igemm_levels()) {
+    const std::vector<uint32_t> serial = cpu_case.conv2d(level);
     const auto scattered = [](int64_t begin, int64_t end, int64_t grain, void* context,
                               cpu::ParallelBody body) {
       for (int64_t last = end; last > begin; last -= grain) {
@@ -226,7 +226,7 @@ TEST(IgemmEpilogue, WorkSplitDoesNotChangeResults) {
       }
     };
     const cpu::ParallelBackend before = cpu::set_parallel_backend(scattered);
-    EXPECT_EQ(cpu_case.conv2d(isa), serial) << cpu::isa_name(isa);
+    EXPECT_EQ(cpu_case.conv2d(level), serial) << level.name;
     cpu::set_parallel_backend(before);
   }
 }

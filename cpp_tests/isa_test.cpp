@@ -3,8 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <cerrno>
 #include <stdexcept>
 #include <string>
+
+#include "cpu/amx_support.h"
 
 namespace adpdm::cpu {
 
@@ -17,7 +20,10 @@ ADPDM_DECLARE_PER_ISA(inline std::string level() {
 
 namespace {
 
-constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};
+constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
+
+// Functions per instruction set end at AVX-512; AMX uses those.
+std::string function_level(Isa isa) { return isa_name(isa == Isa::kAmx ? Isa::kAvx512 : isa); }
 
 std::string error_of(const std::string& request) {
   try {
@@ -44,25 +50,46 @@ TEST(Isa, EverySupportedNameResolvesToItsLevel) {
 TEST(Isa, UnsupportedLevelIsAnErrorNotAFallback) {
   for (Isa isa : kLevels) {
     const std::string name = isa_name(isa);
-    const std::string wanted =
-        cpu_supports(isa)
-            ? ""
-            : "ADPDM_CPU: wanted " + name + ", but the best this CPU supports is " + isa_name(best_isa());
+    const std::string reason = isa == Isa::kAmx ? ": " + amx_obstacle() : "";
+    const std::string wanted = cpu_supports(isa)
+                                   ? ""
+                                   : "ADPDM_CPU: wanted " + name + ", but the best this CPU supports is " +
+                                         isa_name(best_isa()) + reason;
     EXPECT_EQ(error_of(name), wanted);
   }
 }
 
 TEST(Isa, UnknownNameIsAnError) {
-  EXPECT_EQ(error_of("sse9"), "ADPDM_CPU: wanted portable, avx2 or avx512, got 'sse9'");
-  EXPECT_EQ(error_of("AVX2"), "ADPDM_CPU: wanted portable, avx2 or avx512, got 'AVX2'");
+  EXPECT_EQ(error_of("sse9"), "ADPDM_CPU: wanted portable, avx2, avx512 or amx, got 'sse9'");
+  EXPECT_EQ(error_of("AVX2"), "ADPDM_CPU: wanted portable, avx2, avx512 or amx, got 'AVX2'");
+}
+
+TEST(Isa, AmxObstaclesAreNamedOneByOne) {
+  AmxFacts facts{};
+  EXPECT_EQ(amx_obstacle(facts), "the compiler of this build has no AMX");
+  facts.built = true;
+  EXPECT_EQ(amx_obstacle(facts), "the CPU has no amx_tile");
+  facts.tile = true;
+  EXPECT_EQ(amx_obstacle(facts), "the CPU has no amx_int8");
+  facts.int8 = true;
+  EXPECT_EQ(amx_obstacle(facts), "the operating system does not save tile registers");
+  facts.saved = true;
+  facts.permission_error = EINVAL;
+  EXPECT_EQ(amx_obstacle(facts), "the kernel refused permission for tile data (Invalid argument)");
+  facts.permission_error = 0;
+  EXPECT_EQ(amx_obstacle(facts), "");
+}
+
+TEST(Isa, AmxIsALevelExactlyWhereNothingIsInItsWay) {
+  EXPECT_EQ(cpu_supports(Isa::kAmx), cpu_supports(Isa::kAvx512) && amx_obstacle().empty());
 }
 
 TEST(Isa, ScopesNestAndSelectTheFunction) {
   const Isa before = active_isa();
-  EXPECT_EQ(ADPDM_SELECT_ISA(level)(), isa_name(before));
+  EXPECT_EQ(ADPDM_SELECT_ISA(level)(), function_level(before));
   {
     ScopedIsa best(best_isa());
-    EXPECT_EQ(ADPDM_SELECT_ISA(level)(), isa_name(best_isa()));
+    EXPECT_EQ(ADPDM_SELECT_ISA(level)(), function_level(best_isa()));
     {
       ScopedIsa portable(Isa::kPortable);
       EXPECT_EQ(active_isa(), Isa::kPortable);

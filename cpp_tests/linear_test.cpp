@@ -6,17 +6,18 @@
 #include <random>
 #include <vector>
 
-#include "cpu/isa.h"
+#include "igemm_level.h"
 #include "igemm_problem.h"
 
 namespace adpdm {
 namespace {
 
+using testing::IgemmLevel;
 using testing::SegmentData;
 
 std::vector<float> run(const std::vector<SegmentData>& segments, const float* bias, int64_t rows,
-                       int64_t outputs, int weight_bits, cpu::Isa isa) {
-  cpu::ScopedIsa scope(isa);
+                       int64_t outputs, int weight_bits, const IgemmLevel& level) {
+  const testing::ScopedLevel scope(level);
   LinearArgs args{};
   args.num_segments = static_cast<int>(segments.size());
   for (int s = 0; s < args.num_segments; ++s) args.segments[s] = segments[s].segment();
@@ -41,10 +42,8 @@ std::vector<float> naive(const std::vector<SegmentData>& segments, const float* 
 }
 
 template <typename Body>
-void on_every_isa(const Body& body) {
-  for (cpu::Isa isa : {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvx512}) {
-    if (cpu::cpu_supports(isa)) body(isa);
-  }
+void on_every_level(const Body& body) {
+  for (const IgemmLevel& level : testing::igemm_levels()) body(level);
 }
 
 TEST(Linear, HandComputedTwoSegments) {
@@ -69,8 +68,8 @@ TEST(Linear, HandComputedTwoSegments) {
     testing::pack(first, 1, 1, 1, bits);
     testing::pack(second, 1, 1, 1, bits);
     const float bias = 0.5f;
-    on_every_isa([&](cpu::Isa isa) {
-      EXPECT_EQ(run({first, second}, &bias, 1, 1, bits, isa), std::vector<float>{6.0f}) << cpu::isa_name(isa);
+    on_every_level([&](const IgemmLevel& level) {
+      EXPECT_EQ(run({first, second}, &bias, 1, 1, bits, level), std::vector<float>{6.0f}) << level.name;
     });
   }
 }
@@ -85,8 +84,8 @@ TEST(Linear, MatchesDefinitionOnEveryIsa) {
           testing::random_segment(random, rows, features, outputs, 1, 1, bits, false),
           testing::random_segment(random, rows, features + 5, outputs, 1, 1, bits, false)};
       const std::vector<float> wanted = naive(segments, nullptr, rows, outputs);
-      on_every_isa([&](cpu::Isa isa) {
-        EXPECT_EQ(run(segments, nullptr, rows, outputs, bits, isa), wanted) << cpu::isa_name(isa);
+      on_every_level([&](const IgemmLevel& level) {
+        EXPECT_EQ(run(segments, nullptr, rows, outputs, bits, level), wanted) << level.name;
       });
     }
   }
@@ -95,7 +94,8 @@ TEST(Linear, MatchesDefinitionOnEveryIsa) {
 TEST(Linear, NoRowsDoesNothing) {
   std::mt19937 random(2);
   const std::vector<SegmentData> segments = {testing::random_segment(random, 0, 8, 4, 1, 1, 8, false)};
-  on_every_isa([&](cpu::Isa isa) { EXPECT_TRUE(run(segments, nullptr, 0, 4, 8, isa).empty()); });
+  on_every_level(
+      [&](const IgemmLevel& level) { EXPECT_TRUE(run(segments, nullptr, 0, 4, 8, level).empty()); });
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ FEATURES_OF = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
 }
+FEATURES_OF["amx"] = FEATURES_OF["avx512"] | {"amx_tile", "amx_int8"}
 
 
 def import_with_cpu(level: str) -> subprocess.CompletedProcess[str]:
@@ -40,24 +41,35 @@ def test_build_info_agrees_with_python() -> None:
 def test_cpu_features_are_those_the_kernel_reports() -> None:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     reported = set(next((line for line in lines if line.startswith("flags")), "").split())
-    known = FEATURES_OF["avx512"] | {"avx512_bf16"}
+    known = FEATURES_OF["amx"] | {"avx512_bf16"}
     assert set(_native.build_info()["cpu_features"]) == known & reported
 
 
 @pytest.mark.parametrize("level", FEATURES_OF)
 def test_adpdm_cpu_chooses_the_level_or_says_that_the_cpu_lacks_it(level: str) -> None:
     result = import_with_cpu(level)
-    if set(_native.build_info()["cpu_features"]) >= FEATURES_OF[level]:
+    build = _native.build_info()
+    obstacle = build["amx_obstacle"] if level == "amx" else ""
+    if set(build["cpu_features"]) >= FEATURES_OF[level] and not obstacle:
         assert result.stdout.strip() == level, result.stderr
     else:
         assert result.returncode != 0
         assert f"ADPDM_CPU: wanted {level}, but the best this CPU supports is" in result.stderr
+        assert obstacle in result.stderr
 
 
 def test_unknown_adpdm_cpu_fails_at_import() -> None:
     result = import_with_cpu("fastest")
     assert result.returncode != 0
-    assert "ADPDM_CPU: wanted portable, avx2 or avx512, got 'fastest'" in result.stderr
+    assert "ADPDM_CPU: wanted portable, avx2, avx512 or amx, got 'fastest'" in result.stderr
+
+
+def test_info_says_whether_amx_can_be_used_and_if_not_why() -> None:
+    obstacle = _native.build_info()["amx_obstacle"]
+    features = set(_native.build_info()["cpu_features"])
+    if not features >= {"amx_tile", "amx_int8"}:
+        assert obstacle
+    assert info.gather_info()["AMX tiles"] == (f"not available: {obstacle}" if obstacle else "available")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

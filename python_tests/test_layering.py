@@ -34,7 +34,7 @@ MAY_IMPORT_DIFFUSERS = {"pipeline", "diffusers_quantizer", "testing"}
 # A C++ folder may include these folders, the standard library, and of other headers what the pattern names.
 CPP_FOLDERS: dict[str, tuple[set[str], str]] = {
     "core": ({"core"}, r"(cuda_fp16|cuda_bf16)\.h"),
-    "cpu": ({"core", "cpu"}, r"(immintrin|sys/syscall|unistd)\.h"),
+    "cpu": ({"core", "cpu"}, r"(immintrin|cpuid|sys/syscall|unistd)\.h"),
     "simt": ({"simt"}, r"ucontext\.h|sanitizer/\w+\.h"),
     "cuda": ({"core", "cuda"}, r"(cuda\w*|nvtx3/nvToolsExt)\.h"),
     "bindings": ({"core", "cpu", "cuda", "bindings"}, r"(torch|ATen|c10|pybind11)/.*"),

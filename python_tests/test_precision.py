@@ -149,4 +149,5 @@ def test_layers_that_see_only_the_conditioning_are_measured_too() -> None:
     found = report.trace.sensitivity
     keys = [name for name in found if name.endswith("attn2.to_k")]
     assert found.keys() == quant_layers(unet).keys()
-    assert keys and all(found[name]["weight"] > 0 for name in keys)
+    assert keys
+    assert all(found[name]["weight"] > 0 for name in keys)

@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "cpu/amx_support.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
@@ -31,6 +32,7 @@ py::dict build_info() {
   info["version"] = ADPDM_VERSION;
   info["isa"] = adpdm::cpu::isa_name(adpdm::cpu::active_isa());
   info["cpu_features"] = adpdm::cpu::cpu_features();
+  info["amx_obstacle"] = adpdm::cpu::amx_obstacle();
 #ifdef ADPDM_WITH_CUDA
   info["cuda_built"] = true;
   info["cuda_archs"] = ADPDM_CUDA_ARCHS;

@@ -8,7 +8,6 @@
 #include "core/group_index.h"
 #include "cpu/igemm.h"
 #include "cpu/parallel.h"
-#include "cpu/winograd.h"
 
 namespace adpdm::cpu {
 namespace {
@@ -145,10 +144,26 @@ void merge_taps(Igemm& problem) {
   problem.tile.tap_columns = 1;
 }
 
+// A cache line: with channels in multiples of 64, every 64 codes then lie in one.
+constexpr int64_t kScratchAlignment = 64;
+
+// A multiple of kScratchAlignment.
 int64_t scratch_bytes(const Conv2dArgs& args, const IgemmSegment& segment) {
   if (!needs_copy(args, segment)) return 0;
   const PaddedCopy copy = padded_copy(args, segment);
-  return args.batch * copy.height * copy.width * copy.pixel_bytes;
+  const int64_t bytes = args.batch * copy.height * copy.width * copy.pixel_bytes;
+  return ceil_div(bytes, kScratchAlignment) * kScratchAlignment;
+}
+
+// Kept between calls, because fresh pages cost more than the copy; owned by the thread, so calls do not
+// interfere.
+int8_t* thread_scratch(int64_t bytes) {
+  thread_local std::vector<int8_t> scratch;
+  if (static_cast<int64_t>(scratch.size()) < bytes + kScratchAlignment) {
+    scratch.resize(static_cast<size_t>(bytes + kScratchAlignment));
+  }
+  const auto beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(scratch.data()) % kScratchAlignment);
+  return scratch.data() + (kScratchAlignment - beyond) % kScratchAlignment;
 }
 
 // Without pointers moved: output 0, pixel 0.
@@ -191,18 +206,12 @@ void conv2d(const Conv2dArgs& args) {
   problem.tile.nibbles = stored_in_nibbles(args.weight_bits);
   problem.tile.weight_bits = args.weight_bits;
 
-  // Kept between calls, because fresh pages cost more than the copy; owned by the thread, so calls do not
-  // interfere.
-  thread_local std::vector<int8_t> scratch;
   int64_t bytes[kMaxSegments + 1] = {};
   for (int s = 0; s < args.num_segments; ++s) bytes[s + 1] = bytes[s] + scratch_bytes(args, args.segments[s]);
-  if (static_cast<int64_t>(scratch.size()) < bytes[args.num_segments]) {
-    scratch.resize(static_cast<size_t>(bytes[args.num_segments]));
-  }
+  int8_t* scratch = bytes[args.num_segments] > 0 ? thread_scratch(bytes[args.num_segments]) : nullptr;
   for (int s = 0; s < args.num_segments; ++s) {
-    problem.inputs[s] = describe_input(args, args.segments[s], scratch.data() + bytes[s]);
+    problem.inputs[s] = describe_input(args, args.segments[s], scratch ? scratch + bytes[s] : nullptr);
   }
-  if (winograd_applies(problem)) return run_winograd(problem);
   merge_taps(problem);
   run_igemm(problem);
 }

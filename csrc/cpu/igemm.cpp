@@ -4,7 +4,9 @@
 #include <algorithm>
 
 #include "core/row_view.h"
+#include "cpu/igemm_strips.h"
 #include "cpu/parallel.h"
+#include "cpu/winograd.h"
 
 namespace adpdm::cpu {
 namespace {
@@ -17,7 +19,6 @@ int64_t result_bytes(const TileOutput& output) { return output.quantized ? 1 : f
 
 // A slab is up to max_blocks blocks of outputs of one group, over all pixels: its weights stay in the cache.
 struct Partition {
-  int64_t group_outputs;
   int64_t blocks;  // per group
   int64_t slabs;   // per group, their blocks differ by at most one
   int64_t pixels;
@@ -26,8 +27,7 @@ struct Partition {
 
 Partition make_partition(const Igemm& problem, const IgemmKernel& kernel) {
   Partition part{};
-  part.group_outputs = problem.outputs / problem.groups;
-  part.blocks = ceil_div(part.group_outputs, kBlockOutputs);
+  part.blocks = ceil_div(problem.outputs / problem.groups, kBlockOutputs);
   part.slabs = ceil_div(part.blocks, kernel.max_blocks);
   part.pixels = problem.images * problem.rows * problem.columns;
   part.tiles = ceil_div(part.pixels, kernel.max_pixels[ceil_div(part.blocks, part.slabs)]);
@@ -36,21 +36,9 @@ Partition make_partition(const Igemm& problem, const IgemmKernel& kernel) {
 
 // Points the tile at the outputs of one slab.
 void select_slab(const Igemm& problem, const Partition& part, int64_t slab, Tile& tile) {
-  const int64_t group = slab / part.slabs;
   const int64_t first = part.blocks * (slab % part.slabs) / part.slabs;
   const int64_t last = part.blocks * (slab % part.slabs + 1) / part.slabs;
-  const int64_t output = group * part.group_outputs + first * kBlockOutputs;
-  tile.num_blocks = static_cast<int>(last - first);
-  tile.num_outputs = std::min(last * kBlockOutputs, part.group_outputs) - first * kBlockOutputs;
-  tile.output = problem.tile.output;
-  skip_outputs(output, tile.output);
-  for (int s = 0; s < tile.num_segments; ++s) {
-    const TileSegment& whole = problem.inputs[s].tile;
-    TileSegment& segment = tile.segments[s];
-    segment.weight = whole.weight + (group * part.blocks + first) * whole.block_bytes;
-    segment.weight_scale = whole.weight_scale + output;
-    segment.weight_sum = whole.weight_sum + output;
-  }
+  select_outputs(problem, slab / part.slabs, first, last, tile);
 }
 
 // Points the tile at the output pixels [first, last).
@@ -94,12 +82,33 @@ void skip_outputs(int64_t outputs, TileOutput& output) {
   output.data += results * result_bytes(output);
 }
 
+void select_outputs(const Igemm& problem, int64_t group, int64_t first, int64_t last, Tile& tile) {
+  // A division per tile shows in linear layers of one row.
+  const int64_t group_outputs = problem.groups == 1 ? problem.outputs : problem.outputs / problem.groups;
+  const int64_t blocks = ceil_div(group_outputs, kBlockOutputs);
+  const int64_t output = group * group_outputs + first * kBlockOutputs;
+  tile.num_blocks = static_cast<int>(last - first);
+  tile.num_outputs = std::min(last * kBlockOutputs, group_outputs) - first * kBlockOutputs;
+  tile.output = problem.tile.output;
+  skip_outputs(output, tile.output);
+  for (int s = 0; s < tile.num_segments; ++s) {
+    const TileSegment& whole = problem.inputs[s].tile;
+    TileSegment& segment = tile.segments[s];
+    segment.weight = whole.weight + (group * blocks + first) * whole.block_bytes;
+    segment.weight_scale = whole.weight_scale + output;
+    segment.weight_sum = whole.weight_sum + output;
+  }
+}
+
 void skip_pixels(int64_t pixels, TileOutput& output) {
   if (output.residual) output.residual += pixels * output.outputs * float_size(output.residual_type);
   output.data += pixels * output.step * result_bytes(output);
 }
 
 void run_igemm(const Igemm& problem) {
+  const int64_t pixels = problem.images * problem.rows * problem.columns;
+  if (const StripKernel* strips = select_strip_kernel(pixels)) return run_strips(problem, *strips);
+  if (winograd_applies(problem)) return run_winograd(problem);
   const IgemmKernel& kernel = ADPDM_SELECT_ISA(igemm_kernel);
   const Partition part = make_partition(problem, kernel);
   const int64_t grain = ceil_div(kMinStepsPerThread, steps_per_tile(problem, part));

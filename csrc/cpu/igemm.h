@@ -87,9 +87,18 @@ struct Igemm {
   Tile tile;        // what all tiles share; its output at output 0, pixel 0
 };
 
+// Hidden, so that -fPIC lets the compiler inline them where they are defined, once per tile.
+#define ADPDM_HIDDEN __attribute__((visibility("hidden")))
+
+// Points the tile at the blocks [first, last) of one group's outputs, at pixel 0.
+ADPDM_HIDDEN void select_outputs(const Igemm& problem, int64_t group, int64_t first, int64_t last,
+                                 Tile& tile);
+
 // Move to a later output (one that pairs of geglu do not straddle: a multiple of 16) or pixel.
-void skip_outputs(int64_t outputs, TileOutput& output);
-void skip_pixels(int64_t pixels, TileOutput& output);
+ADPDM_HIDDEN void skip_outputs(int64_t outputs, TileOutput& output);
+ADPDM_HIDDEN void skip_pixels(int64_t pixels, TileOutput& output);
+
+#undef ADPDM_HIDDEN
 
 // Computes all tiles, in parallel; the result does not depend on the number of threads.
 void run_igemm(const Igemm& problem);

@@ -5,10 +5,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "cpu/amx_support.h"
+
 namespace adpdm::cpu {
 namespace {
 
-constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512};
+constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
 constexpr int kNotForced = -1;
 std::atomic<int> forced_isa{kNotForced};
 
@@ -22,6 +24,7 @@ struct Feature {
 std::vector<Feature> probe_features() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  const AmxFacts amx = probe_amx();
   return {{"avx2", __builtin_cpu_supports("avx2") != 0},
           {"fma", __builtin_cpu_supports("fma") != 0},
           {"f16c", __builtin_cpu_supports("f16c") != 0},
@@ -30,7 +33,9 @@ std::vector<Feature> probe_features() {
           {"avx512vl", __builtin_cpu_supports("avx512vl") != 0},
           {"avx512dq", __builtin_cpu_supports("avx512dq") != 0},
           {"avx512_vnni", __builtin_cpu_supports("avx512vnni") != 0},
-          {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0}};
+          {"avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0},
+          {"amx_tile", amx.tile && amx.saved},
+          {"amx_int8", amx.int8 && amx.saved}};
 #else
   return {};
 #endif
@@ -55,6 +60,8 @@ std::string requested_isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAmx:
+      return "amx";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:
@@ -69,7 +76,9 @@ bool cpu_supports(Isa isa) {
   if (isa == Isa::kPortable) return true;
   const bool avx2 = has_all({"avx2", "fma", "f16c"});
   if (isa == Isa::kAvx2) return avx2;
-  return avx2 && has_all({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"});
+  const bool avx512 = avx2 && has_all({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"});
+  if (isa == Isa::kAvx512) return avx512;
+  return avx512 && amx_obstacle().empty();
 }
 
 Isa best_isa() {
@@ -85,12 +94,13 @@ Isa resolve_isa(const std::string& request) {
   for (Isa isa : kLevels) {
     if (request != isa_name(isa)) continue;
     if (!cpu_supports(isa)) {
+      const std::string reason = isa == Isa::kAmx ? ": " + amx_obstacle() : "";
       throw std::runtime_error("ADPDM_CPU: wanted " + request + ", but the best this CPU supports is " +
-                               isa_name(best_isa()));
+                               isa_name(best_isa()) + reason);
     }
     return isa;
   }
-  throw std::runtime_error("ADPDM_CPU: wanted portable, avx2 or avx512, got '" + request + "'");
+  throw std::runtime_error("ADPDM_CPU: wanted portable, avx2, avx512 or amx, got '" + request + "'");
 }
 
 Isa active_isa() {

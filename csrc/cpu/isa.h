@@ -6,18 +6,19 @@
 
 namespace adpdm::cpu {
 
-// Ordered: a CPU that has a level has all levels before it. 3 is kept for AMX (int8 tiles), which no kernel
-// uses yet.
+// Ordered: a CPU that has a level has all levels before it.
 enum class Isa {
   kPortable = 0,  // the compiler's baseline for the architecture
   kAvx2 = 1,      // AVX2, FMA, F16C
   kAvx512 = 2,    // AVX-512 F, BW, VL, DQ and VNNI
+  kAmx = 3,       // AMX tiles of int8 for integer layers (igemm_strips.h), all else as kAvx512
 };
 
-// "portable", "avx2", "avx512": the names ADPDM_CPU takes.
+// "portable", "avx2", "avx512", "amx": the names ADPDM_CPU takes.
 const char* isa_name(Isa isa);
 
-// Whether this CPU and its operating system can run code of that level.
+// Whether this CPU and its operating system can run code of that level. kAmx asks Linux for permission
+// (amx_support.h).
 bool cpu_supports(Isa isa);
 
 // The highest level cpu_supports().
@@ -65,7 +66,7 @@ class ScopedIsa {
   }
 // The function of that name for active_isa().
 #define ADPDM_SELECT_ISA(function)                                             \
-  (::adpdm::cpu::active_isa() == ::adpdm::cpu::Isa::kAvx512 ? avx512::function \
+  (::adpdm::cpu::active_isa() >= ::adpdm::cpu::Isa::kAvx512 ? avx512::function \
    : ::adpdm::cpu::active_isa() == ::adpdm::cpu::Isa::kAvx2 ? avx2::function   \
                                                             : portable::function)
 #else
