@@ -36,9 +36,18 @@ class Segment:
     weight_sum: Tensor  # [O] i32
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor, num_bits: int) -> Tensor:
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_index: Tensor,
+    num_bits: int,
+    channels_last: bool = False,
+) -> Tensor:
     """Return int8 codes of x under the current group; see `reference.quantize`."""
-    return _ops.quantize(x, scale, zero_point, group_index, num_bits)  # type: ignore[no-any-return]
+    return _ops.quantize.default(  # type: ignore[no-any-return]
+        x, scale, zero_point, group_index, num_bits, channels_last
+    )
 
 
 def dequantize(
@@ -242,7 +251,16 @@ def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake("adpdm::quantize")
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor, num_bits: int) -> Tensor:
+def _(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_index: Tensor,
+    num_bits: int,
+    channels_last: bool = False,
+) -> Tensor:
+    if channels_last:
+        return torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
     return _dense_like(x, torch.int8)
 
 

@@ -40,16 +40,25 @@ def _expand(values: Tensor, x: Tensor, channel_axis: int) -> Tensor:
     return values.reshape(shape)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor, num_bits: int) -> Tensor:
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_index: Tensor,
+    num_bits: int,
+    channels_last: bool = False,
+) -> Tensor:
     """Codes of x under the current group's quantizer: int8, same shape.
 
-    Args: x [*] f32|bf16|f16; scale [G] f32; zero_point [G] i32; group_index [1] i32; num_bits 2..8.
+    Args: x [*] f32|bf16|f16; scale [G] f32; zero_point [G] i32; group_index [1] i32; num_bits 2..8;
+    channels_last: x is [N, C, H, W], and its codes get that memory format.
     Source: method.md section 2. NaN gives quant_min, infinities saturate.
     """
     quant_min, quant_max = signed_range(num_bits)
     group = int(group_index)
     q = _rounded_quotient(x, scale[group]) + zero_point[group].float()
-    return q.clamp(quant_min, quant_max).to(torch.int8)
+    codes = q.clamp(quant_min, quant_max).to(torch.int8)
+    return codes.contiguous(memory_format=torch.channels_last) if channels_last else codes
 
 
 def dequantize(

@@ -129,7 +129,7 @@ def linear_calls(layer: Linear) -> dict[str, Call]:
 def map_calls(batch: int, channels: int, size: int) -> dict[str, tuple[dict[str, Call], float]]:
     """Contestants on a map with the bytes that each piece of work has to move at least."""
     x = torch.randn(batch, channels, size, size, device=DEVICE, dtype=BF16)
-    x = x.contiguous(memory_format=torch.channels_last)
+    planes, x = x, x.contiguous(memory_format=torch.channels_last)
     elements = x.numel()
     weight, bias = (torch.randn(channels, device=DEVICE) for _ in range(2))
     half = (weight.to(BF16), bias.to(BF16))
@@ -140,6 +140,13 @@ def map_calls(batch: int, channels: int, size: int) -> dict[str, tuple[dict[str,
         "quantize": (
             {
                 "ours": lambda: ops.quantize(x, q.scale, q.zero_point, q.group_index, 8),
+                "torch copy": lambda: target.copy_(x),
+            },
+            3.0 * elements,
+        ),
+        "quantize to channels last": (
+            {
+                "ours": lambda: ops.quantize(planes, q.scale, q.zero_point, q.group_index, 8, True),
                 "torch copy": lambda: target.copy_(x),
             },
             3.0 * elements,

@@ -82,6 +82,52 @@ TEST(Quantize, RowsWithGapsTouchOnlyTheirColumns) {
   }
 }
 
+struct Planes {
+  int64_t batch, channels, pixels;
+  int64_t gap;  // behind each image, in elements
+};
+
+// Nothing, one, around the 16 x 16 blocks that are turned, around tiles of 64 channels and 128 pixels,
+// several threads' worth, and slices of channels.
+const Planes kPlanes[] = {{0, 4, 4, 0},     {2, 3, 0, 0},    {2, 0, 5, 0},     {1, 1, 1, 0},
+                          {2, 15, 17, 0},   {1, 16, 16, 0},  {2, 17, 15, 3},   {1, 63, 129, 0},
+                          {3, 64, 128, 64}, {2, 65, 127, 0}, {1, 129, 300, 0}, {2, 192, 400, 7}};
+
+TEST(QuantizeChannelsLast, CodesAreThoseOfTheRowsTurned) {
+  unsigned seed = 0;
+  for (const Planes& p : kPlanes) {
+    const int64_t image = p.channels * p.pixels, stride = image + p.gap;
+    const std::vector<float> x = random_normal(p.batch * stride, ++seed, 40.0f);
+    const int32_t index = static_cast<int32_t>(seed % 2);
+    for (FloatType type : kFloatTypes) {
+      const std::vector<uint8_t> bytes = encode(x, type);
+      const size_t size = static_cast<size_t>(p.batch * image);
+      std::vector<int8_t> planes(size), expected(size + 16, 77);
+      cpu::quantize({bytes.data(), type, p.batch, image, stride}, group(&index), 6, planes.data());
+      for (int64_t i = 0; i < p.batch * image; ++i) {
+        const int64_t pixel = i % p.pixels, channel = i / p.pixels % p.channels;
+        expected[static_cast<size_t>((i / image * p.pixels + pixel) * p.channels + channel)] =
+            planes[static_cast<size_t>(i)];
+      }
+      for (cpu::Isa isa : supported_isas()) {
+        const cpu::ScopedIsa scope(isa);
+        std::vector<int8_t> codes(size + 16, 77);
+        cpu::quantize_channels_last({bytes.data(), type, p.batch, p.channels, p.pixels, stride},
+                                    group(&index), 6, codes.data());
+        EXPECT_EQ(codes, expected) << cpu::isa_name(isa) << " planes " << &p - kPlanes;
+      }
+    }
+  }
+}
+
+TEST(QuantizeChannelsLast, LiteralCodes) {
+  const int32_t index = 1;
+  const std::vector<float> x = {0.5f, 1.0f, 1.5f, 1000.0f, kNan, -kInf};  // 2 channels of 3 pixels
+  std::vector<int8_t> codes(6);
+  cpu::quantize_channels_last({x.data(), FloatType::kFloat32, 1, 2, 3, 6}, group(&index), 8, codes.data());
+  EXPECT_EQ(codes, (std::vector<int8_t>{4, 127, 5, -128, 6, -128}));
+}
+
 TEST(Quantize, GroupIndexOutOfRangeThrows) {
   for (int32_t index : {-1, 2}) {
     int8_t code = 77;

@@ -124,6 +124,15 @@ def test_conv2d_in_integers_equals_real_arithmetic(
     assert_integer_output(twin, x, functional)
 
 
+def test_conv2d_quantizes_contiguous_inputs_to_channels_last(generator: torch.Generator) -> None:
+    twin, _ = build(nn.Conv2d(7, 3, 3), (8, 8), 4, generator)
+    twin.freeze()
+    parts = twin.split_input(torch.randn(2, 7, 5, 6, generator=generator))
+    codes = twin.packed(torch.device("cpu")).quantize(parts)
+    assert [tuple(part.shape) for part in codes] == [(2, 4, 5, 6), (2, 3, 5, 6)]
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part in codes)
+
+
 @settings(max_examples=30)
 @given(
     leading=st.lists(st.integers(0, 4), max_size=2),

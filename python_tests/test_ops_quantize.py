@@ -12,7 +12,15 @@ from adpdm import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECIAL = [0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.0, -0.0, torch.inf, -torch.inf, torch.nan, 6e4, -6e4, 1e-7]
-LAYOUTS = ["contiguous", "channels_last", "channel_slice", "column_slice", "transposed", "expanded"]
+LAYOUTS = [
+    "contiguous",
+    "channels_last",
+    "channel_slice",
+    "planes_slice",
+    "column_slice",
+    "transposed",
+    "expanded",
+]
 
 
 def tensor_in_layout(shape: list[int], layout: str, seed: int) -> Tensor:
@@ -21,6 +29,7 @@ def tensor_in_layout(shape: list[int], layout: str, seed: int) -> Tensor:
     n, c, h, w = shape
     full = {
         "channel_slice": [n, c + 3, h, w],
+        "planes_slice": [n, c + 3, h, w],
         "column_slice": [n, c, h, w + 2],
         "transposed": [n, c, w, h],
         "expanded": [n, 1, h, w],
@@ -33,6 +42,7 @@ def tensor_in_layout(shape: list[int], layout: str, seed: int) -> Tensor:
         x = x.to(memory_format=torch.channels_last)
     views = {
         "channel_slice": lambda: x[:, 2 : c + 2],
+        "planes_slice": lambda: x[:, 2 : c + 2],
         "column_slice": lambda: x[..., 1 : w + 1],
         "transposed": lambda: x.transpose(2, 3),
         "expanded": lambda: x.expand(shape),
@@ -66,6 +76,33 @@ def test_quantize_keeps_channels_last(layout: str, device: torch.device) -> None
     x = tensor_in_layout([2, 5, 3, 4], layout, 0).to(device)
     codes = ops.quantize(x, *qparams(2, 1, device), 8)
     assert codes.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(0, 12), st.integers(0, 12)),
+    layout=st.sampled_from(LAYOUTS),
+    bits=st.integers(2, 8),
+    seed=st.integers(0, 99),
+)
+def test_quantize_to_channels_last_equals_reference(
+    dtype: torch.dtype, shape: tuple[int, ...], layout: str, bits: int, seed: int
+) -> None:
+    x = tensor_in_layout(list(shape), layout, seed).to(dtype)
+    arguments = qparams(num_groups=3, group=seed % 3)
+    codes = ops.quantize(x, *arguments, bits, channels_last=True)
+    expected = reference.quantize(x, *arguments, bits, channels_last=True)
+    assert codes.stride() == torch.empty(shape).to(memory_format=torch.channels_last).stride()
+    assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantize_to_channels_last_on_every_device(layout: str, device: torch.device) -> None:
+    for shape in ([2, 67, 9, 31], [3, 5, 16, 16], [1, 130, 8, 8]):
+        x = tensor_in_layout(shape, layout, 3).to(device)
+        codes = ops.quantize(x, *qparams(2, 1, device), 8, channels_last=True)
+        assert codes.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(codes, reference.quantize(x, *qparams(2, 1, device), 8))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (16385,), (3, 0), (2, 40000)])
@@ -115,13 +152,14 @@ def test_pack_int4_literal_bytes(device: torch.device) -> None:
     assert ops.pack_int4(codes).tolist() == [[0x81, 0x2F, 0x07, *[0] * 13]]
 
 
-def test_quantize_same_codes_for_any_thread_count() -> None:
-    x = tensor_in_layout([4, 64, 40, 40], "channel_slice", 1)
+@pytest.mark.parametrize("layout", ["channel_slice", "planes_slice"])
+def test_quantize_same_codes_for_any_thread_count(layout: str) -> None:
+    x = tensor_in_layout([4, 64, 40, 40], layout, 1)
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(ops.quantize(x, *qparams(3, 2), 8))
+        results.append(ops.quantize(x, *qparams(3, 2), 8, channels_last=True))
     torch.set_num_threads(before)
     assert torch.equal(*results)
 
@@ -143,6 +181,15 @@ def test_quantize_family_passes_opcheck(name: str, device: torch.device) -> None
         "unpack_int4": (packed, 20),
     }
     torch.library.opcheck(getattr(torch.ops.adpdm, name).default, arguments[name])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [[2, 6, 3, 5], [2, 1, 3, 5], [2, 6, 1, 1]])
+def test_quantize_to_channels_last_passes_opcheck(
+    layout: str, shape: list[int], device: torch.device
+) -> None:
+    x = tensor_in_layout(shape, layout, 0).to(device)
+    torch.library.opcheck(torch.ops.adpdm.quantize.default, (x, *qparams(2, 1, device), 8, True))
 
 
 ERRORS = [
@@ -171,6 +218,7 @@ ERRORS = [
     ),
     ({"num_bits": 9}, ValueError, r"num_bits must be in \[2, 8\], got 9"),
     ({"num_bits": 1}, ValueError, r"num_bits must be in \[2, 8\], got 1"),
+    ({"channels_last": True}, ValueError, r"x must have 4 dimensions for channels_last, got \[2\]"),
 ]
 
 
@@ -190,8 +238,9 @@ def test_quantize_rejects(change: dict[str, object], error: type[Exception], mes
 
 @pytest.mark.parametrize("group", [-1, 3])
 def test_quantize_rejects_group_index_out_of_range_on_cpu(group: int) -> None:
-    with pytest.raises(IndexError, match=rf"group_index must be in \[0, num_groups=3\), got {group}"):
-        ops.quantize(torch.zeros(2), *qparams(3, group), 8)
+    for channels_last in (False, True):
+        with pytest.raises(IndexError, match=rf"group_index must be in \[0, num_groups=3\), got {group}"):
+            ops.quantize(torch.zeros(1, 2, 3, 3), *qparams(3, group), 8, channels_last)
 
 
 def test_int4_rejects_scalars_and_wrong_row_size() -> None:

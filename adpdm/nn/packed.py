@@ -38,8 +38,9 @@ class Packed:
         return [(q.scale, q.zero_point, q.group_index, *weight) for q, weight in pairs]
 
     def quantize(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Codes i8 of float input segments."""
-        return [quantize(part, q) for part, q in zip(parts, self.quantizers, strict=True)]
+        """Codes i8 of float input segments, as the layer reads them."""
+        last = isinstance(self.outputs, ops.ConvGeometry)
+        return [quantize(part, q, last) for part, q in zip(parts, self.quantizers, strict=True)]
 
     def __call__(
         self,
@@ -57,10 +58,10 @@ class Packed:
         return ops.conv2d(segments, end, geometry or self.outputs, self.weight_bits, dtype)
 
 
-def quantize(x: Tensor, quantizer: ops.OutputQuantizer) -> Tensor:
-    """Codes i8 of x under the quantizer of the layer that reads them."""
+def quantize(x: Tensor, quantizer: ops.OutputQuantizer, channels_last: bool = False) -> Tensor:
+    """Codes i8 of x under the quantizer of the layer that reads them, channels_last for a convolution."""
     q = quantizer
-    return ops.quantize(x, q.scale, q.zero_point, q.group_index, q.num_bits)
+    return ops.quantize(x, q.scale, q.zero_point, q.group_index, q.num_bits, channels_last)
 
 
 def pack(layers: Sequence[QuantLayer], order: Tensor | None = None) -> Packed:

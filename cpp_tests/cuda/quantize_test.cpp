@@ -193,12 +193,17 @@ struct Planes {
   int64_t batch, channels, pixels;
   int64_t offset;  // of x, in elements
   int64_t codes_offset;
+  int64_t gap;  // behind each image of x, in elements
+  int64_t stride() const { return channels * pixels + gap; }
 };
 
-// Empty, ragged tiles, several tiles, whole ones, odd addresses, rows of no whole vector.
-const Planes kPlanes[] = {{0, 4, 4, 0, 0},    {2, 3, 0, 0, 0},     {1, 1, 1, 0, 0},   {2, 3, 25, 0, 0},
-                          {1, 64, 128, 0, 0}, {2, 80, 136, 0, 0},  {1, 16, 16, 0, 0}, {1, 100, 64, 0, 0},
-                          {3, 32, 64, 1, 0},  {1, 48, 200, 0, 16}, {2, 32, 64, 0, 3}, {1, 129, 4, 0, 0}};
+// Empty, ragged tiles, several tiles, whole ones, odd addresses, rows of no whole vector, channel slices with
+// and without vectors.
+const Planes kPlanes[] = {{0, 4, 4, 0, 0, 0},     {2, 3, 0, 0, 0, 0},    {1, 1, 1, 0, 0, 0},
+                          {2, 3, 25, 0, 0, 0},    {1, 64, 128, 0, 0, 0}, {2, 80, 136, 0, 0, 0},
+                          {1, 16, 16, 0, 0, 0},   {1, 100, 64, 0, 0, 0}, {3, 32, 64, 1, 0, 0},
+                          {1, 48, 200, 0, 16, 0}, {2, 32, 64, 0, 3, 0},  {1, 129, 4, 0, 0, 0},
+                          {2, 32, 64, 64, 0, 64}, {3, 16, 32, 0, 0, 33}};
 
 TEST(CudaQuantizeChannelsLast, CodesAreThoseOfTheCpuTransposed) {
   ADPDM_REQUIRE_GPU();
@@ -207,20 +212,20 @@ TEST(CudaQuantizeChannelsLast, CodesAreThoseOfTheCpuTransposed) {
     for (FloatType type : kFloatTypes) {
       const int num_bits = 2 + static_cast<int>(++seed % 7);
       const Groups groups{kScale, kZeroPoint, static_cast<int32_t>(seed % 3)};
-      const int64_t size = p.batch * p.channels * p.pixels;
-      const FloatBuffer x(special_values(size, seed), type, p.offset);
+      const int64_t image = p.channels * p.pixels, size = p.batch * image;
+      const FloatBuffer x(special_values(p.batch * p.stride(), seed), type, p.offset);
       std::vector<int8_t> planes(static_cast<size_t>(size)), expected(planes.size());
-      cpu::quantize({x.input().data(), type, 1, size, size}, groups.host(), num_bits, planes.data());
+      cpu::quantize({x.input().data(), type, p.batch, image, p.stride()}, groups.host(), num_bits,
+                    planes.data());
       for (int64_t i = 0; i < size; ++i) {
-        const int64_t pixel = i % p.pixels, channel = i / p.pixels % p.channels,
-                      image = i / p.pixels / p.channels;
-        expected[static_cast<size_t>((image * p.pixels + pixel) * p.channels + channel)] =
+        const int64_t pixel = i % p.pixels, channel = i / p.pixels % p.channels;
+        expected[static_cast<size_t>((i / image * p.pixels + pixel) * p.channels + channel)] =
             planes[static_cast<size_t>(i)];
       }
       for_each_schedule([&] {
         OffsetBuffer<int8_t> codes(size, p.codes_offset);
-        cuda::quantize_channels_last({x.data(), type, p.batch, p.channels, p.pixels}, groups.device(),
-                                     num_bits, codes.data(), nullptr);
+        cuda::quantize_channels_last({x.data(), type, p.batch, p.channels, p.pixels, p.stride()},
+                                     groups.device(), num_bits, codes.data(), nullptr);
         EXPECT_EQ(codes.host(), expected) << "planes " << &p - kPlanes;
       });
     }

@@ -10,6 +10,7 @@ namespace {
 
 struct CpuBackend {
   static constexpr auto quantize = cpu::quantize;
+  static constexpr auto quantize_channels_last = cpu::quantize_channels_last;
   static constexpr auto quantize_int4 = cpu::quantize_int4;
   static constexpr auto dequantize = cpu::dequantize;
   static constexpr auto dequantize_int4 = cpu::dequantize_int4;

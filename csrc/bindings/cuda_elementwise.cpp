@@ -24,6 +24,7 @@ struct Backend : CudaBackend {
   using CudaBackend::CudaBackend;
 
   static constexpr auto quantize = cuda::quantize;
+  static constexpr auto quantize_channels_last = cuda::quantize_channels_last;
   static constexpr auto quantize_int4 = cuda::quantize_int4;
   static constexpr auto dequantize = cuda::dequantize;
   static constexpr auto dequantize_int4 = cuda::dequantize_int4;

@@ -25,11 +25,20 @@ Tensor quantize(const Tensor& x,            // [*] f32|bf16|f16
                 const Tensor& scale,        // [G] f32
                 const Tensor& zero_point,   // [G] i32
                 const Tensor& group_index,  // [1] i32
-                int64_t num_bits) {
+                int64_t num_bits, bool channels_last) {
   check_num_bits("quantize", num_bits);
+  TORCH_CHECK_VALUE(!channels_last || x.dim() == 4,
+                    "quantize: x must have 4 dimensions for channels_last, got ", x.sizes());
   const GroupedQParams qparams = grouped_qparams("quantize", x, scale, zero_point, group_index);
+  const at::MemoryFormat format = channels_last ? at::MemoryFormat::ChannelsLast : result_format(x);
+  Tensor codes = at::empty(x.sizes(), x.options().dtype(at::kChar).memory_format(format));
+  if (channels_last && !has_channels_last(x)) {
+    const Planes planes = planes_of("quantize", x);
+    Backend(x).run(Backend::quantize_channels_last, planes.view, qparams, static_cast<int>(num_bits),
+                   codes.mutable_data_ptr<int8_t>());
+    return codes;
+  }
   const Rows rows = rows_in_result_order("quantize", x);
-  Tensor codes = empty_like(x, at::kChar);
   Backend(x).run(Backend::quantize, rows.view, qparams, static_cast<int>(num_bits),
                  codes.mutable_data_ptr<int8_t>());
   return codes;

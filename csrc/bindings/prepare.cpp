@@ -90,6 +90,16 @@ Rows make_rows(const at::Tensor& owner, FloatType type, int64_t rows, int64_t co
   return {owner, {owner.const_data_ptr(), type, rows, columns, stride}};
 }
 
+// Whether each image of x [N, C, H, W] is contiguous by itself.
+bool images_are_dense(const at::Tensor& x) {
+  int64_t expected = 1;
+  for (int64_t d = 3; d > 0; --d) {
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+  }
+  return true;
+}
+
 ChannelView channel_view(OpName op, const at::Tensor& x, int64_t channel_axis, bool channels_last) {
   if (channel_axis < 0) return {1, 1, x.numel()};
   TORCH_CHECK_VALUE(channel_axis < x.dim(), op, ": channel_axis must be -1 or in [0, ", x.dim(), "), got ",
@@ -176,6 +186,18 @@ Rows rows_in_result_order(OpName op, const at::Tensor& x) {
   if (stride < 0) return make_rows(dense(x), type, 1, size, size);
   const int64_t columns = ordered.size(-1);
   return make_rows(x, type, size / columns, columns, stride);
+}
+
+bool has_channels_last(const at::Tensor& x) {
+  constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
+  return x.is_contiguous(kChannelsLast) || result_format(x) == kChannelsLast;
+}
+
+Planes planes_of(OpName op, const at::Tensor& x) {
+  const FloatType type = float_type(op, "x", x.scalar_type());
+  const at::Tensor owner = images_are_dense(x) ? x : x.contiguous();
+  const int64_t pixels = x.size(2) * x.size(3);
+  return {owner, {owner.const_data_ptr(), type, x.size(0), x.size(1), pixels, owner.stride(0)}};
 }
 
 MatrixShape matrix_shape(OpName op, const char* name, const at::Tensor& x) {

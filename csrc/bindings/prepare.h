@@ -48,6 +48,17 @@ struct Rows {
 };
 Rows rows_in_result_order(OpName op, const at::Tensor& x);
 
+// Whether x [N, C, H, W], or the tensor it is a channel slice of, has its channels last in memory:
+// rows_in_result_order then gives the order of a channels_last result.
+bool has_channels_last(const at::Tensor& x);
+
+// A float tensor [N, C, H, W] with its channels first: in place where its images are dense, else a copy.
+struct Planes {
+  at::Tensor owner;  // keeps view.data alive
+  PlanesView view;
+};
+Planes planes_of(OpName op, const at::Tensor& x);
+
 // A tensor [*, K] whose rows are its last dimension.
 struct MatrixShape {
   int64_t rows;

@@ -3,7 +3,10 @@
 
 TORCH_LIBRARY(adpdm, m) {
   // Activations and codes: scale [G] f32, zero_point [G] i32, group_index [1] i32 (read by the kernel).
-  m.def("quantize(Tensor x, Tensor scale, Tensor zero_point, Tensor group_index, int num_bits) -> Tensor");
+  // channels_last: codes of x [N, C, H, W] in that format, whatever the layout of x; else in x's own layout.
+  m.def(
+      "quantize(Tensor x, Tensor scale, Tensor zero_point, Tensor group_index, int num_bits, bool "
+      "channels_last=False) -> Tensor");
   m.def("quantize_int4(Tensor x, Tensor scale, Tensor zero_point, Tensor group_index) -> Tensor");
   m.def(
       "dequantize(Tensor codes, Tensor scale, Tensor zero_point, Tensor group_index, ScalarType dtype) -> "

@@ -15,11 +15,25 @@ constexpr int64_t int4_row_bytes(int64_t columns) {
   return (columns + kInt4Block - 1) / kInt4Block * (kInt4Block / 2);
 }
 
+// Channels first: images `stride` elements apart, as half of a concatenation leaves them.
+struct PlanesView {
+  const void* data;  // [batch, channels, pixels] of `type`, dense within an image
+  FloatType type;
+  int64_t batch;
+  int64_t channels;
+  int64_t pixels;
+  int64_t stride;  // does not matter for one image
+};
+
 namespace cpu {
 
 // All throw std::out_of_range for a group index outside [0, num_groups) before anything is written.
 void quantize(const RowView& x, const GroupedQParams& qparams, int num_bits,
               int8_t* codes);  // [rows, columns] dense
+
+// Codes of a channels-first tensor, channels last as conv2d reads them.
+void quantize_channels_last(const PlanesView& x, const GroupedQParams& qparams, int num_bits,
+                            int8_t* codes);  // [batch, pixels, channels]
 
 void quantize_int4(const RowView& x, const GroupedQParams& qparams,
                    uint8_t* packed);  // [rows, int4_row_bytes(columns)]
@@ -42,15 +56,6 @@ void unpack_int4(const uint8_t* packed,  // [rows, int4_row_bytes(columns)]
 
 }  // namespace cpu
 
-// A dense channels-first tensor.
-struct PlanesView {
-  const void* data;  // [batch, channels, pixels] of `type`
-  FloatType type;
-  int64_t batch;
-  int64_t channels;
-  int64_t pixels;
-};
-
 // The same on the stream. An index outside [0, num_groups) acts as the nearest inside: a kernel cannot raise.
 // All throw CudaError where the launch fails.
 namespace cuda {
@@ -59,7 +64,6 @@ void quantize(const RowView& x, const GroupedQParams& qparams, int num_bits,
               int8_t* codes,  // [rows, columns] dense
               Stream stream);
 
-// Codes of a channels-first tensor, channels last as conv2d reads them.
 void quantize_channels_last(const PlanesView& x, const GroupedQParams& qparams, int num_bits,
                             int8_t* codes,  // [batch, pixels, channels]
                             Stream stream);

@@ -23,6 +23,11 @@ const void* element(const RowView& x, int64_t row, int64_t column) {
   return static_cast<const char*>(x.data) + (row * x.stride + column) * float_size(x.type);
 }
 
+const void* element(const PlanesView& x, int64_t image, int64_t channel, int64_t pixel) {
+  const int64_t index = image * x.stride + channel * x.pixels + pixel;
+  return static_cast<const char*>(x.data) + index * float_size(x.type);
+}
+
 void* offset(void* data, FloatType type, int64_t index) {
   return static_cast<char*>(data) + index * float_size(type);
 }
@@ -36,6 +41,26 @@ void quantize(const RowView& view, const GroupedQParams& qparams, int num_bits, 
   for_each_piece(x.rows, x.columns, [&](const Piece& piece) {
     quantize_row(element(x, piece.row, piece.column), x.type, piece.columns, quantizer,
                  codes + piece.row * x.columns + piece.column);
+  });
+}
+
+void quantize_channels_last(const PlanesView& x, const GroupedQParams& qparams, int num_bits, int8_t* codes) {
+  const Quantizer quantizer = current_quantizer("quantize", qparams, num_bits);
+  const auto quantize_tile = ADPDM_SELECT_ISA(quantize_tile);
+  const int64_t channel_tiles = (x.channels + kTileChannels - 1) / kTileChannels;
+  const int64_t pixel_tiles = (x.pixels + kTilePixels - 1) / kTilePixels;
+  const int64_t grain = kMinElementsPerThread / (kTileChannels * kTilePixels);
+  // Channels first, so that the codes of a tile of pixels are finished together.
+  parallel_for(0, x.batch * pixel_tiles * channel_tiles, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / channel_tiles / pixel_tiles;
+      const int64_t pixel = i / channel_tiles % pixel_tiles * kTilePixels;
+      const int64_t channel = i % channel_tiles * kTileChannels;
+      const void* first = element(x, image, channel, pixel);
+      quantize_tile({first, x.type, std::min(kTileChannels, x.channels - channel),
+                     std::min(kTilePixels, x.pixels - pixel), x.pixels},
+                    quantizer, codes + (image * x.pixels + pixel) * x.channels + channel, x.channels);
+    }
   });
 }
 

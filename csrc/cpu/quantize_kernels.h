@@ -22,6 +22,22 @@ Quantizer current_quantizer(const char* op, const GroupedQParams& qparams, int n
 ADPDM_DECLARE_PER_ISA(void quantize_row(const void* x, FloatType type, int64_t size,
                                         const Quantizer& quantizer, int8_t* codes))
 
+// Part of one image with its channels first. Codes of 64 channels are a cache line, written once; 128 pixels
+// of a channel are a run of lines that the prefetcher follows.
+constexpr int64_t kTileChannels = 64;
+constexpr int64_t kTilePixels = 128;
+struct PlanesTile {
+  const void* x;  // [channels, pixels] of type, channels `plane` elements apart
+  FloatType type;
+  int64_t channels;  // <= kTileChannels
+  int64_t pixels;    // <= kTilePixels
+  int64_t plane;
+};
+
+// tile -> codes [pixels, channels], pixels `stride` apart.
+ADPDM_DECLARE_PER_ISA(void quantize_tile(const PlanesTile& tile, const Quantizer& quantizer, int8_t* codes,
+                                         int64_t stride))
+
 // x [size] of type -> packed [int4_row_bytes(size)].
 ADPDM_DECLARE_PER_ISA(void quantize_int4_row(const void* x, FloatType type, int64_t size,
                                              const Quantizer& quantizer, uint8_t* packed))

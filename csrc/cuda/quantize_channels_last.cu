@@ -30,9 +30,9 @@ ADPDM_DEVICE int tile_offset(int pixel, int quad) {
 
 // Values of one channel from `pixel` on, 0 behind the last pixel.
 template <FloatType kType>
-ADPDM_DEVICE void load_pixels(const PlanesView& x, int64_t plane, int64_t pixel, bool vectors,
-                              float* values) {
-  const int64_t first = plane * x.pixels + pixel;
+ADPDM_DEVICE void load_pixels(const PlanesView& x, int64_t image, int64_t channel, int64_t pixel,
+                              bool vectors, float* values) {
+  const int64_t first = image * x.stride + channel * x.pixels + pixel;
   if (vectors && pixel + kVector<kType> <= x.pixels) return load_vector<kType>(x.data, first, values);
   ADPDM_UNROLL
   for (int i = 0; i < kVector<kType>; ++i) {
@@ -53,7 +53,7 @@ ADPDM_DEVICE void fill_tile(const PlanesView& x, int64_t image, int64_t first_ch
   for (int c = 0; c < kQuad; ++c) {
     const int64_t channel = first_channel + quad * kQuad + c;
     if (channel < x.channels) {
-      load_pixels<kType>(x, image * x.channels + channel, first_pixel + group * kSize, vectors, values[c]);
+      load_pixels<kType>(x, image, channel, first_pixel + group * kSize, vectors, values[c]);
     } else {
       ADPDM_UNROLL
       for (int i = 0; i < kSize; ++i) values[c][i] = 0.0f;
@@ -110,7 +110,9 @@ void quantize_channels_last(const PlanesView& x, const GroupedQParams& qparams, 
   const Range range([&] {
     return range_text("quantize_channels_last", {x.batch, x.channels, x.pixels}, x.type, num_bits);
   });
-  const bool vectors = is_aligned(x.data, 16) && x.pixels * float_size(x.type) % 16 == 0;
+  const int64_t size = float_size(x.type);
+  const bool vectors =
+      is_aligned(x.data, 16) && x.pixels * size % 16 == 0 && (x.batch <= 1 || x.stride * size % 16 == 0);
   const bool chunks = is_aligned(codes, kChunk) && x.channels % kChunk == 0;
   with_float_type(x.type, [&](auto type) {
     constexpr FloatType kType = decltype(type)::value;
