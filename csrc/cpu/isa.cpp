@@ -1,6 +1,7 @@
 // Detection and choice of the CPU instruction set.
 #include "cpu/isa.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -89,8 +90,10 @@ Isa best_isa() {
   return best;
 }
 
+Isa default_isa() { return std::min(best_isa(), Isa::kAvx512); }
+
 Isa resolve_isa(const std::string& request) {
-  if (request.empty()) return best_isa();
+  if (request.empty()) return default_isa();
   for (Isa isa : kLevels) {
     if (request != isa_name(isa)) continue;
     if (!cpu_supports(isa)) {
