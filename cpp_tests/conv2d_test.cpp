@@ -233,9 +233,9 @@ TEST(Conv2d, LargestWinogradSumDoesNotOverflow) {
       data.zero_point[1] = code > 0 ? -128 : 127;
       testing::pack(data, 1, 9, 1, 8);
       const auto wanted = static_cast<float>((code - data.zero_point[1]) * -128 * 9 * channels);
-      for (cpu::Isa isa : supported_isas()) {
-        EXPECT_EQ(run<float>(problem, isa, FloatType::kFloat32, 0.0f), std::vector<float>(4, wanted))
-            << cpu::isa_name(isa);
+      for (const IgemmLevel& level : igemm_levels()) {
+        EXPECT_EQ(run<float>(problem, level, FloatType::kFloat32, 0.0f), std::vector<float>(4, wanted))
+            << level.name;
       }
     }
   }
@@ -253,9 +253,9 @@ TEST(Conv2d, SumsOfNarrowWeightsDoNotSaturate) {
       data.zero_point[1] = 5;
       testing::pack(data, 1, 1, 1, bits);
       const auto wanted = static_cast<float>((127 - 5) * weight * 300);
-      for (cpu::Isa isa : supported_isas()) {
-        EXPECT_EQ(run<float>(problem, isa, FloatType::kFloat32, 0.0f), std::vector<float>(5, wanted))
-            << cpu::isa_name(isa) << ", " << bits << " bits, weights " << weight;
+      for (const IgemmLevel& level : igemm_levels()) {
+        EXPECT_EQ(run<float>(problem, level, FloatType::kFloat32, 0.0f), std::vector<float>(5, wanted))
+            << level.name << ", " << bits << " bits, weights " << weight;
       }
     }
   }

@@ -14,14 +14,16 @@ from torch import Tensor
 
 import adpdm
 from adpdm import QuantConfig, SearchConfig, calibrate, reference
+from adpdm.bias import BIAS_STEPS
 from adpdm.calibrate import Calibration, step_weights
 from adpdm.nn import QuantLayer
 from adpdm.pipeline import QuantizationReport
 from adpdm.quantizers.activation import Mode
+from adpdm.replay import Replay
 from adpdm.search import Batch, GroupSearch, SearchOutcome
 from adpdm.testing import ddim_scheduler, tiny_unet
 from adpdm.timesteps import mmd_trace
-from adpdm.trajectory import PROBE_SEED, PROBE_SIZE, SEED_STRIDE, Sampler, Trajectory
+from adpdm.trajectory import PROBE_SEED, PROBE_SIZE, SEED_STRIDE, Sampler
 
 STEPS, HISTOGRAM_IMAGES, SELECTED_IMAGES = 5, 3, 10
 SMALL: dict[str, Any] = {
@@ -339,16 +341,16 @@ def test_bias_correction_leaves_no_mean_error(monkeypatch: pytest.MonkeyPatch) -
     plain, seen = Calibration._correct_bias, 0
 
     @torch.no_grad()
-    def checked(calibration: Calibration, trajectory: Trajectory) -> None:
+    def checked(calibration: Calibration, replay: Replay) -> None:
         nonlocal seen
-        steps = calibration._calls_by_weight(calibrate.BIAS_STEPS)
         images = torch.arange(HISTOGRAM_IMAGES)
-        batches = [calibration._batch(trajectory, k, images, i) for i, k in enumerate(steps)]
+        calls = replay.calls(BIAS_STEPS)
+        batches = [calibration._batch(replay.trajectory, k, images, i) for i, k in enumerate(calls)]
         calibration._set_mode(Mode.FLOAT)
         teacher = [calibration._predict(batch) for batch in batches]
         inputs = float_inputs(calibration, batches)
         before = {n: mean_errors(layer, inputs[n]) for n, layer in calibration.layers.items()}
-        plain(calibration, trajectory)
+        plain(calibration, replay)
         # The shift leaves the full-precision path alone, bit for bit.
         for batch, wanted in zip(batches, teacher, strict=True):
             assert torch.equal(calibration._predict(batch), wanted)
@@ -410,7 +412,7 @@ def test_layer_that_runs_twice_gets_the_mean_shift_not_the_sum(monkeypatch: pyte
 
     monkeypatch.setattr(QuantLayer, "output_shift", watched)
     adpdm.quantize(unet, config(grouping="dp"), scheduler=ddim_scheduler())
-    assert len(shifts) == 2 * calibrate.BIAS_STEPS
+    assert len(shifts) == 2 * BIAS_STEPS
     wanted = bias + torch.stack(shifts).mean(0).float()
     assert torch.equal(unet.mid_block.resnets[0].conv1.bias, wanted)
 

@@ -12,11 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adpdm import reference
+import adpdm
+from adpdm import QuantConfig, reference
 from adpdm.nn import QuantLayer
 from adpdm.nn.layers import QuantConv2d, QuantLinear
 from adpdm.quantizers.activation import Mode
 from adpdm.step import StepState
+from adpdm.testing import ddim_scheduler, tiny_unet
 
 STEPS, GROUPS = 4, 3
 UNIT_ROUNDOFF = 2.0**-24  # of float32
@@ -405,3 +407,13 @@ def test_casting_a_model_keeps_scales_in_float32(dtype: torch.dtype, generator: 
         for a, b in zip(after.quantizers, before.quantizers, strict=True):
             assert torch.equal(a.scale, b.scale)
     assert cast(torch.randn(1, 4, 5, 5, generator=generator).to(dtype)).dtype == dtype
+
+
+def test_training_through_integer_layers_is_refused() -> None:
+    unet = tiny_unet()
+    config = QuantConfig(grouping="shared", num_groups=1, num_inference_steps=2, histogram_images=1)
+    adpdm.quantize(unet, config, scheduler=ddim_scheduler())
+    x = torch.zeros(1, 1, 8, 8, requires_grad=True)
+    unet(x, 500)  # in eval mode nobody asks for the gradient
+    with pytest.raises(ValueError, match="layers pass no gradient on, got an input that requires one"):
+        unet.train()(x, 500)

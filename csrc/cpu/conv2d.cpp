@@ -8,6 +8,7 @@
 #include "core/group_index.h"
 #include "cpu/igemm.h"
 #include "cpu/parallel.h"
+#include "cpu/winograd.h"
 
 namespace adpdm::cpu {
 namespace {
@@ -212,6 +213,7 @@ void conv2d(const Conv2dArgs& args) {
   for (int s = 0; s < args.num_segments; ++s) {
     problem.inputs[s] = describe_input(args, args.segments[s], scratch ? scratch + bytes[s] : nullptr);
   }
+  if (winograd_applies(problem)) return run_winograd(problem);
   merge_taps(problem);
   run_igemm(problem);
 }

@@ -6,7 +6,6 @@
 #include "core/row_view.h"
 #include "cpu/igemm_strips.h"
 #include "cpu/parallel.h"
-#include "cpu/winograd.h"
 
 namespace adpdm::cpu {
 namespace {
@@ -108,7 +107,6 @@ void skip_pixels(int64_t pixels, TileOutput& output) {
 void run_igemm(const Igemm& problem) {
   const int64_t pixels = problem.images * problem.rows * problem.columns;
   if (const StripKernel* strips = select_strip_kernel(pixels)) return run_strips(problem, *strips);
-  if (winograd_applies(problem)) return run_winograd(problem);
   const IgemmKernel& kernel = ADPDM_SELECT_ISA(igemm_kernel);
   const Partition part = make_partition(problem, kernel);
   const int64_t grain = ceil_div(kMinStepsPerThread, steps_per_tile(problem, part));

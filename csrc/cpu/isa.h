@@ -28,8 +28,8 @@ Isa best_isa();
 // yet, so it waits to be asked for (docs/cpu_backlog.md).
 Isa default_isa();
 
-// The level a request means; an empty request means default_isa(). Throws std::runtime_error for a name that is
-// not a level and for a level this CPU lacks, because running something slower than was asked for would
+// The level a request means; an empty request means default_isa(). Throws std::runtime_error for a name that
+// is not a level and for a level this CPU lacks, because running something slower than was asked for would
 // falsify measurements.
 Isa resolve_isa(const std::string& request);
 
