@@ -212,6 +212,8 @@ class Calibration:
         found = measure_sensitivity(replay, config.seed)
         self.trace.sensitivity = {name: s.to_dict() for name, s in found.items()}
         raised = raise_bits(self.layers, found, config.raised_layers)
+        if not raised:  # no layer is small enough for the share
+            return
         # One partition of the whole net depends on all of its layers.
         self._partition(list(self.layers) if config.shared_groups else raised)
         self._round_weights(replay, raised)

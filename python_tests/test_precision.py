@@ -120,6 +120,12 @@ def test_nothing_is_measured_where_nothing_can_be_raised() -> None:
     assert len(quantize_tiny(weight_bits=8)[1].trace.sensitivity) == len(quant_layers(quantize_tiny()[0]))
 
 
+def test_a_share_that_no_layer_fits_raises_nothing() -> None:
+    unet, report = quantize_tiny(raised_layers=1e-6)
+    assert {layer.bits for layer in quant_layers(unet).values()} == {(4, 4)}
+    assert report.trace.sensitivity.keys() == quant_layers(unet).keys()
+
+
 def test_one_partition_for_the_net_stays_one() -> None:
     unet, _ = quantize_tiny(shared_groups=True, raised_layers=0.2)
     tables = unet.get_submodule("adpdm_step").table
