@@ -135,8 +135,8 @@ class QuantLayer(nn.Module):
         if self.training and x.requires_grad and torch.is_grad_enabled():
             # Better no training than one whose gradients end here without a word.
             raise ValueError(
-                f"{type(self).__name__}: integer layers pass no gradient on, got an input that requires one in "
-                "training mode; train adapters on the model in full precision, sample in eval mode"
+                f"{type(self).__name__}: integer layers pass no gradient on, got an input that requires one "
+                "in training mode; train adapters on the model in full precision, sample in eval mode"
             )
         packed = self.packed(x.device)
         return packed(packed.quantize(self.split_input(x)), x.dtype)
