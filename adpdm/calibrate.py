@@ -110,8 +110,8 @@ class Calibration:
         # the gradients, which would otherwise come from a few steps.
         self._draw_weights = self.call_weights.sqrt() / self.call_weights.sqrt().mean()
         # What depends on the timestep alone counts by all calls at it.
-        steps = torch.tensor(self.sampler.step_of_call)
-        self.step_weights = torch.zeros(self.num_steps, dtype=torch.float64)
+        steps = torch.tensor(self.sampler.step_of_call, device="cpu")
+        self.step_weights = self.call_weights.new_zeros(self.num_steps)
         self.step_weights.index_add_(0, steps, self.call_weights)
         self.step_weights /= self.step_weights.mean()
         self.trace.step_weights = self.step_weights.tolist()
@@ -183,7 +183,7 @@ class Calibration:
         visits = fixed_visits(config, self.num_rounds, self.num_steps)
         visits = [1] * self.num_steps if searched else visits
         self.trace.visits = list(visits)
-        importance = self.step_weights * torch.tensor(visits)
+        importance = self.step_weights * torch.tensor(visits, device="cpu")
         errors = all_step_errors(quantizers, importance, config.range_method)
         tables = initial_tables(quantizers, errors, config)
         for i, (quantizer, error, table) in enumerate(zip(quantizers, errors, tables, strict=True)):
@@ -266,7 +266,7 @@ class Calibration:
         call = self._call_at(step_index, round_index)
         made = self.sampler.run(self.config.seed, first, count, stop=call)
         search.set_mode(mode)
-        return self._batch(made, call, torch.arange(count), round_index)
+        return self._batch(made, call, torch.arange(count, device="cpu"), round_index)
 
     def _call_at(self, step_index: int, round_index: int) -> int:
         """The call that shows a step in a round: where a scheduler comes back to a timestep, each in turn."""
@@ -277,12 +277,12 @@ class Calibration:
         """The batch of optimizer step `index`: a step of the cached trajectories, or selected images."""
         generator = torch.Generator().manual_seed(self.config.seed * 7_368_787 + index)
         size = self.config.search.batch_size
-        if float(torch.rand(1, generator=generator)) < self.config.search.replay:
+        if float(torch.rand(1, generator=generator, device="cpu")) < self.config.search.replay:
             call = int(torch.multinomial(self._draw_weights, 1, generator=generator))
-            images = torch.randint(0, trajectory.samples.shape[1], (size,), generator=generator)
+            images = _numbers(trajectory.samples.shape[1], size, generator)
             return self._batch(trajectory, call, images, index)
-        chosen = pool[int(torch.randint(0, len(pool), (1,), generator=generator))]
-        images = torch.randint(0, chosen.sample.shape[0], (size,), generator=generator)
+        chosen = pool[int(_numbers(len(pool), 1, generator))]
+        images = _numbers(chosen.sample.shape[0], size, generator)
         conditioning = pick(chosen.conditioning, images)
         return replace(
             chosen, sample=chosen.sample[images], target=chosen.target[images], conditioning=conditioning
@@ -295,7 +295,7 @@ class Calibration:
         if self.config.search.objective == "noise":
             final = trajectory.final[images]
             generator = torch.Generator().manual_seed(self.config.seed * 15_485_863 + draw)
-            target = torch.randn(final.shape, generator=generator)
+            target = torch.randn(final.shape, generator=generator, device="cpu").to(final.device)
             # A copy: schedulers over sigmas remember the first timestep that they scale for.
             scheduler = copy.deepcopy(self.sampler.scheduler)
             sample = scheduler.add_noise(final, target, timestep.expand(len(images)))
@@ -309,8 +309,9 @@ class Calibration:
         first = self.config.histogram_images + self.config.calibration_images
         fresh = self.sampler.run(self.config.seed, first, self.config.search.batch_size)
         self._set_mode(Mode.FAKE)
-        calls = torch.linspace(0, self.num_calls - 1, HOLDOUT_BATCHES).round().long().tolist()
-        images = torch.arange(self.config.search.batch_size)
+        last = self.num_calls - 1
+        calls = torch.linspace(0, last, HOLDOUT_BATCHES, device="cpu").round().long().tolist()
+        images = torch.arange(self.config.search.batch_size, device="cpu")
         return [replace(self._batch(fresh, k, images, k), weight=float(self.call_weights[k])) for k in calls]
 
     def _harden(
@@ -353,7 +354,7 @@ class Calibration:
             *((keystr(path), value) for path, value in self._given_tensors()),
         ]:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
         scheduler = self.sampler.scheduler
         settings = [self.config.to_dict(), type(scheduler).__name__, dict(scheduler.config)]
         return json.dumps([*settings, digest.hexdigest()], default=str)
@@ -413,6 +414,11 @@ def step_weights(sensitivity: Tensor) -> Tensor:
     return weight / weight.mean()
 
 
+def _numbers(below: int, count: int, generator: torch.Generator) -> Tensor:
+    """Random numbers [count] i64 in [0, below), on the CPU."""
+    return torch.randint(0, below, (count,), generator=generator, device="cpu")
+
+
 def _describe(name: str, quantizer: ActivationQuantizer) -> dict[str, Any]:
     """Ranges and groups of one quantizer as plain numbers, for the report."""
     assert quantizer.extrema is not None
@@ -431,7 +437,7 @@ def _join(parts: list[Trajectory]) -> Trajectory:
         torch.cat([p.samples for p in parts], 1),
         torch.cat([p.noise_preds for p in parts], 1),
         torch.cat([p.final for p in parts]),
-        sum((p.sensitivity * len(p.final) for p in parts), torch.zeros(()))
+        sum((p.sensitivity * len(p.final) for p in parts), torch.zeros((), device="cpu"))
         / sum(len(p.final) for p in parts),
         join([p.conditioning for p in parts]),
     )

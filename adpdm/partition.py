@@ -1,4 +1,7 @@
-"""Partitions the steps of a layer into groups: equal blocks, one each, or the dynamic-programming optimum."""
+"""Partitions the steps of a layer into groups: equal blocks, one each, or the dynamic-programming optimum.
+
+Histograms come to the CPU for this: many operations on few numbers, with equal results for every device.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ UNCHOSEN_WEIGHT = 1e-6  # steps that the selection left out only decide where a 
 
 
 def uniform_table(num_steps: int, num_groups: int) -> Tensor:
-    """Group of every step for equal blocks, [T] i32."""
-    return (torch.arange(num_steps) * num_groups // num_steps).to(torch.int32)
+    """Group of every step for equal blocks, [T] i32 on the CPU."""
+    return (torch.arange(num_steps, device="cpu") * num_groups // num_steps).to(torch.int32)
 
 
 def dynamic_programming_table(error: Tensor, num_groups: int, method: RangeMethod) -> Tensor:
@@ -32,14 +35,14 @@ def dynamic_programming_table(error: Tensor, num_groups: int, method: RangeMetho
 def _block_costs(error: Tensor, method: RangeMethod) -> Tensor:
     """cost[i, j] = error of steps [i, j) under their range, [T + 1, T + 1] f64, infinite for j <= i."""
     steps = error.shape[0]
-    prefix = torch.cat([torch.zeros(1, error.shape[1], dtype=error.dtype), error.cumsum(0)])
-    cost = torch.full((steps + 1, steps + 1), float("inf"), dtype=error.dtype)
+    prefix = torch.cat([error.new_zeros(1, error.shape[1]), error.cumsum(0)])
+    cost = error.new_full((steps + 1, steps + 1), float("inf"))
     for i in range(steps):
         of_blocks = prefix[i + 1 :] - prefix[i]  # [ends, R]
         if method == "mse":
             cost[i, i + 1 :] = of_blocks.amin(1)
         else:
-            ends = block_index(i, steps) + torch.arange(steps - i)
+            ends = block_index(i, steps) + torch.arange(steps - i, device=error.device)
             cost[i, i + 1 :] = of_blocks.gather(1, ends[:, None])[:, 0]
     return cost
 
@@ -53,7 +56,7 @@ def tables_from_cost(cost: Tensor, num_groups: int) -> Tensor:
         candidates = best[:, None] + cost
         best, cut = candidates.min(0)
         cuts.append(cut)
-    table = torch.zeros(steps, dtype=torch.int32)
+    table = cost.new_zeros(steps, dtype=torch.int32)
     end = steps
     for group in range(num_groups - 1, -1, -1):
         start = int(cuts[group - 1][end]) if group else 0
@@ -83,14 +86,13 @@ def initial_tables(
 def all_step_errors(
     quantizers: Sequence[ActivationQuantizer], importance: Tensor, method: RangeMethod
 ) -> list[StepErrors]:
-    """Error tables of every quantizer, its steps weighted by importance [T] f64."""
+    """Error tables of every quantizer on the CPU, its steps weighted by importance [T] f64."""
     weight = importance.clamp_min(UNCHOSEN_WEIGHT)[:, None]
     result = []
     for q in quantizers:
-        assert q.counts is not None
-        assert q.extrema is not None
-        candidates = block_ranges(q.extrema) if method == "minmax" else None
-        raw = step_errors(q.counts, q.extrema, q.num_bits, candidates)
+        counts, extrema = _statistics(q)
+        candidates = block_ranges(extrema) if method == "minmax" else None
+        raw = step_errors(counts, extrema, q.num_bits, candidates)
         result.append(StepErrors(raw.low, raw.high, raw.error * weight))
     return result
 
@@ -107,16 +109,15 @@ def fit_ranges(
 
     A group without steps takes the range over all steps: finite, unused, and a start for the search.
     """
-    assert quantizer.counts is not None
-    assert quantizer.extrema is not None
+    counts, all_extrema = _statistics(quantizer)
     weight = importance.clamp_min(UNCHOSEN_WEIGHT)
-    shares = quantizer.counts.double() / quantizer.counts.sum(1, keepdim=True).clamp_min(1)
+    shares = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
     lows, highs = [], []
     for group in range(num_groups):
         mine = table == group
         if not bool(mine.any()):
             mine = torch.ones_like(mine)
-        extrema = quantizer.extrema[mine]
+        extrema = all_extrema[mine]
         candidate = int(errors.error[mine].sum(0).argmin())
         start = (float(errors.low[candidate]), float(errors.high[candidate]))
         density = (shares[mine] * weight[mine, None]).sum(0)
@@ -127,4 +128,12 @@ def fit_ranges(
             low, high = best_range(density / density.sum(), outer, quantizer.num_bits, start)
         lows.append(low)
         highs.append(high)
-    quantizer.set_ranges(torch.tensor(lows), torch.tensor(highs), table)
+    low_ends, high_ends = (torch.tensor(ends, device="cpu") for ends in (lows, highs))
+    quantizer.set_ranges(low_ends, high_ends, table)
+
+
+def _statistics(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor]:
+    """Counts [T, HISTOGRAM_BINS] i64 and extrema [T, 2] f32 of a quantizer that has observed, on the CPU."""
+    assert quantizer.counts is not None
+    assert quantizer.extrema is not None
+    return quantizer.counts.cpu(), quantizer.extrema.cpu()

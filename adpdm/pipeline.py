@@ -33,6 +33,7 @@ from .step import StepState, attach_step_hook
 from .trajectory import Conditioning, DenoiserCall, Sampler
 
 DENOISER_NAMES = ("unet", "transformer")
+CALIBRATION_DEVICES = ("cpu", "cuda")
 
 
 @dataclass
@@ -88,7 +89,8 @@ def quantize(
     """Quantize a trained diffusion model by ADP-DM, in place, from nothing but the model itself.
 
     Args:
-        pipe_or_denoiser: diffusers pipeline, or its U-Net or transformer, in float32 on the CPU.
+        pipe_or_denoiser: diffusers pipeline, or its U-Net or transformer, in float32 on the CPU or on one
+            CUDA device, where it is calibrated. Noise depends on the seed alone.
         config: bits, groups and search; see QuantConfig.
         scheduler: to calibrate with; needed for a bare denoiser, otherwise the pipeline's own.
         conditioning: tensors [N, ...] by argument name of the denoiser, e.g. encoder_hidden_states [N, L, D],
@@ -135,7 +137,7 @@ def _quantize(
     num_groups = config.groups_per_layer(len(sampler.timesteps))
 
     def make_step(num_slots: int) -> StepState:
-        state = StepState(num_slots, len(sampler.timesteps), config.timestep_policy)
+        state = StepState(num_slots, len(sampler.timesteps), config.timestep_policy, sampler.device)
         state.set_timesteps(sampler.timesteps)
         return state
 
@@ -175,7 +177,8 @@ class _Before:
         for parameter, requires_grad, stride in self.parameters:
             parameter.requires_grad_(requires_grad)
             if parameter.stride() != stride:
-                parameter.data = torch.empty_strided(parameter.shape, stride).copy_(parameter.data)
+                before = parameter.data.new_empty_strided(parameter.shape, stride)
+                parameter.data = before.copy_(parameter.data)
         for key in set(denoiser._forward_pre_hooks) - self.hooks:
             del denoiser._forward_pre_hooks[key]
             denoiser._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -197,11 +200,17 @@ def _check_denoiser(denoiser: nn.Module) -> None:
         raise ValueError(f"quantize: {type(denoiser).__name__} is quantized already; load the original again")
     if not isinstance(denoiser, ModelMixin):
         raise TypeError(f"quantize: wanted a diffusers model, got {type(denoiser).__name__}")
+    device = next(denoiser.parameters()).device
     for name, parameter in denoiser.named_parameters():
-        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+        if parameter.dtype != torch.float32 or parameter.device.type not in CALIBRATION_DEVICES:
             raise ValueError(
-                f"quantize: wanted float32 parameters on the CPU to calibrate, got {name} as "
+                f"quantize: wanted float32 parameters on the CPU or on CUDA to calibrate, got {name} as "
                 f"{parameter.dtype} on {parameter.device}; load with torch_dtype=torch.float32"
+            )
+        if parameter.device != device:
+            raise ValueError(
+                f"quantize: wanted all parameters on one device to calibrate, got {device} and {name} on "
+                f"{parameter.device}; load without device_map"
             )
 
 
@@ -245,7 +254,7 @@ def _encode(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     if not prompts:
         raise ValueError("quantize: prompts must hold at least one text, got none")
     with torch.no_grad():
-        embeddings = pipe.encode_prompt(["", *prompts], "cpu", 1, False)[0]
+        embeddings = pipe.encode_prompt(["", *prompts], find_denoiser(pipe).device, 1, False)[0]
     return {"encoder_hidden_states": embeddings.float()}
 
 
@@ -275,7 +284,7 @@ def _trace_forward(sampler: Sampler) -> None:
     Raises:
         ValueError: for a prediction of another shape than the sample, which no scheduler could go on from.
     """
-    sample = torch.zeros(1, *sampler.sample_shape)
+    sample = torch.zeros(1, *sampler.sample_shape, device=sampler.device)
     prediction = sampler.predict(sample, sampler.calls[0], sampler.conditions(0, 1))
     learned = prediction.shape[1] == 2 * sample.shape[1]
     if prediction.shape != sample.shape and not learned:

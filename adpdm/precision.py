@@ -70,7 +70,8 @@ def _probe(
     try:
         with torch.enable_grad():
             prediction = predict()
-            direction = torch.randn(prediction.shape, generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            direction = torch.randn(prediction.shape, generator=generator, device="cpu")
             (prediction * direction.to(prediction)).sum().backward()
     finally:
         for handle in handles:

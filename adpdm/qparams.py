@@ -78,13 +78,13 @@ def _symmetric_codes(flat: Tensor, scale: Tensor, bound: int) -> Tensor:
 # ---- activations: errors of candidate ranges from histograms -----------------------------------------------
 
 
-def histogram_edges() -> tuple[Tensor, Tensor]:
+def histogram_edges(device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Lower and upper edge of every histogram bin, [HISTOGRAM_BINS] f64 each; the zero bin is [0, 0]."""
-    slot = torch.arange(HISTOGRAM_SIDE_BINS + 1, dtype=torch.float64)
+    slot = torch.arange(HISTOGRAM_SIDE_BINS + 1, dtype=torch.float64, device=device)
     octave = (slot / HISTOGRAM_OCTAVE_BINS).floor()
     fraction = slot / HISTOGRAM_OCTAVE_BINS - octave
     edge = torch.exp2(octave + HISTOGRAM_MIN_EXPONENT) * (1 + fraction)
-    zero = torch.zeros(1, dtype=torch.float64)
+    zero = slot.new_zeros(1)
     low = torch.cat([-edge[1:].flip(0), zero, edge[:-1]])
     high = torch.cat([-edge[:-1].flip(0), zero, edge[1:]])
     assert low.numel() == HISTOGRAM_BINS
@@ -109,7 +109,7 @@ def bin_errors(
     scale, zero_point = range_to_qparams(low, high, num_bits)
     scale = scale.double()
     bottom, top = qparams_to_range(scale, zero_point.double(), num_bits)
-    left, right = (edge[bins].clamp(*extrema) for edge in histogram_edges())
+    left, right = (edge[bins].clamp(*extrema) for edge in histogram_edges(bins.device))
 
     def integral(x: Tensor) -> Tensor:
         inside = torch.minimum(torch.maximum(x, bottom[:, None]), top[:, None])
@@ -136,9 +136,9 @@ def candidate_ranges(extrema: Tensor) -> tuple[Tensor, Tensor]:
 def _geometric_grid(magnitudes: Tensor) -> Tensor:
     largest = magnitudes.max()
     if largest == 0:
-        return torch.zeros(1, dtype=torch.float64)
+        return magnitudes.new_zeros(1)
     smallest = magnitudes[magnitudes > 0].min().clamp_min(largest * 2.0**-12) * TIGHTEST_CLIP
-    exponent = torch.linspace(0, 1, CANDIDATES_PER_SIDE, dtype=torch.float64)
+    exponent = torch.linspace(0, 1, CANDIDATES_PER_SIDE, dtype=torch.float64, device=magnitudes.device)
     return largest * (smallest / largest) ** exponent
 
 
@@ -200,7 +200,7 @@ def best_range(
     low, high = start
     spread = 0.2
     for _ in range(REFINEMENTS):
-        factor = torch.linspace(1 - spread, 1 + spread, 9, dtype=torch.float64)
+        factor = torch.linspace(1 - spread, 1 + spread, 9, dtype=torch.float64, device=counts.device)
         grid = torch.cartesian_prod(low * factor, high * factor) if high > 0 and low < 0 else None
         lows = grid[:, 0] if grid is not None else low * factor
         highs = grid[:, 1] if grid is not None else high * factor

@@ -36,8 +36,8 @@ class Replay:
     def calls(self, count: int) -> list[int]:
         """Calls at equal distances of accumulated weight: more where an error counts more."""
         share = self.call_weights.cumsum(0) / self.call_weights.sum()
-        wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        return torch.searchsorted(share, wanted.to(share.device)).clamp(max=len(share) - 1).tolist()
+        wanted = (torch.arange(count, dtype=torch.float64, device=share.device) + 0.5) / count
+        return torch.searchsorted(share, wanted).clamp(max=len(share) - 1).tolist()
 
     def inputs(self, count: int, phase: str) -> Iterator[tuple[Tensor, Tensor]]:
         """(sample [B, *], timestep []) of `count` calls; tells the progress after each."""

@@ -184,7 +184,8 @@ def _input_rows(layer: QuantLayer, x: Tensor, generator: torch.Generator) -> Ten
 
 def _drawn(positions: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """ROWS_PER_CALL of the positions, or all of them where they are fewer, ascending."""
-    return torch.randperm(positions, generator=generator)[:ROWS_PER_CALL].sort().values.to(device)
+    drawn = torch.randperm(positions, generator=generator, device="cpu")[:ROWS_PER_CALL]
+    return drawn.sort().values.to(device)
 
 
 def _output_grid(layer: QuantConv2d, x: Tensor) -> torch.Size:

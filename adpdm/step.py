@@ -22,6 +22,7 @@ class StepState(nn.Module):
         num_slots: number of grouped quantizers in the denoiser.
         num_steps: T, calibrated timesteps.
         policy: `nearest` calibrated timestep, or `error` for any other.
+        device: of all tensors; the quantizers that refer to this module are made there, too.
     """
 
     group_index: Tensor  # [num_slots] i32, groups of the current step
@@ -29,13 +30,23 @@ class StepState(nn.Module):
     timesteps: Tensor  # [T] f32, noisiest first
     table: Tensor  # [T, num_slots] i32
 
-    def __init__(self, num_slots: int, num_steps: int, policy: TimestepPolicy = "nearest") -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        num_steps: int,
+        policy: TimestepPolicy = "nearest",
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         self.policy = policy
-        self.register_buffer("group_index", torch.zeros(num_slots, dtype=torch.int32), persistent=False)
-        self.register_buffer("step_index", torch.zeros(1, dtype=torch.int32), persistent=False)
-        self.register_buffer("timesteps", torch.zeros(num_steps))
-        self.register_buffer("table", torch.zeros(num_steps, num_slots, dtype=torch.int32))
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.register_buffer("group_index", zeros(num_slots), persistent=False)
+        self.register_buffer("step_index", zeros(1), persistent=False)
+        self.register_buffer("timesteps", torch.zeros(num_steps, device=device))
+        self.register_buffer("table", zeros(num_steps, num_slots))
 
     def set_timesteps(self, timesteps: Tensor) -> None:
         """Take the calibrated timesteps [T], noisiest first."""

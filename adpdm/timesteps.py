@@ -42,7 +42,8 @@ class TimestepSelector:
         """Return the step index of the next round; entropy [T] is the mean over layers of H(pi_k) / ln G."""
         round_index = len(self.trace)
         bonus = VISIT_BONUS_NATS / math.log(max(self.config.num_groups, 2))
-        score = entropy.double() + bonus / (torch.tensor(self.visits, dtype=torch.float64) + 1)
+        entropy = entropy.cpu()
+        score = entropy.double() + bonus / (torch.tensor(self.visits, dtype=torch.float64, device="cpu") + 1)
         if self.config.selection == "srm":
             allowed = score[self.first_allowed :]
             step = self.first_allowed + int(allowed.argmax())
@@ -67,9 +68,9 @@ class TimestepSelector:
         # A generator per round, so that a resumed run draws what the uninterrupted one would have.
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + round_index)
         if self.config.selection == "random":
-            return first + int(torch.randint(0, span, (1,), generator=generator))
+            return first + int(torch.randint(0, span, (1,), generator=generator, device="cpu"))
         draw = NORMAL_MEAN * self.num_steps + NORMAL_SPREAD * self.num_steps * float(
-            torch.randn(1, generator=generator)
+            torch.randn(1, generator=generator, device="cpu")
         )
         return min(max(round(draw), first), self.num_steps - 1)
 
@@ -80,7 +81,7 @@ def fixed_visits(config: QuantConfig, num_rounds: int, num_steps: int) -> list[i
         return [1] * num_steps
     selector = TimestepSelector(config, num_rounds, num_steps)
     for _ in range(num_rounds):
-        selector.choose(torch.zeros(num_steps))
+        selector.choose(torch.zeros(num_steps, device="cpu"))
     return selector.visits
 
 
@@ -97,8 +98,8 @@ def mmd_trace(samples: Tensor, chosen: Sequence[int]) -> list[float]:
     points = samples.reshape(steps * images, -1).double()
     distance = torch.cdist(points, points).square()
     kernel = torch.exp(-distance / distance[distance > 0].median().clamp_min(1e-12))
-    step_kernel = kernel.view(steps, images, steps, images).mean((1, 3))  # [T, T]
-    visits = torch.zeros(steps, dtype=torch.float64)
+    step_kernel = kernel.view(steps, images, steps, images).mean((1, 3)).cpu()  # [T, T]
+    visits = step_kernel.new_zeros(steps)
     trace = []
     for round_index, step in enumerate(chosen):
         visits[step] += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Trajectory:
     samples: Tensor  # [M, B, *], as the denoiser sees them
     noise_preds: Tensor  # [M, B, *]
     final: Tensor  # [B, *]
-    sensitivity: Tensor  # [M] f64, squared error of the next sample per squared error of the noise
+    sensitivity: Tensor  # [M] f64 on the CPU, squared error of the next sample per squared error of the noise
     conditioning: Conditioning  # [B, ...] each
 
 
@@ -87,14 +87,23 @@ class Sampler:
     ) -> None:
         self.denoiser, self.sample_shape = denoiser, sample_shape
         self.scheduler = copy.deepcopy(scheduler)
-        self.call = call or DenoiserCall()
+        self.conditioning: Conditioning = tree_map(self._moved, conditioning or {})
+        call = call or DenoiserCall()
+        self.call = replace(call, constants=tree_map(self._moved, call.constants))
         self.scheduler.set_timesteps(num_inference_steps, **self.call.schedule)
         self.calls: Tensor = self.scheduler.timesteps
-        self.conditioning = conditioning or {}
         given = self.given_timestep(self.calls).float()
         ascending, positions = torch.unique(given, return_inverse=True)
         self.timesteps = ascending.flip(0)  # [T] f32
         self.step_of_call: list[int] = (len(ascending) - 1 - positions).tolist()
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are generated: with the parameters of the denoiser."""
+        return next(self.denoiser.parameters()).device
+
+    def _moved(self, value: Any) -> Any:
+        return value.to(self.device) if isinstance(value, Tensor) else value
 
     def given_timestep(self, timestep: Tensor) -> Tensor:
         """What the denoiser is given for a timestep of the scheduler."""
@@ -103,12 +112,12 @@ class Sampler:
 
     def conditions(self, first: int, batch: int) -> Conditioning:
         """Conditioning of images first .. first + batch - 1."""
-        images = torch.arange(first, first + batch)
+        images = torch.arange(first, first + batch, device=self.device)
         return tree_map(lambda value: value[images % value.shape[0]], self.conditioning)  # type: ignore[no-any-return]
 
     def predict(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Prediction [B, *] at a timestep of the scheduler, as far as the scheduler uses it."""
-        given = self.given_timestep(timestep).expand(sample.shape[0])
+        given = self.given_timestep(timestep).to(sample.device).expand(sample.shape[0])
         output: Tensor = self.denoiser(sample, timestep=given, **conditioning, **self.call.constants).sample
         return used_output(self.scheduler, output, sample.shape[1])
 
@@ -118,7 +127,8 @@ class Sampler:
     ) -> Trajectory:
         """Generate images first .. first + batch - 1 of a seed's stream.
 
-        Every image has a generator of its own, so that the batch size does not change it.
+        Every image has a generator of its own, so that the batch size does not change it, and on the CPU, so
+        that the device does not.
 
         Args:
             stop: last call to make (inclusive); None goes to the end.
@@ -129,7 +139,7 @@ class Sampler:
             torch.Generator().manual_seed(seed * SEED_STRIDE + i) for i in range(first, first + batch)
         ]
         shape = (1, *self.sample_shape)
-        noise = torch.cat([torch.randn(shape, generator=g) for g in generators])
+        noise = torch.cat([torch.randn(shape, generator=g, device="cpu") for g in generators]).to(self.device)
         sample = in_channels_last(first_sample(scheduler, noise))
         conditioning = self.conditions(first, batch)
         extra = self._step_arguments(scheduler, generators)
@@ -149,7 +159,7 @@ class Sampler:
             torch.stack(samples),
             torch.stack(preds),
             sample,
-            torch.tensor(sensitivity, dtype=torch.float64),
+            torch.tensor(sensitivity, dtype=torch.float64, device="cpu"),
             conditioning,
         )
 
@@ -166,14 +176,15 @@ class Sampler:
         How far a step carries an error of the noise prediction into the sample differs by orders of magnitude
         along the trajectory, and clipping makes it a matter of the sample: so it is measured.
         """
-        noise = torch.randn(pred.shape, generator=torch.Generator().manual_seed(PROBE_SEED))
+        generator = torch.Generator().manual_seed(PROBE_SEED)
+        noise = torch.randn(pred.shape, generator=generator, device="cpu").to(pred.device)
         states = [g.get_state() for g in generators]
         extra = self._step_arguments(scheduler, generators)
         other = (
             copy.deepcopy(scheduler).step(pred + PROBE_SIZE * noise, timestep, sample, **extra).prev_sample
         )
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        for image, state in zip(generators, states, strict=True):
+            image.set_state(state)
         result: Tensor = other
         return result
 

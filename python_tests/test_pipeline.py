@@ -424,7 +424,7 @@ def test_quantized_model_is_refused(quantized: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_wrong_dtype_is_refused(dtype: torch.dtype) -> None:
-    message = rf"wanted float32 parameters on the CPU to calibrate, got .* as {dtype} on cpu"
+    message = rf"wanted float32 parameters on the CPU or on CUDA to calibrate, got .* as {dtype} on cpu"
     refused(tiny_pipeline().to(dtype), ValueError, message)
 
 

@@ -37,7 +37,8 @@ class QuantLayer(nn.Module):
         self.input_quantizers = nn.ModuleList(
             ActivationQuantizer(bits[1], num_groups, slot + s, step) for s in range(segments)
         )
-        self.register_buffer("weight_scale", torch.ones(segments, self.weight.shape[0]))
+        ones = torch.ones(segments, self.weight.shape[0], device=step.table.device)
+        self.register_buffer("weight_scale", ones)
         self.weight_shape = self.weight.shape
         self.is_frozen = False
         self.bias_shift: Tensor | None = None  # [O], joins the bias when the layer is frozen

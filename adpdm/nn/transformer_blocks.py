@@ -212,7 +212,8 @@ class FusedTransformer(FusedBlock):
         assert first is not None
         assert third is not None
         half = self.gate.out_features // 2
-        in_turn = torch.arange(2 * half).view(2, half).t().reshape(-1)  # value 0, gate 0, value 1, ...
+        in_order = torch.arange(2 * half, device="cpu").view(2, half)
+        in_turn = in_order.t().reshape(-1)  # value 0, gate 0, value 1, ...
         return _TransformerPlan(first, second, third, pack([self.gate], in_turn), pack_of(self.out))
 
     def _norm(self, name: str) -> NormCodes | None:

@@ -30,8 +30,8 @@ class Importance(nn.Module):
     def __init__(self, table: Tensor, num_groups: int, initial_logit: float) -> None:
         """Start with `initial_logit` on the groups in table [T] i32, 0 elsewhere."""
         super().__init__()
-        logits = torch.zeros(table.numel(), num_groups)
-        logits[torch.arange(table.numel()), table.long().cpu()] = initial_logit
+        logits = torch.zeros(table.numel(), num_groups, device=table.device)
+        logits[torch.arange(table.numel(), device=table.device), table.long()] = initial_logit
         self.logits = nn.Parameter(logits)  # [T, G] f32
 
     def weights(self, step_index: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class Importance(nn.Module):
         """H(pi_k) / ln G per step, [T] or [len(steps)]; 0 when there is one group only."""
         logits = self.logits if steps is None else self.logits.index_select(0, steps)
         if logits.shape[1] == 1:
-            return torch.zeros(logits.shape[0])
+            return logits.new_zeros(logits.shape[0])
         log_pi = torch.log_softmax(logits, 1)  # finite where softmax underflows: no 0 * log 0
         return -(log_pi.exp() * log_pi).sum(1) / math.log(logits.shape[1])
 
@@ -64,8 +64,9 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.num_bits, self.slot, self.mode = num_bits, slot, Mode.FLOAT
         self.__dict__["step"] = step  # by reference: the denoiser owns it, state_dict lists it once
-        self.register_buffer("scale", torch.ones(num_groups))
-        self.register_buffer("zero_point", torch.zeros(num_groups, dtype=torch.int32))
+        device = step.table.device
+        self.register_buffer("scale", torch.ones(num_groups, device=device))
+        self.register_buffer("zero_point", torch.zeros(num_groups, dtype=torch.int32, device=device))
         self.counts: Tensor | None = None  # [T, HISTOGRAM_BINS] i64
         self.extrema: Tensor | None = None  # [T, 2] f32
         self.low_factor: nn.Parameter | None = None  # range end = start * exp(factor)
@@ -122,8 +123,10 @@ class ActivationQuantizer(nn.Module):
 
     def start_observing(self, num_steps: int) -> None:
         """Allocate an empty histogram per step."""
-        self.counts = torch.zeros(num_steps, HISTOGRAM_BINS, dtype=torch.int64)
-        self.extrema = torch.tensor([math.inf, -math.inf]).repeat(num_steps, 1)
+        device = self.scale.device
+        self.counts = torch.zeros(num_steps, HISTOGRAM_BINS, dtype=torch.int64, device=device)
+        nothing_seen = torch.tensor([math.inf, -math.inf], device="cpu").repeat(num_steps, 1)
+        self.extrema = nothing_seen.to(device)
         self.mode = Mode.OBSERVE
 
     def set_ranges(self, low: Tensor, high: Tensor, table: Tensor) -> None:
