@@ -24,11 +24,14 @@ from adpdm.pipeline import find_denoiser
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "ddpm-fashion-mnist-32"
 GROUPINGS: tuple[Grouping, ...] = ("shared", "uniform", "dp")
+PLAIN: dict[str, Any] = {"weight_rounding": "nearest", "raised_layers": 0.0}
 MEASURES: dict[str, dict[str, Any]] = {
-    "min-max ranges": {"range_method": "minmax", "weigh_steps": False, "correct_bias": False},
-    "+ least-squares ranges": {"weigh_steps": False, "correct_bias": False},
-    "+ steps weighed by sensitivity": {"correct_bias": False},
-    "+ bias correction": {},
+    "min-max ranges": {**PLAIN, "range_method": "minmax", "weigh_steps": False, "correct_bias": False},
+    "+ least-squares ranges": {**PLAIN, "weigh_steps": False, "correct_bias": False},
+    "+ steps weighed by sensitivity": {**PLAIN, "correct_bias": False},
+    "+ bias correction": PLAIN,
+    "+ learned rounding": {"raised_layers": 0.0},
+    "+ raised layers": {},
 }
 IMAGES, STEPS, IMAGE_SEED = 8, 50, 1234
 
