@@ -1,6 +1,7 @@
 """What timestep groups are worth on a model, as the measures that compete with them are added one by one.
 
 python benchmarks/ablate_groups.py --bits w6a6 --seeds 0 --json ablation.json
+python benchmarks/ablate_groups.py --bits w8a4 --seeds 0 1 2 --measures "+ raised layers" --groupings shared dp search
 
 PSNR of the final samples to full precision on the same seeds; a row keeps the measures of the row above it.
 """
@@ -12,7 +13,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers.utils import logging
@@ -60,6 +61,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--bits", default="w6a6", help="wBaB")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration")
+    parser.add_argument("--groupings", nargs="+", default=GROUPINGS, choices=get_args(Grouping))
+    parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
     weight_bits, activation_bits = (int(b) for b in args.bits.lower().removeprefix("w").split("a"))
@@ -67,15 +70,15 @@ def main() -> None:
     reference = samples(adpdm.load_pipeline(args.model))
     results = []
     for seed in args.seeds:
-        for name, settings in MEASURES.items():
-            for grouping in GROUPINGS:
+        for name in args.measures:
+            for grouping in args.groupings:
                 start = time.perf_counter()
                 config = adpdm.QuantConfig(
                     weight_bits=weight_bits,
                     activation_bits=activation_bits,
                     grouping=grouping,
                     seed=seed,
-                    **settings,
+                    **MEASURES[name],
                 )
                 pipe = adpdm.load_pipeline(args.model)
                 adpdm.quantize(pipe, config)
