@@ -1,14 +1,16 @@
-"""The examples run: the README's ten lines as a script, on a tiny saved pipeline."""
+"""The examples run: the README's ten lines on a tiny saved pipeline, and training on images of noise."""
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 
 from adpdm.nn import quant_layers
@@ -25,11 +27,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_example(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run quantize_and_sample.py as a user does, without the network."""
+def run_example(
+    *arguments: str | Path, script: str = "quantize_and_sample.py"
+) -> subprocess.CompletedProcess[str]:
+    """Run an example as a user does, without the network."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "quantize_and_sample.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)],
         env=environment,
         capture_output=True,
         text=True,
@@ -52,3 +56,44 @@ def test_quantize_and_sample_keeps_an_existing_folder(model: Path, tmp_path: Pat
     assert result.returncode == 2
     assert "--out must name a new folder" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def noise_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty labelled images in the files of Fashion-MNIST."""
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+    for name, header, values in (
+        ("images-idx3", 16, pixels),
+        ("labels-idx1", 8, np.arange(20, dtype=np.uint8) % 10),
+    ):
+        with gzip.open(folder / f"train-{name}-ubyte.gz", "wb") as file:
+            file.write(bytes(header) + values.tobytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "folder", "kind"),
+    [("train_fashion_mnist.py", "unet", UNet2DModel), ("train_dit.py", "transformer", DiTTransformer2DModel)],
+)
+def test_training_resumes_to_the_same_bytes(
+    noise_images: Path, tmp_path: Path, script: str, folder: str, kind: type
+) -> None:
+    def train(out: str, images: int) -> None:
+        options = ("--data", noise_images, "--out", tmp_path / out, "--images", str(images))
+        result = run_example(*options, "--decay-images", "0", script=script)
+        assert result.returncode == 0, result.stderr
+
+    train("whole", 2 * 64)
+    train("parts", 64)
+    train("parts", 2 * 64)
+    file = f"{folder}/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+    assert kind.from_pretrained(tmp_path / "parts" / folder).config.sample_size == 32
+
+
+def test_training_without_data_says_what_it_wants(tmp_path: Path) -> None:
+    result = run_example("--data", tmp_path, "--out", tmp_path / "out", script="train_dit.py")
+    assert result.returncode == 1
+    assert f"wanted {tmp_path / 'train-images-idx3-ubyte.gz'}, which does not exist" in result.stderr
+    assert not (tmp_path / "out").exists()
