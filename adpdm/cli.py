@@ -78,6 +78,11 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
         f"cached inputs {trace.trajectory_bytes / 2**20:.1f} MiB",
         "seconds": ", ".join(f"{k} {v:.0f}" for k, v in trace.seconds.items()),
     }
+    median, largest, limit = trace.summarize_gain()
+    rows["groups"] = (
+        f"input error {median:.2f} dB below one range for all steps (median), {largest:.2f} at most; "
+        f"a range for every step: {limit:.2f} dB"
+    )
     if trace.outcome is not None:
         o = trace.outcome
         rows["search"] = (

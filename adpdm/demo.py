@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import report as page
+from .calibrate import CalibrationTrace
 from .config import Grouping, QuantConfig, SearchConfig
 from .evaluate import EvaluationConfig, EvaluationResult, compare, generate, layer_sqnr, psnr
 from .info import gather_info
@@ -294,7 +295,13 @@ def _group_map(run: Run, timesteps: np.ndarray) -> page.GroupMap:
         np.array([q["group_index"] for q in quantizers]),
         max(len(q["covered"]) for q in quantizers),
         None if outcome is None else outcome["moved"],
+        _gains(run.stored["trace"].get("group_gain")),
     )
+
+
+def _gains(stored: dict[str, dict[str, float]] | None) -> tuple[float, float, float] | None:
+    """Median and largest gain of the partition and its limit; None for a model saved without them."""
+    return CalibrationTrace(group_gain=stored).summarize_gain() if stored else None
 
 
 def _ranges(quantizers: Sequence[dict[str, Any]], timesteps: np.ndarray) -> tuple[page.LayerRange, ...]:

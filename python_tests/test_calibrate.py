@@ -135,6 +135,8 @@ def test_trace_tells_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, _, _ = float_trajectory(HISTOGRAM_IMAGES)
     wanted = mmd_trace(samples, [row["step_index"] for row in trace.rounds])
     assert trace.mmd == pytest.approx(wanted, abs=1e-4)
+    assert list(trace.group_gain) == [row["name"] for row in trace.quantizers]
+    assert all(0 < row["gain_db"] <= row["limit_db"] for row in trace.group_gain.values())
     assert len(trace.quantizers) == quantizers
     for row in trace.quantizers:
         assert len(row["observed"]) == len(row["group_index"]) == STEPS
@@ -155,6 +157,14 @@ def test_observed_ranges_are_those_of_the_float_model(monkeypatch: pytest.Monkey
     for k in range(STEPS):
         both = torch.cat([seen[k], seen[STEPS + k]])
         assert row["observed"][k] == pytest.approx([float(both.min()), float(both.max())], abs=1e-4)
+
+
+def test_shared_ranges_gain_nothing_and_those_per_step_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Recorded(monkeypatch, config(grouping="shared")).report.trace
+    assert all(row["gain_db"] == 0 < row["limit_db"] for row in shared.group_gain.values())
+    per_step = Recorded(monkeypatch, config(grouping="per_step")).report.trace
+    median, _, limit = per_step.summarize_gain()
+    assert median == limit > 0
 
 
 def test_undecided_search_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from adpdm.partition import (
     all_step_errors,
     dynamic_programming_table,
     fit_ranges,
+    group_gain,
     initial_tables,
     uniform_table,
 )
@@ -55,6 +57,30 @@ def test_dynamic_programming_equals_brute_force(groups: int, seed: int) -> None:
 def test_dynamic_programming_uses_every_group_when_nothing_is_at_stake(groups: int) -> None:
     table = dynamic_programming_table(torch.zeros(7, 4, dtype=torch.float64), groups, "mse")
     assert len(blocks_of(table)) == groups
+
+
+def test_group_gain_of_literal_errors() -> None:
+    """Two ranges, each right for half of the steps: separated they lose 1, one alone loses 20.5."""
+    error = torch.tensor([[0.0, 10.0], [0.5, 10.0], [10.0, 0.5], [10.0, 0.0]], dtype=torch.float64)
+    errors = StepErrors(torch.zeros(2), torch.ones(2), error)
+    gain = group_gain(errors, torch.tensor([0, 0, 1, 1], dtype=torch.int32))
+    assert gain.gain_db == pytest.approx(10 * math.log10(20.5 / 1.0))
+    assert gain.limit_db == gain.gain_db
+    assert group_gain(errors, torch.tensor([0, 1, 0, 1], dtype=torch.int32)).gain_db < gain.gain_db
+    assert group_gain(errors, torch.zeros(4, dtype=torch.int32)).gain_db == 0
+
+
+def test_group_gain_is_zero_where_nothing_is_lost() -> None:
+    errors = StepErrors(torch.zeros(1), torch.ones(1), torch.zeros(3, 1, dtype=torch.float64))
+    assert group_gain(errors, torch.zeros(3, dtype=torch.int32)).limit_db == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_group_gain_lies_between_one_range_and_one_per_step(seed: int) -> None:
+    error = torch.rand(9, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    errors = StepErrors(torch.zeros(6), torch.ones(6), error)
+    gain = group_gain(errors, dynamic_programming_table(error, 3, "mse"))
+    assert 0 < gain.gain_db < gain.limit_db
 
 
 def test_uniform_table_literal() -> None:
