@@ -131,6 +131,35 @@ TEST(CudaFakeQuantizeBackward, NanAndInfiniteGradientsStay) {
   EXPECT_EQ(bits_of(zero_point.host()), bits_of(expected_zero));
 }
 
+// Gradients 1, 1e30, -1e30 of clamped values add up to 0 in this order and to 1 in the reverse: doubles hold
+// most other sums of floats exactly, whatever the order. They lie in one lane, or in neighbouring lanes,
+// blocks or chunks.
+TEST(CudaFakeQuantizeBackward, SumsAreAddedInTheOrderOfTheCpu) {
+  ADPDM_REQUIRE_GPU();
+  const FloatType type = FloatType::kFloat32;
+  const Learned learned{1, 1, signed_range(4), 0, 1};
+  for (int64_t distance : {16, 1, 1024, 16384}) {
+    const int64_t size = 2 * distance + 1;
+    std::vector<float> upstream(static_cast<size_t>(size));
+    upstream[0] = 1.0f;
+    upstream[static_cast<size_t>(distance)] = 1e30f;
+    upstream[static_cast<size_t>(2 * distance)] = -1e30f;
+    const FloatBuffer x(std::vector<float>(static_cast<size_t>(size), 100.0f), type), grad(upstream, type);
+    std::vector<float> expected(static_cast<size_t>(size)), expected_scale(1), expected_zero(1);
+    cpu::fake_quantize_backward(learned.host(x.input().data(), type, {1, 1, size}), grad.input().data(),
+                                expected.data(), expected_scale.data(), expected_zero.data());
+    ASSERT_EQ(expected_zero[0], 0.0f) << "distance " << distance;
+    const FakeQuantizeArgs args = learned.device(x.data(), type, {1, 1, size});
+    FloatBuffer grad_x(size, type);
+    DeviceBuffer<float> scale(1), zero_point(1);
+    DeviceBuffer<uint8_t> workspace(cuda::fake_quantize_backward_workspace(args));
+    cuda::fake_quantize_backward(args, grad.data(), grad_x.data(), scale.data(), zero_point.data(),
+                                 workspace.data(), nullptr);
+    EXPECT_EQ(bits_of(scale.host()), bits_of(expected_scale)) << "distance " << distance;
+    EXPECT_EQ(bits_of(zero_point.host()), bits_of(expected_zero)) << "distance " << distance;
+  }
+}
+
 TEST(CudaFakeQuantize, GroupIndexOutOfRangeActsAsTheNearest) {
   ADPDM_REQUIRE_GPU();
   const FloatType type = FloatType::kFloat32;
