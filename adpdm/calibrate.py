@@ -7,9 +7,10 @@ import functools
 import hashlib
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from .bias import correct_bias
 from .config import QuantConfig
 from .nn import QuantLayer
-from .partition import all_step_errors, fit_ranges, initial_tables
+from .partition import all_step_errors, fit_ranges, group_gain, initial_tables
 from .precision import RAISED_BITS, measure_sensitivity, raise_bits
 from .quantizers import ActivationQuantizer
 from .quantizers.activation import Mode
 from .replay import Progress, Replay
-from .rounding import round_weights
+from .rounding import NEAREST_FROM_BITS, round_weights
 from .schedulers import in_channels_last, model_input
 from .search import WARN_BELOW_MAX_IMPORTANCE, Batch, GroupSearch, SearchOutcome
 from .step import StepState
@@ -58,8 +59,15 @@ class CalibrationTrace:
     mmd: list[float] = field(default_factory=list)  # after every round
     losses: list[float] = field(default_factory=list)
     quantizers: list[dict[str, Any]] = field(default_factory=list)  # observed and covered ranges, groups
+    group_gain: dict[str, dict[str, float]] = field(default_factory=dict)  # of the partition, by quantizer
     outcome: SearchOutcome | None = None
     warnings: list[str] = field(default_factory=list)
+
+    def summarize_gain(self) -> tuple[float, float, float]:
+        """Median and largest gain over one range for all steps, and the median limit, in dB."""
+        gains = [row["gain_db"] for row in self.group_gain.values()]
+        limits = [row["limit_db"] for row in self.group_gain.values()]
+        return statistics.median(gains), max(gains), statistics.median(limits)
 
     def to_dict(self) -> dict[str, Any]:
         values = dict(self.__dict__)
@@ -186,7 +194,9 @@ class Calibration:
         importance = self.step_weights * torch.tensor(visits, device="cpu")
         errors = all_step_errors(quantizers, importance, config.range_method)
         tables = initial_tables(quantizers, errors, config)
+        keys = {id(q): name for name, q in self.quantizers.items()}
         for i, (quantizer, error, table) in enumerate(zip(quantizers, errors, tables, strict=True)):
+            self.trace.group_gain[keys[id(quantizer)]] = asdict(group_gain(error, table))
             groups = config.groups_per_layer(self.num_steps)
             fit_ranges(quantizer, error, table, groups, importance, config.range_method)
             self.progress("partition", i + 1, len(quantizers))
@@ -198,11 +208,16 @@ class Calibration:
     # ---- weights ----
 
     def _round_weights(self, replay: Replay, names: list[str]) -> None:
-        if self.config.weight_rounding == "nearest":
-            for name in names:
+        learned = [name for name in names if self._learns_rounding(self.layers[name])]
+        for name in names:
+            if name not in learned:
                 self.layers[name].quantize_weight()
-        else:
-            self.trace.rounding.update(round_weights(replay, names, self.config.seed))
+                self.trace.rounding.pop(name, None)  # of the fewer bits that it had before it was raised
+        if learned:
+            self.trace.rounding.update(round_weights(replay, learned, self.config.seed))
+
+    def _learns_rounding(self, layer: QuantLayer) -> bool:
+        return self.config.weight_rounding == "gptq" and layer.weight_quantizer.num_bits < NEAREST_FROM_BITS
 
     def _raise_bits(self, replay: Replay) -> None:
         """Give 8 bits to the layers where fewer cost most, and do again for them what depends on it."""

@@ -66,7 +66,7 @@ class QuantConfig:
         range_method: a group's range has the least squared error on its histogram (`mse`), or covers all that
             was seen (`minmax`, the baseline of the literature).
         weight_rounding: weights to `nearest`, or so that the layer's outputs on its own quantized inputs are
-            nearest (`gptq`).
+            nearest (`gptq`); those of 8 bits always to nearest.
         raised_layers: share of the multiply-accumulates that may have 8-bit activations, and share of the
             weights that may have 8 bits, in the layers where fewer bits were measured to cost most.
         weigh_steps: let a step's error count by what it was measured to do to the final sample; otherwise all

@@ -12,6 +12,7 @@ from .nn import QuantConv2d, QuantLayer
 from .quantizers.activation import Mode
 from .replay import Replay
 
+NEAREST_FROM_BITS = 8  # learned rounding gains nothing there: method.md section 5
 ROUNDING_STEPS = 16  # of all images of the cached trajectories
 MEMORY_LIMIT = 2**30  # bytes of moments
 MAX_COLUMNS = 2304  # of one matrix of moments, 42 MB: 256 channels of a 3x3 kernel; longer reductions are cut

@@ -5,8 +5,8 @@ The data is Debian's package `dataset-fashion-mnist`; unpacking needs no root:
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist*.deb fm
     python examples/train_dit.py --data fm/usr/share/datasets/fashion-mnist --out runs/dit --images 2000000
 
-Interrupt it whenever you like: the same command continues from the last state file. Class 10 stands for "none", for
-classifier-free guidance.
+Interrupt it whenever you like: the same command continues from the last state file. Class 10 means "none",
+for classifier-free guidance.
 """
 
 from __future__ import annotations

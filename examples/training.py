@@ -1,4 +1,4 @@
-"""What the training scripts share: data, noise-prediction loss, moving average, resumable and time-bounded loop."""
+"""What the training scripts share: data, loss, moving average, a resumable and time-bounded loop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Recipe:
 
 
 def load_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor]:
-    """The 60 000 training images, zero-padded to 32x32, [60000, 1, 32, 32] u8, and their labels [60000] i64."""
+    """60 000 training images, zero-padded to 32x32, [60000, 1, 32, 32] u8, and their labels [60000] i64."""
     pixels = _read(folder / "train-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28)
     labels = _read(folder / "train-labels-idx1-ubyte.gz", 8)
     return F.pad(torch.from_numpy(pixels), (2, 2, 2, 2)), torch.from_numpy(labels).long()

@@ -252,3 +252,22 @@ def test_nearest_is_the_plain_rounding() -> None:
         codes, scales = layer.weight_quantizer.quantize(original[name].weight)
         assert torch.equal(layer.codes(), codes)
         assert torch.equal(layer.weight_scale, scales)
+
+
+def test_weights_of_eight_bits_are_rounded_to_nearest() -> None:
+    plain, learned = (
+        quantize_tiny(weight_bits=8, weight_rounding="nearest")[0],
+        quantize_tiny(weight_bits=8)[0],
+    )
+    pairs = zip(quant_layers(plain).values(), quant_layers(learned).values(), strict=True)
+    assert all(torch.equal(a.weight, b.weight) for a, b in pairs)
+
+
+def test_a_layer_that_was_raised_to_eight_bits_is_rounded_to_nearest() -> None:
+    unet, report = quantize_tiny(raised_layers=0.3)
+    original = dict(tiny_unet().named_modules())
+    raised = {n: x for n, x in quant_layers(unet).items() if x.weight_quantizer.num_bits == 8}
+    assert raised
+    assert report.trace.rounding.keys() == quant_layers(unet).keys() - raised.keys()
+    for name, layer in raised.items():
+        assert torch.equal(layer.codes(), layer.weight_quantizer.quantize(original[name].weight)[0])
