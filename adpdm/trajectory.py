@@ -33,6 +33,10 @@ class Trajectory:
     conditioning: Conditioning  # [B, ...] each
 
 
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 @dataclass(frozen=True)
 class DenoiserCall:
     """How a pipeline calls its denoiser, where that is more than images, timestep and conditioning.
@@ -48,6 +52,38 @@ class DenoiserCall:
     constants: dict[str, Any] = field(default_factory=dict)
     timestep_factor: float = 1.0
     schedule: dict[str, Any] = field(default_factory=dict)
+
+    def given_timestep(self, timestep: Tensor) -> Tensor:
+        """What the denoiser is given for a timestep of the scheduler."""
+        return timestep if self.timestep_factor == 1.0 else timestep * self.timestep_factor
+
+    def on(self, device: torch.device) -> DenoiserCall:
+        """The same call with its constants on a device."""
+        return replace(self, constants=tree_map(lambda x: _moved(x, device), self.constants))
+
+
+def call_denoiser(
+    denoiser: Any,
+    scheduler: Any,
+    call: DenoiserCall,
+    sample: Tensor,
+    timestep: Tensor,
+    conditioning: Conditioning,
+) -> Tensor:
+    """Prediction [B, *] as far as the scheduler uses it.
+
+    Args:
+        sample: [B, *], as the denoiser wants it.
+        timestep: [], of the scheduler.
+        denoiser: answers with a tensor, a tuple or an object with `.sample`.
+        conditioning: tensors [B, ...] by argument name, or dicts of them.
+    """
+    given = call.given_timestep(timestep).to(sample.device).expand(sample.shape[0])
+    output = denoiser(sample, timestep=given, **conditioning, **call.constants)
+    if isinstance(output, tuple):
+        output = output[0]
+    prediction: Tensor = output if isinstance(output, Tensor) else output.sample
+    return used_output(scheduler, prediction, sample.shape[1])
 
 
 def pick(conditioning: Conditioning, images: Tensor) -> Conditioning:
@@ -87,12 +123,11 @@ class Sampler:
     ) -> None:
         self.denoiser, self.sample_shape = denoiser, sample_shape
         self.scheduler = copy.deepcopy(scheduler)
-        self.conditioning: Conditioning = tree_map(self._moved, conditioning or {})
-        call = call or DenoiserCall()
-        self.call = replace(call, constants=tree_map(self._moved, call.constants))
+        self.conditioning: Conditioning = tree_map(lambda x: _moved(x, self.device), conditioning or {})
+        self.call = (call or DenoiserCall()).on(self.device)
         self.scheduler.set_timesteps(num_inference_steps, **self.call.schedule)
         self.calls: Tensor = self.scheduler.timesteps
-        given = self.given_timestep(self.calls).float()
+        given = self.call.given_timestep(self.calls).float()
         ascending, positions = torch.unique(given, return_inverse=True)
         self.timesteps = ascending.flip(0)  # [T] f32
         self.step_of_call: list[int] = (len(ascending) - 1 - positions).tolist()
@@ -102,14 +137,6 @@ class Sampler:
         """Where images are generated: with the parameters of the denoiser."""
         return next(self.denoiser.parameters()).device
 
-    def _moved(self, value: Any) -> Any:
-        return value.to(self.device) if isinstance(value, Tensor) else value
-
-    def given_timestep(self, timestep: Tensor) -> Tensor:
-        """What the denoiser is given for a timestep of the scheduler."""
-        factor = self.call.timestep_factor
-        return timestep if factor == 1.0 else timestep * factor
-
     def conditions(self, first: int, batch: int) -> Conditioning:
         """Conditioning of images first .. first + batch - 1."""
         images = torch.arange(first, first + batch, device=self.device)
@@ -117,9 +144,7 @@ class Sampler:
 
     def predict(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Prediction [B, *] at a timestep of the scheduler, as far as the scheduler uses it."""
-        given = self.given_timestep(timestep).to(sample.device).expand(sample.shape[0])
-        output: Tensor = self.denoiser(sample, timestep=given, **conditioning, **self.call.constants).sample
-        return used_output(self.scheduler, output, sample.shape[1])
+        return call_denoiser(self.denoiser, self.scheduler, self.call, sample, timestep, conditioning)
 
     @torch.no_grad()
     def run(

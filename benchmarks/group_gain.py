@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Row:
     median_db: float
     largest_db: float
     limit_db: float  # median, with a range for every step
+    range_change: float  # widest over narrowest range of a step, median
 
 
 def measure(model: Path, bits: int, weigh_steps: bool, groups: int, seed: int) -> Row:
@@ -43,8 +45,10 @@ def measure(model: Path, bits: int, weigh_steps: bool, groups: int, seed: int) -
         raised_layers=0.0,
         correct_bias=False,
     )
-    gains = adpdm.quantize(adpdm.load_pipeline(model), config).trace.summarize_gain()
-    return Row(bits, "by sensitivity" if weigh_steps else "alike", *gains)
+    trace = adpdm.quantize(adpdm.load_pipeline(model), config).trace
+    widths = [[high - low for low, high in row["observed"]] for row in trace.quantizers]
+    change = statistics.median(max(w) / max(min(w), 1e-30) for w in widths)
+    return Row(bits, "by sensitivity" if weigh_steps else "alike", *trace.summarize_gain(), change)
 
 
 def main() -> None:
@@ -65,7 +69,8 @@ def main() -> None:
             rows.append(row)
             print(
                 f"A{bits}, steps {row.steps}: median {row.median_db:5.2f} dB, largest {row.largest_db:.2f}; "
-                f"a range for every step: median {row.limit_db:5.2f} dB",
+                f"a range for every step: median {row.limit_db:5.2f} dB; "
+                f"ranges change {row.range_change:.2f} times",
                 flush=True,
             )
     if args.json:

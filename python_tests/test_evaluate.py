@@ -34,7 +34,7 @@ class Denoiser:
     ) -> tuple[torch.Tensor]:
         self.batch_sizes.append(len(sample))
         shift = conditioning["shift"].view(-1, 1, 1, 1) if conditioning else 0.0
-        return (self.gain * sample + self.bias * timestep / 1000 + shift,)
+        return (self.gain * sample + self.bias * timestep.view(-1, 1, 1, 1) / 1000 + shift,)
 
 
 def small_config(**changes: object) -> evaluate.EvaluationConfig:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import adpdm
 from adpdm import DenoiserCall, QuantConfig, SearchConfig
+from adpdm.evaluate import EvaluationConfig, compare, generate, image_seeds
 from adpdm.nn import quant_layers
 from adpdm.testing import tiny_conditional_unet
 from adpdm.trajectory import Sampler, join, pick
@@ -219,3 +220,55 @@ def test_state_file_belongs_to_its_constants(tmp_path: Path) -> None:
     constants = {**case.call.constants, "txt_ids": torch.ones(5, 3)}
     with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
         adpdm.quantize(case.denoiser, settings, call=replace(case.call, constants=constants), **arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_evaluation_calls_denoisers_as_calibration_does(name: str) -> None:
+    """Equal models differ by nothing; batches see their own rows of the conditioning."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        case = CASES[name]()
+    config = EvaluationConfig(
+        num_images=3,
+        num_inference_steps=2,
+        batch_size=2,
+        use_extractors=False,
+        timing_batch_sizes=(2,),
+        timing_pairs=1,
+    )
+    result = compare(
+        case.denoiser,
+        copy.deepcopy(case.denoiser),
+        case.scheduler,
+        config,
+        conditioning=case.conditioning,
+        call=case.call,
+        decode=lambda samples: samples.flatten(1)[:, :16].reshape(-1, 1, 4, 4),
+    )
+    assert result.psnr_db == float("inf")
+    assert all(result.noise_sqnr_own_trajectory_db == float("inf"))
+    assert result.timings[0].batch_size == 2
+    assert len({image.tobytes() for image in result.reference_images}) == 3
+
+
+def test_generated_samples_are_those_of_the_calls_that_calibration_makes() -> None:
+    case = flux()
+    seeds = [torch.Generator().manual_seed(s) for s in image_seeds(7, 3)]
+    sampler = case.sampler(case.denoiser)
+    sample = torch.stack([torch.randn(case.call.sample_shape, generator=g) for g in seeds])
+    scheduler = copy.deepcopy(sampler.scheduler)
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(
+                sampler.predict(sample, timestep, case.conditioning), timestep, sample
+            ).prev_sample
+    made = generate(
+        case.denoiser, case.scheduler, 3, STEPS, 7, 3, conditioning=case.conditioning, call=case.call
+    )
+    assert torch.equal(made.samples, sample.clamp(-1, 1))
+
+
+def test_samples_that_are_no_images_need_decoding() -> None:
+    case = flux()
+    with pytest.raises(ValueError, match=r"samples of shape \(16, 8\) are no images .* decode= must say"):
+        compare(case.denoiser, case.denoiser, case.scheduler, call=case.call)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path
 
 from adpdm.evaluate import metrics
 from adpdm.evaluate.extractors import INSTALL_SENTENCE, Lite0, Lpips, load_lite0, load_lpips
@@ -20,10 +22,12 @@ from adpdm.evaluate.sampling import (
     batches,
     device_of,
     image_seeds,
-    predict,
+    rows_of,
     sample_shape,
+    shape_of_call,
 )
 from adpdm.evaluate.timing import PairTiming, time_pair
+from adpdm.trajectory import Conditioning, DenoiserCall, pick
 
 FRECHET_NAME = "Frechet distance (EfficientNet-Lite0)"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -120,8 +124,9 @@ def compare(
     scheduler: Any,
     config: EvaluationConfig | None = None,
     *,
-    shape: tuple[int, int, int] | None = None,
-    conditioning: Mapping[str, Tensor] | None = None,
+    shape: tuple[int, ...] | None = None,
+    conditioning: Conditioning | None = None,
+    call: DenoiserCall | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
     real_images: Tensor | None = None,  # [M, C, H, W] float in [-1, 1]
     paths: tuple[Path, Path] | None = None,
@@ -130,11 +135,13 @@ def compare(
     """Measures `quantized` against `reference` on the same seeds.
 
     Args:
-        reference, quantized: denoisers, (sample, timestep, **conditioning) -> noise prediction.
+        reference, quantized: denoisers, (sample, timestep=[B], **conditioning) -> noise prediction.
         scheduler: diffusers scheduler as it will be used; copied.
-        shape: (C, H, W) of a sample; None takes it from the reference's config.
-        conditioning: keyword tensors with `num_images` rows.
-        decode: final samples -> images in [-1, 1], for latent diffusion; None takes the samples themselves.
+        shape: of one sample, (C, H, W); None takes it from `call`, or from the reference's config.
+        conditioning: keyword tensors with `num_images` rows, or dicts of them.
+        call: what else both denoisers are given, as for `adpdm.quantize`.
+        decode: final samples -> images [N, C, H, W] in [-1, 1], for latent diffusion; None takes the samples
+            themselves.
         real_images: for the Frechet distance of each model to the data.
         paths: folders or files of both models' weights, for their sizes.
         progress: called with (done, total, what).
@@ -143,14 +150,19 @@ def compare(
         ValueError: a setting or shape does not fit; before anything runs.
     """
     config, progress = config or EvaluationConfig(), progress or _no_progress
-    shape, conditioning = shape or sample_shape(reference), dict(conditioning or {})
-    for name, value in conditioning.items():
+    shape, conditioning = shape or shape_of_call(call) or sample_shape(reference), dict(conditioning or {})
+    for path, value in tree_flatten_with_path(conditioning)[0]:
         if len(value) != config.num_images:
+            name = ".".join(str(getattr(key, "key", key)) for key in path)
             raise ValueError(
                 f"compare: {name} must have num_images={config.num_images} rows, got {len(value)}"
             )
+    if decode is None and len(shape) != 3:
+        raise ValueError(
+            f"compare: samples of shape {shape} are no images (C, H, W); decode= must say how to make them"
+        )
     sizes = tuple(file_bytes(path) for path in paths) if paths else (None, None)
-    pair = _PairedSampling(reference, quantized, scheduler, config, shape, conditioning)
+    pair = _PairedSampling(reference, quantized, scheduler, config, shape, conditioning, call)
     samples = pair.run(progress)
     if decode is not None:
         with torch.no_grad():
@@ -199,18 +211,20 @@ class _PairedSampling:
         quantized: Any,
         scheduler: Any,
         config: EvaluationConfig,
-        shape: tuple[int, int, int],
-        conditioning: dict[str, Tensor],
+        shape: tuple[int, ...],
+        conditioning: Conditioning,
+        call: DenoiserCall | None,
     ) -> None:
         self.reference, self.quantized, self.scheduler = reference, quantized, scheduler
-        self.config, self.shape, self.conditioning = config, shape, conditioning
+        self.config, self.shape, self.conditioning, self.call = config, shape, conditioning, call
         self.device = device_of(reference)
         self.timesteps = self.trajectory([0]).timesteps.cpu().numpy()
         self.signal, self.error_same_input, self.error_own_trajectory = np.zeros((3, len(self.timesteps)))
 
     def trajectory(self, seeds: list[int]) -> Trajectory:
         """A batch at its beginning."""
-        return Trajectory(self.scheduler, self.config.num_inference_steps, seeds, self.shape, self.device)
+        steps = self.config.num_inference_steps
+        return Trajectory(self.scheduler, steps, seeds, self.shape, self.device, self.call)
 
     @torch.no_grad()
     def run(self, progress: Progress) -> tuple[Tensor, Tensor]:
@@ -223,19 +237,19 @@ class _PairedSampling:
         finals: list[tuple[Tensor, Tensor]] = []
         for number, rows in enumerate(slices):
             ours, theirs = self.trajectory(seeds[rows]), self.trajectory(seeds[rows])
-            extra = {name: value[rows] for name, value in self.conditioning.items()}
+            extra = rows_of(self.conditioning, rows)
             for k in range(steps):
                 self._step(ours, theirs, k, extra)
                 progress(number * steps + k + 1, len(slices) * steps, "sampling both models")
             finals.append((ours.sample, theirs.sample))
         return torch.cat([f[0] for f in finals]), torch.cat([f[1] for f in finals])
 
-    def _step(self, ours: Trajectory, theirs: Trajectory, k: int, extra: dict[str, Tensor]) -> None:
-        timestep, inputs, own_inputs = ours.timesteps[k], ours.model_input(k), theirs.model_input(k)
-        wanted = predict(self.reference, inputs, timestep, extra)
-        same_input = predict(self.quantized, inputs, timestep, extra)
+    def _step(self, ours: Trajectory, theirs: Trajectory, k: int, extra: Conditioning) -> None:
+        inputs, own_inputs = ours.model_input(k), theirs.model_input(k)
+        wanted = ours.predict(self.reference, inputs, k, extra)
+        same_input = ours.predict(self.quantized, inputs, k, extra)
         # at the first step both trajectories are still the same noise
-        own = same_input if k == 0 else predict(self.quantized, own_inputs, timestep, extra)
+        own = same_input if k == 0 else theirs.predict(self.quantized, own_inputs, k, extra)
         signal, error = metrics.energies(wanted, same_input)
         self.signal[k] += signal
         self.error_same_input[k] += error
@@ -321,11 +335,9 @@ def _measure_times(
     for number, size in enumerate(config.timing_batch_sizes):
         path = pair.trajectory(image_seeds(config.seed, size))
         # conditioning has one row per image: cycle through them
-        extra = {n: v[torch.arange(size) % len(v)] for n, v in pair.conditioning.items()}
-        sample = path.sample
-        timings.append(
-            time_pair(reference, quantized, sample, path.timesteps[middle], config.timing_pairs, extra)
-        )
+        extra = pick(pair.conditioning, torch.arange(size) % config.num_images)
+        calls = [partial(path.predict, x, path.sample, middle, extra) for x in (reference, quantized)]
+        timings.append(time_pair(calls[0], calls[1], size, pair.device, config.timing_pairs))
         progress(number + 1, len(config.timing_batch_sizes), "timing")
     return tuple(timings)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ..schedulers import first_sample, model_input
+from adpdm.schedulers import first_sample, model_input
+from adpdm.trajectory import Conditioning, DenoiserCall, call_denoiser
 
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 StepObserver = Callable[[int, Tensor, Tensor, Tensor], None]  # (step_index, timestep, sample, noise_pred)
@@ -50,8 +52,9 @@ class Trajectory:
     Args:
         scheduler: a diffusers scheduler, used as it is configured (`clip_sample` included); copied.
         seeds: one per image.
-        shape: (C, H, W) of one image.
+        shape: of one sample, (C, H, W), or (L, C) for packed latents.
         device: where the samples live.
+        call: what denoisers are given besides samples, timestep and conditioning.
     """
 
     def __init__(
@@ -61,10 +64,12 @@ class Trajectory:
         seeds: list[int],
         shape: tuple[int, ...],
         device: torch.device,
+        call: DenoiserCall | None = None,
     ) -> None:
+        self.call = (call or DenoiserCall()).on(device)
         # a fresh copy per batch: multistep schedulers remember earlier predictions
         self.scheduler = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_timesteps(num_inference_steps, device=device, **self.call.schedule)
         self.timesteps: Tensor = self.scheduler.timesteps
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         noise = torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(device)
@@ -80,6 +85,11 @@ class Trajectory:
         """The sample as the denoiser wants it at this step (sigma schedulers scale it)."""
         return model_input(self.scheduler, self.sample, self.timesteps[step_index])
 
+    def predict(self, denoiser: Any, sample: Tensor, step_index: int, conditioning: Conditioning) -> Tensor:
+        """A denoiser's prediction for model inputs at this step."""
+        timestep = self.timesteps[step_index]
+        return call_denoiser(denoiser, self.scheduler, self.call, sample, timestep, conditioning)
+
     def advance(self, noise_pred: Tensor, step_index: int) -> None:
         """Takes the scheduler's step in place."""
         step = self.scheduler.step(
@@ -88,16 +98,7 @@ class Trajectory:
         self.sample = step.prev_sample
 
 
-def predict(denoiser: Any, sample: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-    """Calls a denoiser that answers with a tensor, a tuple or an object with `.sample`."""
-    output = denoiser(sample, timestep, **conditioning)
-    if isinstance(output, tuple):
-        output = output[0]
-    noise_pred: Tensor = output if isinstance(output, Tensor) else output.sample
-    return noise_pred
-
-
-def sample_shape(denoiser: Any) -> tuple[int, int, int]:
+def sample_shape(denoiser: Any) -> tuple[int, ...]:
     """(C, H, W) from the denoiser's config."""
     config = getattr(denoiser, "config", None)
     channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
@@ -107,6 +108,16 @@ def sample_shape(denoiser: Any) -> tuple[int, int, int]:
         )
     height, width = (size, size) if isinstance(size, int) else size
     return int(channels), int(height), int(width)
+
+
+def shape_of_call(call: DenoiserCall | None) -> tuple[int, ...] | None:
+    """The shape of one sample, where the call says it."""
+    return None if call is None else call.sample_shape
+
+
+def rows_of(conditioning: Conditioning, rows: slice) -> Conditioning:
+    """The conditioning of some images."""
+    return tree_map(lambda value: value[rows], conditioning)  # type: ignore[no-any-return]
 
 
 def batches(total: int, batch_size: int) -> Iterator[slice]:
@@ -132,37 +143,40 @@ def generate(
     num_inference_steps: int,
     seed: int = 0,
     batch_size: int = 8,
-    shape: tuple[int, int, int] | None = None,
+    shape: tuple[int, ...] | None = None,
     *,
-    conditioning: Mapping[str, Tensor] | None = None,
+    conditioning: Conditioning | None = None,
+    call: DenoiserCall | None = None,
     on_step: StepObserver | None = None,
     progress: Progress | None = None,
 ) -> GenerationResult:
     """Samples images, deterministic but for the seed (eta = 0; ancestral noise per image).
 
     Args:
-        denoiser: UNet2DModel-like: (sample, timestep, **conditioning) -> noise prediction.
+        denoiser: (sample, timestep=[B], **conditioning) -> noise prediction: a tensor, a tuple or an object
+            with `.sample`.
         scheduler: diffusers scheduler; copied, so its state and settings are left alone.
-        shape: (C, H, W); None takes it from the denoiser's config.
-        conditioning: keyword tensors with one row per image, such as encoder_hidden_states.
-        on_step: sees (step_index, timestep, model input [B, C, H, W], noise_pred) of every step.
+        shape: of one sample, (C, H, W); None takes it from `call`, or from the denoiser's config.
+        conditioning: keyword tensors with one row per image, such as encoder_hidden_states, or dicts of them.
+        call: what else the denoiser is given, as for `adpdm.quantize`.
+        on_step: sees (step_index, timestep, model input [B, *], noise_pred) of every step.
 
     Returns:
         Samples in image order. Another batch size gives the same images up to the denoiser's own rounding.
     """
     if num_images < 1:
         raise ValueError(f"generate: num_images must be at least 1, got {num_images}")
-    shape, device = shape or sample_shape(denoiser), device_of(denoiser)
+    shape, device = shape or shape_of_call(call) or sample_shape(denoiser), device_of(denoiser)
     seeds, slices = image_seeds(seed, num_images), list(batches(num_images, batch_size))
     samples, seconds, timesteps = [], [], np.zeros(0)
     for number, rows in enumerate(slices):
-        path = Trajectory(scheduler, num_inference_steps, seeds[rows], shape, device)
-        extra = {name: value[rows] for name, value in (conditioning or {}).items()}
+        path = Trajectory(scheduler, num_inference_steps, seeds[rows], shape, device, call)
+        extra = rows_of(conditioning or {}, rows)
         timesteps, row = path.timesteps.cpu().numpy(), []
         for k, timestep in enumerate(path.timesteps):
             start = time.perf_counter()
             model_input = path.model_input(k)
-            noise_pred = predict(denoiser, model_input, timestep, extra)
+            noise_pred = path.predict(denoiser, model_input, k, extra)
             path.advance(noise_pred, k)
             row.append(time.perf_counter() - start)
             if on_step is not None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
-from adpdm.evaluate.sampling import predict
 
 WARM_UP_PAIRS = 2  # first calls allocate and choose kernels
 
@@ -38,26 +35,28 @@ class PairTiming:
 
 @torch.no_grad()
 def time_pair(
-    reference: Any,
-    quantized: Any,
-    sample: Tensor,  # [B, C, H, W]
-    timestep: Tensor,  # [] integer or float
+    reference: Callable[[], Any],
+    quantized: Callable[[], Any],
+    batch_size: int,
+    device: torch.device,
     num_pairs: int,
-    conditioning: Mapping[str, Tensor] | None = None,
 ) -> PairTiming:
-    """Runs both denoisers in turn, the order swapped from pair to pair: medians and paired ratios."""
+    """Runs two denoiser calls on `batch_size` images in turn, the order swapped from pair to pair.
+
+    Returns: medians and paired ratios of wall time; the clock waits for a CUDA device.
+    """
     if num_pairs < 1:
         raise ValueError(f"time_pair: num_pairs must be at least 1, got {num_pairs}")
     seconds = np.zeros((num_pairs, 2))
     for pair in range(-WARM_UP_PAIRS, num_pairs):
         for which in (0, 1) if pair % 2 else (1, 0):
             start = time.perf_counter()
-            predict((reference, quantized)[which], sample, timestep, conditioning or {})
-            if sample.device.type == "cuda":  # measuring code: the clock must wait for the device
-                torch.cuda.synchronize(sample.device)
+            (reference, quantized)[which]()
+            if device.type == "cuda":  # measuring code: the clock must wait for the device
+                torch.cuda.synchronize(device)
             if pair >= 0:
                 seconds[pair, which] = time.perf_counter() - start
     ratios = seconds[:, 0] / seconds[:, 1]
     low, middle, high = (float(v) for v in np.quantile(ratios, (0.25, 0.5, 0.75)))
     medians = np.median(seconds, axis=0)
-    return PairTiming(len(sample), num_pairs, float(medians[0]), float(medians[1]), middle, low, high)
+    return PairTiming(batch_size, num_pairs, float(medians[0]), float(medians[1]), middle, low, high)
