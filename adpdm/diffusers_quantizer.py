@@ -59,12 +59,25 @@ class AdpdmQuantizer(DiffusersQuantizer):
                 "while it loads; load it without quantization_config and call adpdm.quantize(pipe)"
             )
 
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype of what stays float; diffusers keeps it as the original one, and None is none."""
+        return torch.get_default_dtype() if torch_dtype is None else torch_dtype
+
     def adjust_target_dtype(self, torch_dtype: torch.dtype | None) -> Any:
         """What device_map='auto' takes for the size of a weight."""
         if self.pre_quantized:
             return torch_dtype
         small = stored_in_int4(self.quantization_config.weight_bits)
         return CustomDtype.INT4 if small else torch.int8
+
+    def get_special_dtypes_update(
+        self, model: nn.Module, torch_dtype: torch.dtype | None
+    ) -> dict[str, torch.dtype]:
+        """The same for the tensors that stay float."""
+        if self.pre_quantized:
+            return {}
+        weights = {f"{name}.weight" for name in loaded_layers(model)}
+        return {n: torch_dtype or torch.float32 for n, _ in model.named_parameters() if n not in weights}
 
     def get_cuda_warm_up_factor(self) -> int:
         """Bytes of the model in 16 bits are divided by half of this."""
@@ -79,8 +92,6 @@ class AdpdmQuantizer(DiffusersQuantizer):
         rows = choose_layers(model, self.quantization_config, keep_in_fp32_modules or ())
         for row in rows:
             load_layer(model, row["name"], (row["weight_bits"], row["activation_bits"]))
-        layers = loaded_layers(model)
-        self.modules_to_not_convert = [n for n, _ in model.named_modules() if n and n not in layers]
         self.quantization_config = self.quantization_config.with_layers(rows)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
