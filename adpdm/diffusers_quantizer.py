@@ -158,9 +158,10 @@ class AdpdmQuantizer(DiffusersQuantizer):
         else:
             _check_float(module, name, param_name, stored)
             value = param_value.to(target_device)
-            # A view would keep the file of the whole shard mapped: the float model, in effect.
-            shared = value.untyped_storage().nbytes() > value.numel() * value.element_size()
-            _install(module, name, value.clone() if shared else value)
+            # The stored tensor is the mapped file: as long as one lives, all that was read of it counts as
+            # memory, which is the float model.
+            mapped = value.data_ptr() == stored.data_ptr()
+            _install(module, name, value.clone() if mapped else value)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         """Replace quantized layers by float ones in the model's dtype; nothing of adpdm remains."""

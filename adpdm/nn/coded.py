@@ -120,7 +120,7 @@ class CodedConv2d(CodedLayer, nn.Conv2d):
     """The products of a convolution: [N, C, H, W] float to [N, O, Ho, Wo] of the same dtype."""
 
     def __new__(cls, *settings: Any, **named: Any) -> Any:
-        """A float convolution for who asks by settings, as PEFT does to make adapters of the layer's class."""
+        """A float convolution for who asks by settings, as PEFT does to make adapters of a layer's class."""
         return nn.Conv2d(*settings, **named) if settings or named else super().__new__(cls)
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
