@@ -10,6 +10,7 @@ from . import diffusers_quantizer as _diffusers_quantizer
 from .config import QuantConfig, SearchConfig
 from .diffusers_config import AdpdmConfig
 from .pipeline import QuantizationReport, load_pipeline, quantize
+from .tables import load_tables, save_tables
 from .trajectory import DenoiserCall
 
 _diffusers_quantizer.register()
@@ -21,5 +22,7 @@ __all__ = [
     "QuantizationReport",
     "SearchConfig",
     "load_pipeline",
+    "load_tables",
     "quantize",
+    "save_tables",
 ]

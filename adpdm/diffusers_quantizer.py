@@ -100,7 +100,7 @@ class AdpdmQuantizer(DiffusersQuantizer):
             if absent:
                 raise ValueError(f"adpdm: the checkpoint lacks tensors of the model: {sorted(absent)[:5]}")
         if self.quantization_config.is_calibrated:
-            _start_calibrated(model)
+            start_calibrated(model)
         untyped: Any = model
         untyped.register_to_config(quantization_config=self.quantization_config)
         return model
@@ -232,7 +232,8 @@ def _install(module: nn.Module, name: str, value: Tensor) -> None:
         module.register_buffer(name, value)
 
 
-def _start_calibrated(model: nn.Module) -> None:
+def start_calibrated(model: nn.Module) -> None:
+    """Let a model whose frozen layers are filled run: the first step, the hook of the clock, fused blocks."""
     step = model.get_submodule("adpdm_step")
     assert isinstance(step, StepState)
     step.group_index = step.group_index.to(step.table.device)
