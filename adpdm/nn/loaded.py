@@ -18,7 +18,7 @@ from .packed import quantize
 
 CHUNK = (
     2**17
-)  # elements that are quantized at a time: 5 ns each at 8 bits; 2**20 leave the cache, 28 ns (Zen)
+)  # elements that are quantized at a time: 5 ns each at 8 bits; 2**20 leave the cache, 28 ns (EPYC)
 COARSE_RATIOS = CLIP_RATIOS[::5]
 
 
