@@ -336,6 +336,16 @@ def register() -> None:
     auto.AUTO_QUANTIZER_MAPPING[Method.ADPDM.value] = AdpdmQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.ADPDM.value] = AdpdmConfig
     if is_transformers_available():
-        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as of_transformers
+        import transformers.quantizers.auto as of_transformers
 
-        of_transformers[Method.ADPDM.value] = AdpdmConfig
+        of_transformers.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.ADPDM.value] = AdpdmConfig
+        refusal: Any = _refuse_transformers
+        of_transformers.AUTO_QUANTIZER_MAPPING[Method.ADPDM.value] = refusal
+
+
+def _refuse_transformers(*args: Any, **kwargs: Any) -> None:
+    """In place of a quantizer of transformers, for who names no components."""
+    raise ValueError(
+        "adpdm quantizes models of diffusers, got one of transformers, such as a text encoder; name those "
+        "to quantize in PipelineQuantizationConfig(components_to_quantize=[...])"
+    )

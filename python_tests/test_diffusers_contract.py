@@ -515,6 +515,16 @@ def test_pipeline_config(tmp_path: Path, config: Any) -> None:
         assert torch.equal(again.unet(x, 500).sample, pipe.unet(x, 500).sample)
 
 
+def test_other_components_cannot_be_quantized_by_our_backend() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = PipelineQuantizationConfig(quant_backend="adpdm", quant_kwargs={"weight_bits": 4})
+    asked = config._resolve_quant_config(is_diffusers=False, module_name="text_encoder")
+    with pytest.raises(
+        ValueError, match=r"models of diffusers, got one of transformers.*components_to_quantize"
+    ):
+        transformers.quantizers.auto.AutoHfQuantizer.from_config(asked)
+
+
 def test_from_single_file(folder: Path) -> None:
     model = UNet2DConditionModel.from_single_file(
         str(folder / WEIGHTS), config=str(folder), quantization_config=AdpdmConfig(weight_bits=4)
