@@ -8,9 +8,21 @@ __version__ = "0.1.0"
 from . import _native as _native
 from . import diffusers_quantizer as _diffusers_quantizer
 from .config import QuantConfig, SearchConfig
+from .diffusers_config import AdpdmConfig
 from .pipeline import QuantizationReport, load_pipeline, quantize
+from .tables import load_tables, save_tables
 from .trajectory import DenoiserCall
 
 _diffusers_quantizer.register()
 
-__all__ = ["DenoiserCall", "QuantConfig", "QuantizationReport", "SearchConfig", "load_pipeline", "quantize"]
+__all__ = [
+    "AdpdmConfig",
+    "DenoiserCall",
+    "QuantConfig",
+    "QuantizationReport",
+    "SearchConfig",
+    "load_pipeline",
+    "load_tables",
+    "quantize",
+    "save_tables",
+]

@@ -14,6 +14,7 @@ Objective = Literal["teacher", "noise"]
 
 MIN_BITS, MAX_BITS = 2, 8
 MAX_GROUPS = 256  # more than any use was found for
+MAX_LOGIT = 80.0  # exp of the difference of two such still is a float32
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class SearchConfig:
         _at_least("search.batch_size", self.batch_size, 1)
         _within("search.replay", self.replay, 0.0, 1.0)
         _at_least("search.entropy_weight", self.entropy_weight, 0.0)
+        for name in ("learning_rate", "logits_learning_rate"):
+            _at_least(f"search.{name}", getattr(self, name), 0.0)
+        _within("search.initial_logit", self.initial_logit, -MAX_LOGIT, MAX_LOGIT)
         _one_of("search.objective", self.objective, get_args(Objective))
 
 
@@ -110,7 +114,10 @@ class QuantConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
+        _names("modules_to_not_convert", self.modules_to_not_convert)
         object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
+        if not isinstance(self.search, SearchConfig):
+            raise ValueError(f"search must be a SearchConfig, got {self.search!r}")
         for name in _INTEGERS:
             _integer(name, getattr(self, name))
         for name in ("weigh_steps", "shared_groups", "split_skip_connections", "correct_bias"):
@@ -160,6 +167,8 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
         """Inverse of `to_dict`; an unknown key is an error."""
+        if not isinstance(values, dict):
+            raise ValueError(f"QuantConfig: wanted the settings as a dict, got {values!r}")
         _check_known(cls, values)
         values = dict(values)
         if isinstance(values.get("search"), dict):
@@ -186,7 +195,7 @@ _INTEGERS = (
 
 def _check_known(kind: type, values: dict[str, Any]) -> None:
     known = {f.name for f in fields(kind)}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values) - known, key=str)
     if unknown:
         raise ValueError(f"{kind.__name__}: unknown settings {unknown}; known are {sorted(known)}")
 
@@ -196,12 +205,24 @@ def _integer(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer, got {value}")
 
 
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def _names(name: str, value: object) -> None:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{name} must be a list of strings, got {value!r}")
+
+
 def _within(name: str, value: float, low: float, high: float) -> None:
+    _number(name, value)
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
 
 
 def _at_least(name: str, value: float, low: float) -> None:
+    _number(name, value)
     if not value >= low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
 

@@ -1,116 +1,108 @@
-"""Teaches diffusers to save and load quantized denoisers with save_pretrained and from_pretrained."""
+"""Teaches diffusers to quantize models while it loads them, and to save and load quantized ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 from typing import Any
 
 import diffusers.quantizers.auto as auto
 import torch
+from accelerate.utils import CustomDtype  # type: ignore[import-untyped]
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils.import_utils import is_transformers_available
 from torch import Tensor, nn
 
 from .config import MAX_BITS, MIN_BITS, QuantConfig
-from .nn import LayerInfo, fuse_blocks, quant_layers, swap_layers
-from .step import StepState, attach_step_hook
-
-FORMAT_VERSION = 2  # 1 had a step for every training timestep, which noise levels do not fit into
-LAYER_KEYS = {"name", "weight_bits", "activation_bits", "split"}
-
-
-class Method(str, Enum):
-    """The name under which diffusers finds us; it reads `.value`, so a plain string will not do."""
-
-    ADPDM = "adpdm"
-
-
-class AdpdmConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a saved model's config.json.
-
-    Args:
-        quant_config: the settings it was quantized with, as a dict.
-        layers: per quantized layer name, weight bits, activation bits, groups and split.
-        num_steps: T, calibrated timesteps.
-        format_version: of the checkpoint.
-    """
-
-    def __init__(
-        self,
-        quant_config: dict[str, Any],
-        layers: list[dict[str, Any]],
-        num_steps: int | None = None,
-        format_version: int = FORMAT_VERSION,
-        quant_method: str = Method.ADPDM.value,
-        **unknown: Any,
-    ) -> None:
-        if quant_method != Method.ADPDM.value:
-            raise ValueError(f"quantization_config: quant_method must be 'adpdm', got {quant_method!r}")
-        if format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"quantization_config: this adpdm reads format_version {FORMAT_VERSION}, "
-                f"got {format_version!r}; install the version that wrote the checkpoint, or quantize again"
-            )
-        if unknown:
-            raise ValueError(f"quantization_config: unknown keys {sorted(unknown)}")
-        if type(num_steps) is not int or num_steps < 1:
-            raise ValueError(
-                f"quantization_config: num_steps must be an integer of at least 1, got {num_steps!r}"
-            )
-        self.quant_method = Method.ADPDM  # type: ignore[assignment]
-        self.format_version = format_version
-        self.quant_config, self.layers = quant_config, layers
-        self.num_steps: int = num_steps
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types; diffusers serialises this at every load."""
-        return {
-            "quant_method": Method.ADPDM.value,
-            "format_version": self.format_version,
-            "quant_config": self.quant_config,
-            "layers": self.layers,
-            "num_steps": self.num_steps,
-        }
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What diffusers prints of a config: all of it."""
-        return self.to_dict()
+from .diffusers_config import CALIBRATED_FORMAT, AdpdmConfig, Method, Row, choose_layers
+from .nn import (
+    CodedLayer,
+    LayerInfo,
+    LoadedLayer,
+    float_twin,
+    fuse_blocks,
+    load_layer,
+    loaded_layers,
+    quant_layers,
+    runs_on_kernels,
+    swap_layers,
+    unfuse_blocks,
+)
+from .quantizers.activation import ActivationQuantizer
+from .quantizers.weight import stored_in_int4
+from .step import StepState, attach_step_hook, detach_step_hook
 
 
 class AdpdmQuantizer(DiffusersQuantizer):
-    """Builds the quantized layers of a saved model before its tensors are loaded into them."""
+    """Puts quantized layers into a model on the meta device, and fills each as its tensor arrives.
 
-    use_keep_in_fp32_modules = False
+    A float checkpoint is quantized tensor by tensor (`AdpdmConfig` without layers), a quantized one is taken
+    as stored.
+    """
+
+    use_keep_in_fp32_modules = True
     requires_calibration = False
     required_packages: list[str] = []  # type: ignore[assignment]
 
     def __init__(self, quantization_config: AdpdmConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.quantization_config: AdpdmConfig = quantization_config
+        # from_single_file takes every checkpoint for quantized; only layers on record say so.
+        self.pre_quantized = self.pre_quantized and quantization_config.layers is not None
         self._loaded_keys: list[str] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what from_pretrained cannot do: quantize on the fly, without calibration."""
-        if not self.pre_quantized:
+        """Refuse what from_pretrained cannot do: calibrate."""
+        if self.quantization_config.is_calibrated and not self.pre_quantized:
             raise ValueError(
-                "adpdm needs calibration, so a float checkpoint cannot be quantized while it loads; "
-                "load it without quantization_config and call adpdm.quantize(pipe)"
+                "adpdm needs calibration for static activation scales, so a float checkpoint cannot get them "
+                "while it loads; load it without quantization_config and call adpdm.quantize(pipe)"
             )
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        assert isinstance(self.quantization_config, AdpdmConfig)
-        build_frozen(model, self.quantization_config)
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype of what stays float; diffusers keeps it as the original one, and None is none."""
+        return torch.get_default_dtype() if torch_dtype is None else torch_dtype
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype | None) -> Any:
+        """What device_map='auto' takes for the size of a weight."""
+        if self.pre_quantized:
+            return torch_dtype
+        small = stored_in_int4(self.quantization_config.weight_bits)
+        return CustomDtype.INT4 if small else torch.int8
+
+    def get_special_dtypes_update(
+        self, model: nn.Module, torch_dtype: torch.dtype | None
+    ) -> dict[str, torch.dtype]:
+        """The same for the tensors that stay float."""
+        if self.pre_quantized:
+            return {}
+        weights = {f"{name}.weight" for name in loaded_layers(model)}
+        return {n: torch_dtype or torch.float32 for n, _ in model.named_parameters() if n not in weights}
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """Bytes of the model in 16 bits are divided by half of this."""
+        return 8 if stored_in_int4(self.quantization_config.weight_bits) else 4
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.pre_quantized:
+            build_frozen(model, self.quantization_config)
+            return
+        rows = choose_layers(model, self.quantization_config, keep_in_fp32_modules or ())
+        for row in rows:
+            load_layer(model, row["name"], (row["weight_bits"], row["activation_bits"]))
+        self.quantization_config = self.quantization_config.with_layers(rows)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        step = model.get_submodule("adpdm_step")
-        assert isinstance(step, StepState)
-        step.group_index = step.group_index.to(step.table.device)
-        step.step_index = step.step_index.to(step.table.device)
-        step.set_step(0)
-        # The layout it was calibrated in: another one would round the float layers differently.
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        attach_step_hook(model)
-        fuse_blocks(model)
+        if not hasattr(model, "hf_device_map"):  # which leaves tensors of other devices on meta, on purpose
+            absent = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+            if absent:
+                raise ValueError(f"adpdm: the checkpoint lacks tensors of the model: {sorted(absent)[:5]}")
+        if self.quantization_config.is_calibrated:
+            start_calibrated(model)
+        untyped: Any = model
+        untyped.register_to_config(quantization_config=self.quantization_config)
         return model
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
@@ -118,8 +110,14 @@ class AdpdmQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """Keys must agree exactly: a checkpoint that lacks a scale would sample noise without a word."""
-        unexpected = sorted(set(self._loaded_keys) - set(model.state_dict()))
+        """Keys must agree exactly: a checkpoint that lacks a scale would sample noise without a word.
+
+        Of a float checkpoint, diffusers itself warns of keys that are too many.
+        """
+        unexpected = sorted(set(self._loaded_keys) - set(model.state_dict())) if self.pre_quantized else []
+        if not self.pre_quantized:
+            made_here = {f"{name}.weight_scale" for name in loaded_layers(model)}
+            missing_keys = [key for key in missing_keys if key not in made_here]
         if missing_keys or unexpected:
             raise ValueError(
                 f"adpdm checkpoint does not fit its config: missing tensors {sorted(missing_keys)[:5]}, "
@@ -127,16 +125,9 @@ class AdpdmQuantizer(DiffusersQuantizer):
             )
         return missing_keys
 
-    def check_if_quantized_param(
-        self,
-        model: nn.Module,
-        param_value: Tensor,
-        param_name: str,
-        state_dict: dict[str, Tensor],
-        **kwargs: Any,
-    ) -> bool:
-        """Claim everything that must keep its stored dtype: codes, scales, zero-points and tables."""
-        return _owner(model, param_name) is not None and not param_name.endswith(".bias")
+    def check_if_quantized_param(self, *args: Any, **kwargs: Any) -> bool:
+        """Claim every tensor: codes and scales keep their dtype, floats get memory of their own."""
+        return True
 
     def check_quantized_param_shape(self, param_name: str, current: Tensor, loaded: Tensor) -> None:
         raise ValueError(
@@ -154,17 +145,40 @@ class AdpdmQuantizer(DiffusersQuantizer):
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Install a tensor exactly as stored: diffusers hands over `param_value` already cast."""
+        """Install one tensor: codes from what is stored, as `param_value` is already cast."""
         module_name, _, name = param_name.rpartition(".")
-        module = model.get_submodule(module_name)
-        stored, wanted = state_dict[param_name], getattr(module, name)
-        if stored.dtype != wanted.dtype:
-            raise ValueError(f"adpdm checkpoint: {param_name} must be {wanted.dtype}, got {stored.dtype}")
-        value = stored.to(target_device)
-        if isinstance(wanted, nn.Parameter):
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
+        module, stored = model.get_submodule(module_name), state_dict[param_name]
+        if isinstance(module, LoadedLayer) and name == "weight" and not self.pre_quantized:
+            _fill(module, param_name, stored, torch.device(target_device))
+        elif _is_ours(module, name):
+            wanted = getattr(module, name)
+            if stored.dtype != wanted.dtype:
+                raise ValueError(f"adpdm checkpoint: {param_name} must be {wanted.dtype}, got {stored.dtype}")
+            _install(module, name, stored.to(target_device))
         else:
-            module.register_buffer(name, value)
+            _check_float(module, name, param_name, stored)
+            value = param_value.to(target_device)
+            # The stored tensor is the mapped file: as long as one lives, all that was read of it counts as
+            # memory, which is the float model.
+            mapped = value.data_ptr() == stored.data_ptr()
+            _install(module, name, value.clone() if mapped else value)
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        """Replace quantized layers by float ones in the model's dtype; nothing of adpdm remains."""
+        untyped: Any = model
+        dtype = untyped.dtype
+        unfuse_blocks(model)
+        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, CodedLayer)]:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, float_twin(layer, dtype))
+        if hasattr(model, "adpdm_step"):
+            detach_step_hook(model)
+            del model.adpdm_step
+        # diffusers leaves the entry in the config, and would take what is saved next for quantized.
+        kept = {key: value for key, value in untyped.config.items() if key != "quantization_config"}
+        untyped._internal_dict = FrozenDict(kept)
+        untyped.quantization_method = None
+        return model
 
     @property
     def is_serializable(self) -> bool:
@@ -176,26 +190,63 @@ class AdpdmQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Whether gradients pass, for adapters: through all but layers with calibrated ranges."""
+        return not self.quantization_config.is_calibrated
 
     @property
     def is_compileable(self) -> bool:
         return True
 
 
-def _owner(model: nn.Module, name: str) -> str | None:
-    """Name of the quantized layer or step state that a state-dict key belongs to."""
-    if name.startswith("adpdm_step."):
-        return "adpdm_step"
-    return next((layer for layer in quant_layers(model) if name.startswith(layer + ".")), None)
-
-
-def _stored_layer(model: nn.Module, row: dict[str, Any]) -> LayerInfo:
-    """One entry of `AdpdmConfig.layers`, checked against the model."""
-    if set(row) != LAYER_KEYS:
+def _fill(layer: LoadedLayer, name: str, weight: Tensor, device: torch.device) -> None:
+    """Quantize one arriving weight, where it lies: on the CPU, so that codes are the same everywhere."""
+    if not weight.is_floating_point():
         raise ValueError(
-            f"adpdm checkpoint: a layer must have the keys {sorted(LAYER_KEYS)}, got {sorted(row)}"
+            f"adpdm: {name} must be floating point to be quantized, got {weight.dtype}; a quantized "
+            "checkpoint must have a quantization_config with its layers in config.json"
         )
+    if weight.numel() and not all(x.isfinite() for x in torch.aminmax(weight)):
+        raise ValueError(f"adpdm: {name} must be finite to be quantized, got NaN or infinity")
+    layer.fill(weight, device)
+
+
+def _check_float(module: nn.Module, name: str, param_name: str, stored: Tensor) -> None:
+    wanted = getattr(module, name)
+    if stored.is_floating_point() != wanted.is_floating_point():
+        kind = "floating point" if wanted.is_floating_point() else "integer"
+        raise ValueError(f"adpdm checkpoint: {param_name} must be {kind}, got {stored.dtype}")
+
+
+def _is_ours(module: nn.Module, name: str) -> bool:
+    """Whether a tensor is one that must keep its stored dtype: codes, scales, zero-points and tables."""
+    if isinstance(module, CodedLayer):
+        return name in ("weight", "weight_scale")
+    return isinstance(module, ActivationQuantizer | StepState)
+
+
+def _install(module: nn.Module, name: str, value: Tensor) -> None:
+    before = getattr(module, name)
+    if isinstance(before, nn.Parameter):
+        setattr(module, name, nn.Parameter(value, requires_grad=before.requires_grad))
+    else:
+        module.register_buffer(name, value)
+
+
+def start_calibrated(model: nn.Module) -> None:
+    """Let a model whose frozen layers are filled run: the first step, the hook of the clock, fused blocks."""
+    step = model.get_submodule("adpdm_step")
+    assert isinstance(step, StepState)
+    step.group_index = step.group_index.to(step.table.device)
+    step.step_index = step.step_index.to(step.table.device)
+    step.set_step(0)
+    # The layout it was calibrated in: another one would round the float layers differently.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    attach_step_hook(model)
+    fuse_blocks(model)
+
+
+def _stored_layer(model: nn.Module, row: Row) -> nn.Conv2d | nn.Linear:
+    """The layer of one entry of `AdpdmConfig.layers`, checked against the model."""
     name = row["name"]
     try:
         layer = model.get_submodule(name)
@@ -207,7 +258,14 @@ def _stored_layer(model: nn.Module, row: dict[str, Any]) -> LayerInfo:
         raise ValueError(f"adpdm checkpoint: {name!r} must be a Conv2d or Linear, got {type(layer).__name__}")
     channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
     limits = {"weight_bits": (MIN_BITS, MAX_BITS), "activation_bits": (MIN_BITS, MAX_BITS)}
-    if row["split"] is not None:
+    if "split" not in row and row["activation_bits"] is None:
+        del limits["activation_bits"]
+    elif not runs_on_kernels(layer):
+        raise ValueError(
+            f"adpdm checkpoint: layer {name!r} pads as the integer kernels cannot, so its activation_bits "
+            f"must be None, got {row['activation_bits']!r}"
+        )
+    if row.get("split") is not None:
         limits["split"] = (1, channels - 1)
     for key, (low, high) in limits.items():
         if type(row[key]) is not int or not low <= row[key] <= high:
@@ -215,19 +273,29 @@ def _stored_layer(model: nn.Module, row: dict[str, Any]) -> LayerInfo:
                 f"adpdm checkpoint: {key} of layer {name!r} must be an integer in [{low}, {high}], "
                 f"got {row[key]!r}"
             )
-    bits = (row["weight_bits"], row["activation_bits"])
-    return LayerInfo(name, 0, layer.weight.numel(), bits, "", row["split"])
+    return layer
 
 
 def build_frozen(model: nn.Module, config: AdpdmConfig) -> None:
     """Swap in frozen layers with the shapes that a checkpoint of this config has."""
-    settings = QuantConfig.from_dict(config.quant_config)
-    infos = [_stored_layer(model, row) for row in config.layers]
+    rows = config.layers or []
+    layers = [_stored_layer(model, row) for row in rows]
+    if not config.is_calibrated:
+        for row in rows:
+            load_layer(model, row["name"], (row["weight_bits"], row["activation_bits"])).prepare_frozen()
+        return
+    assert config.quant_config is not None
+    assert config.num_steps is not None
+    num_steps, settings = config.num_steps, QuantConfig.from_dict(config.quant_config)
+    infos = [
+        LayerInfo(r["name"], 0, x.weight.numel(), (r["weight_bits"], r["activation_bits"]), "", r["split"])
+        for r, x in zip(rows, layers, strict=True)
+    ]
 
     def make_step(num_slots: int) -> StepState:
-        return StepState(num_slots, config.num_steps, settings.timestep_policy)
+        return StepState(num_slots, num_steps, settings.timestep_policy)
 
-    swap_layers(model, infos, settings.groups_per_layer(config.num_steps), make_step)
+    swap_layers(model, infos, settings.groups_per_layer(num_steps), make_step)
     for twin in quant_layers(model).values():
         twin.prepare_frozen()
 
@@ -241,15 +309,43 @@ def mark_quantized(model: nn.Module, config: QuantConfig, layers: Sequence[Layer
         for x in layers
         if x.bits is not None
     ]
-    quantization_config = AdpdmConfig(config.to_dict(), rows, step.timesteps.numel())
-    quantizer = AdpdmQuantizer(quantization_config, pre_quantized=True)
+    attach_config(
+        model,
+        AdpdmConfig(
+            layers=rows,
+            quant_config=config.to_dict(),
+            num_steps=step.timesteps.numel(),
+            format_version=CALIBRATED_FORMAT,
+        ),
+    )
+
+
+def attach_config(model: nn.Module, config: AdpdmConfig) -> None:
+    """What from_pretrained leaves behind on a model that it loaded quantized."""
     untyped: Any = model
-    untyped.hf_quantizer = quantizer
+    untyped.hf_quantizer = AdpdmQuantizer(config, pre_quantized=True)
     untyped.is_quantized, untyped.quantization_method = True, Method.ADPDM
-    untyped.register_to_config(quantization_config=quantization_config)
+    untyped.register_to_config(quantization_config=config)
 
 
 def register() -> None:
-    """Enter our classes into the two dictionaries of diffusers (it has no entry point for third parties)."""
+    """Enter our classes where diffusers looks (it has no entry point for third parties).
+
+    PipelineQuantizationConfig(quant_backend=...) also looks among the configs of transformers, if installed.
+    """
     auto.AUTO_QUANTIZER_MAPPING[Method.ADPDM.value] = AdpdmQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.ADPDM.value] = AdpdmConfig
+    if is_transformers_available():
+        import transformers.quantizers.auto as of_transformers
+
+        of_transformers.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.ADPDM.value] = AdpdmConfig
+        refusal: Any = _refuse_transformers
+        of_transformers.AUTO_QUANTIZER_MAPPING[Method.ADPDM.value] = refusal
+
+
+def _refuse_transformers(*args: Any, **kwargs: Any) -> None:
+    """In place of a quantizer of transformers, for who names no components."""
+    raise ValueError(
+        "adpdm quantizes models of diffusers, got one of transformers, such as a text encoder; name those "
+        "to quantize in PipelineQuantizationConfig(components_to_quantize=[...])"
+    )

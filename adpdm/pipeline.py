@@ -17,6 +17,7 @@ from .calibrate import Calibration, CalibrationTrace, silent
 from .config import QuantConfig
 from .diffusers_quantizer import mark_quantized
 from .nn import (
+    CodedLayer,
     Coverage,
     FusionInfo,
     LayerInfo,
@@ -196,7 +197,7 @@ def freeze(denoiser: nn.Module) -> None:
 
 
 def _check_denoiser(denoiser: nn.Module) -> None:
-    if quant_layers(denoiser):
+    if any(isinstance(m, CodedLayer) for m in denoiser.modules()):
         raise ValueError(f"quantize: {type(denoiser).__name__} is quantized already; load the original again")
     if not isinstance(denoiser, ModelMixin):
         raise TypeError(f"quantize: wanted a diffusers model, got {type(denoiser).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,10 +45,11 @@ def qparams_to_range(scale: Tensor, zero_point: Tensor, num_bits: int) -> tuple[
 # ---- weights -----------------------------------------------------------------------------------------------
 
 
-def weight_scale_mse(weight: Tensor, num_bits: int) -> Tensor:
+def weight_scale_mse(weight: Tensor, num_bits: int, ratios: Sequence[float] = CLIP_RATIOS) -> Tensor:
     """Per-output-channel symmetric scale with the least squared error over clipping ratios of max|w|.
 
-    Args: weight [O, *] float. Returns scale [O] f32, finite and positive also for all-zero channels.
+    Args: weight [O, *] float; ratios in (0, 1]. Returns scale [O] f32, finite and positive also for all-zero
+    channels.
     Source: method.md section 2.
     """
     flat = weight.detach().flatten(1).double()
@@ -55,7 +57,7 @@ def weight_scale_mse(weight: Tensor, num_bits: int) -> Tensor:
     largest = flat.abs().amax(1)
     best_error = torch.full_like(largest, float("inf"))
     best_scale = torch.ones_like(largest)
-    for ratio in CLIP_RATIOS:
+    for ratio in ratios:
         scale = torch.where(largest > 0, (largest * ratio / bound).clamp_min(MIN_SCALE), 1.0)
         error = (_symmetric_codes(flat, scale, bound) * scale[:, None] - flat).square().sum(1)
         better = error < best_error

@@ -123,6 +123,22 @@ def _demand(condition: Tensor, sentence: str, details: Callable[[], str]) -> Non
         raise ValueError(sentence + details())
 
 
+class _SetStep:
+    """The hook of a denoiser; a class, so that it can be found again and pickled with its denoiser."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = args[self.position] if len(args) > self.position else kwargs.get("timestep")
+        if timestep is None:
+            raise ValueError(
+                f"{type(module).__name__}: adpdm needs the timestep, as positional argument {self.position} "
+                "or as keyword argument `timestep`; got neither"
+            )
+        module.get_submodule("adpdm_step").set_timestep(timestep)  # type: ignore[operator]
+
+
 def attach_step_hook(denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
     """Let the denoiser set the step from its `timestep` argument before every forward pass."""
 
@@ -132,15 +148,12 @@ def attach_step_hook(denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
             f"{type(denoiser).__name__}.forward must have an argument `timestep` that says which groups to "
             f"use, got {names}"
         )
-    position = names.index("timestep")
+    return denoiser.register_forward_pre_hook(_SetStep(names.index("timestep")), with_kwargs=True)
 
-    def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = args[position] if len(args) > position else kwargs.get("timestep")
-        if timestep is None:
-            raise ValueError(
-                f"{type(module).__name__}: adpdm needs the timestep, as positional argument {position} or as "
-                "keyword argument `timestep`; got neither"
-            )
-        module.get_submodule("adpdm_step").set_timestep(timestep)  # type: ignore[operator]
 
-    return denoiser.register_forward_pre_hook(before_forward, with_kwargs=True)
+def detach_step_hook(denoiser: nn.Module) -> None:
+    """Undo `attach_step_hook`."""
+    for key, hook in list(denoiser._forward_pre_hooks.items()):
+        if isinstance(hook, _SetStep):
+            del denoiser._forward_pre_hooks[key]
+            denoiser._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -22,14 +22,15 @@ LAYERS: list[set[str]] = [
     {"replay", "evaluate"},
     {"rounding", "precision", "bias"},
     {"calibrate"},
+    {"diffusers_config"},
     {"diffusers_quantizer"},
     {"pipeline"},
-    {"testing", "demo", "graph"},
+    {"testing", "demo", "graph", "tables"},
     {"cli"},
     {"__init__", "__main__"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
-MAY_IMPORT_DIFFUSERS = {"pipeline", "diffusers_quantizer", "testing"}
+MAY_IMPORT_DIFFUSERS = {"pipeline", "diffusers_config", "diffusers_quantizer", "testing"}
 
 # A C++ folder may include these folders, the standard library, and of other headers what the pattern names.
 CPP_FOLDERS: dict[str, tuple[set[str], str]] = {

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import adpdm
-from adpdm import DenoiserCall, QuantConfig, SearchConfig
+from adpdm import AdpdmConfig, DenoiserCall, QuantConfig, SearchConfig
 from adpdm.evaluate import EvaluationConfig, compare, generate, image_seeds
-from adpdm.nn import quant_layers
+from adpdm.nn import LoadedLayer, quant_layers
 from adpdm.testing import tiny_conditional_unet
 from adpdm.trajectory import Sampler, join, pick
 
@@ -180,6 +180,31 @@ def test_denoiser_quantizes_samples_and_loads(name: str, tmp_path: Path) -> None
     denoiser.save_pretrained(tmp_path)
     loaded = type(denoiser).from_pretrained(tmp_path)
     assert torch.equal(case.sampler(loaded).run(5, 0, 2).final, sampler.run(5, 0, 2).final)
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_bits": 4, "activation_bits": 8}], ids=["w8", "w4a8"])
+@pytest.mark.parametrize("name", CASES)
+def test_denoiser_quantizes_while_loading(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        case = CASES[name]()
+    kind = type(case.denoiser)
+    case.denoiser.save_pretrained(tmp_path / "float")
+    loaded = kind.from_pretrained(
+        tmp_path / "float", quantization_config=AdpdmConfig(**settings), torch_dtype=torch.bfloat16
+    )
+    for layer, module in case.denoiser.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            assert isinstance(loaded.get_submodule(layer), LoadedLayer)
+    loaded.save_pretrained(tmp_path / "quantized")
+    again = kind.from_pretrained(tmp_path / "quantized")  # scales are as they were, floats lost some bits
+    run, sampler = case.sampler(case.denoiser).run(5, 0, 3), case.sampler(again)
+    for call in range(len(sampler.calls)):
+        with torch.no_grad():
+            pred = sampler.predict(run.samples[call], sampler.calls[call], run.conditioning)
+        wanted = run.noise_preds[call]
+        bound = 0.001 if not settings else 0.1  # of squared error; 4-bit weights alone are at 20 dB each
+        assert float((pred - wanted).square().mean() / wanted.square().mean()) < bound
 
 
 def test_transformer_without_image_size_needs_the_shape_of_its_samples() -> None:

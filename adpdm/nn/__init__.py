@@ -2,21 +2,39 @@
 
 from . import blocks as blocks  # enters its fused forms
 from . import transformer_blocks as transformer_blocks
+from .coded import CodedLayer
 from .fusion import FusionInfo, describe_fusion, fuse_blocks, summarize_fusion, unfuse_blocks, unfused
 from .layers import QuantConv2d, QuantLayer, QuantLinear
+from .loaded import (
+    LoadedConv2d,
+    LoadedLayer,
+    LoadedLinear,
+    float_twin,
+    load_layer,
+    loaded_layers,
+    runs_on_kernels,
+)
 from .swap import Coverage, LayerInfo, describe_layers, quant_layers, swap_layers
 
 __all__ = [
+    "CodedLayer",
     "Coverage",
     "FusionInfo",
     "LayerInfo",
+    "LoadedConv2d",
+    "LoadedLayer",
+    "LoadedLinear",
     "QuantConv2d",
     "QuantLayer",
     "QuantLinear",
     "describe_fusion",
     "describe_layers",
+    "float_twin",
     "fuse_blocks",
+    "load_layer",
+    "loaded_layers",
     "quant_layers",
+    "runs_on_kernels",
     "summarize_fusion",
     "swap_layers",
     "unfuse_blocks",

@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
 from ..quantizers.activation import ActivationQuantizer, Mode
 from ..quantizers.weight import WeightQuantizer
 from ..step import StepState
-from .packed import Packed, pack
-from .tracing import derived
+from .coded import CodedConv2d, CodedLayer, CodedLinear
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(CodedLayer):
     """What both layers share: one activation quantizer per input segment, and the weight in two forms.
 
     Until `freeze`, `weight` is the float original; after it, integer codes as saved (int8, or packed int4).
     """
 
-    weight: Tensor  # an nn.Parameter
-    bias: Tensor | None  # [O]
-    weight_scale: Tensor  # [S, O] f32
-    groups = 1  # of a convolution
-
     def setup(
         self, bits: tuple[int, int], num_groups: int, slot: int, step: StepState, split: int | None
     ) -> None:
         """Add quantizers of bits (weight, activation); slots count up from `slot`, one per segment."""
-        self.weight_quantizer = WeightQuantizer(bits[0], split)
+        self.set_up_weight(WeightQuantizer(bits[0], split), step.table.device)
         segments = 1 if split is None else 2
         self.input_quantizers = nn.ModuleList(
             ActivationQuantizer(bits[1], num_groups, slot + s, step) for s in range(segments)
         )
-        ones = torch.ones(segments, self.weight.shape[0], device=step.table.device)
-        self.register_buffer("weight_scale", ones)
-        self.weight_shape = self.weight.shape
-        self.is_frozen = False
         self.bias_shift: Tensor | None = None  # [O], joins the bias when the layer is frozen
         self._codes: Tensor | None = None  # [O, C, *] i8, until they become the weight
         self._fake_weight: Tensor | None = None
-        self._packed: Packed | None = None
-        self.plan: Any = None  # what the fused block around this layer derived from its layers and norms
 
     @property
     def quantizers(self) -> list[ActivationQuantizer]:
@@ -55,11 +40,6 @@ class QuantLayer(nn.Module):
     def channel_dim(self) -> int:
         """Dimension of the input that holds the channels."""
         raise AssertionError("a subclass says where its channels are")
-
-    @property
-    def outputs(self) -> int | ops.ConvGeometry:
-        """What the operator is told of the layer's shape."""
-        raise AssertionError("a subclass says what it computes")
 
     def split_input(self, x: Tensor) -> list[Tensor]:
         """The input segments of x, views."""
@@ -88,7 +68,7 @@ class QuantLayer(nn.Module):
     def codes(self) -> Tensor:
         """Weight codes [O, C, *] i8: of the frozen layer, or those that freezing would give."""
         if self.is_frozen:
-            return self.weight_quantizer.restore(self.weight.data, self.weight_shape)
+            return super().codes()
         return self.weight_quantizer.quantize(self.weight)[0] if self._codes is None else self._codes
 
     def freeze(self) -> None:
@@ -101,35 +81,14 @@ class QuantLayer(nn.Module):
             self.bias_shift = None
         self._become_integer(self.weight_quantizer.store(codes))
 
-    def prepare_frozen(self) -> None:
-        """Take the shapes of a frozen layer, for loading a checkpoint into."""
-        shape, dtype = self.weight_quantizer.stored_shape(self.weight_shape)
-        self._become_integer(torch.empty(shape, dtype=dtype, device=self.weight.device))
-
     def _become_integer(self, stored: Tensor) -> None:
-        self.weight = nn.Parameter(stored, requires_grad=False)
         self._codes = self._fake_weight = None
-        self.drop_packed()
-        self.is_frozen = True
+        super()._become_integer(stored)
 
     @property
     def runs_in_integers(self) -> bool:
         """Frozen, and not put back to floats by a mode."""
         return self.is_frozen and all(q.mode is Mode.FLOAT for q in self.quantizers)
-
-    def packed(self, device: torch.device) -> Packed:
-        """The layer as the kernels of a device want it, derived at first use."""
-        packed: Packed = derived(self, "kept_packed")
-        if packed.device != device:
-            raise ValueError(f"{type(self).__name__}: input is on {device}, its weight on {packed.device}")
-        return packed
-
-    @property
-    def kept_packed(self) -> Packed:
-        """The packed form on the device of the weight, derived at first use and after it was dropped."""
-        if self._packed is None or self._packed.device != self.weight.device:
-            self._packed = pack([self])
-        return self._packed
 
     def integer(self, x: Tensor) -> Tensor:
         """The layer in integers, without anything fused."""
@@ -141,10 +100,6 @@ class QuantLayer(nn.Module):
             )
         packed = self.packed(x.device)
         return packed(packed.quantize(self.split_input(x)), x.dtype)
-
-    def drop_packed(self) -> None:
-        """Forget what was derived from the codes: they, or the device, are about to change."""
-        self._packed = self.plan = None
 
     def fake_input(self, x: Tensor) -> Tensor:
         """Pass x through the activation quantizers in their current mode."""
@@ -161,10 +116,6 @@ class QuantLayer(nn.Module):
     def matmul(self, x: Tensor) -> Tensor:
         """The float form of the layer, by the mode of its quantizers."""
         return self.multiply(self.fake_input(x), self.effective_weight(), self.effective_bias())
-
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The product of the layer's kind."""
-        raise AssertionError("a subclass says how it multiplies")
 
     def output_shift(self, x: Tensor) -> Tensor:
         """Mean per channel of float output minus fake-quantized output at input x, [O] f64."""
@@ -215,32 +166,14 @@ class QuantLayer(nn.Module):
         """The weight that the float path multiplies with, by the mode."""
         quantized = self.quantizers[0].mode in (Mode.FAKE, Mode.MIXTURE)
         if self.is_frozen:
-            values = self.weight_quantizer.dequantize(self.codes(), self.weight_scale)
-            return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
+            return self.dequantized_weight()
         if not quantized:
             return self.weight
         assert self._fake_weight is not None, "quantize_weight comes before the fake-quantized forward"
         return self._fake_weight
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Follow .to(): the packed copy is rebuilt on the new device when needed, scales stay float32."""
-        self.drop_packed()
-        scale = self.weight_scale
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.drop_packed()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the packed copy behind: it is derived from the codes."""
-        return {**self.__dict__, "_packed": None, "plan": None}
-
-
-class QuantConv2d(QuantLayer, nn.Conv2d):
+class QuantConv2d(QuantLayer, CodedConv2d):
     """Group-quantized twin of nn.Conv2d: [N, C, H, W] float to [N, O, Ho, Wo] of the same dtype."""
 
     @classmethod
@@ -254,12 +187,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         split: int | None,
     ) -> QuantConv2d:
         """Take over a float convolution; its parameters are shared, not copied."""
-        twin = cls.__new__(cls)
-        nn.Module.__init__(twin)
-        twin.__dict__.update(
-            {k: v for k, v in layer.__dict__.items() if not k.startswith("_") or k in _CONV_KEEP}
-        )
-        twin.weight, twin.bias = layer.weight, layer.bias
+        twin = cls.taking_over(layer)
         twin.setup(bits, num_groups, slot, step, split)
         return twin
 
@@ -270,19 +198,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return self.integer(x) if self.runs_in_integers else self.matmul(x)
 
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        output: Tensor = self._conv_forward(x, weight, bias)
-        return output
 
-    @property
-    def outputs(self) -> ops.ConvGeometry:
-        assert not isinstance(self.padding, str)
-        pairs = (self.kernel_size, self.stride, self.padding, self.dilation)
-        kernel_size, stride, padding, dilation = (cast("tuple[int, int]", p) for p in pairs)
-        return ops.ConvGeometry(self.out_channels, kernel_size, stride, padding, dilation, self.groups)
-
-
-class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]  # torch types the bias as never None
+class QuantLinear(QuantLayer, CodedLinear):  # type: ignore[misc]  # torch types the bias as never None
     """Group-quantized twin of nn.Linear: [*, K] float to [*, O] of the same dtype."""
 
     @classmethod
@@ -296,11 +213,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]  # torch types t
         split: int | None,
     ) -> QuantLinear:
         """Take over a float linear layer; its parameters are shared, not copied."""
-        twin = cls.__new__(cls)
-        nn.Module.__init__(twin)
-        twin.in_features, twin.out_features = layer.in_features, layer.out_features
-        twin.weight, twin.bias = layer.weight, layer.bias
-        twin.training = layer.training
+        twin = cls.taking_over(layer)
         twin.setup(bits, num_groups, slot, step, split)
         return twin
 
@@ -308,15 +221,5 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]  # torch types t
     def channel_dim(self) -> int:
         return -1
 
-    @property
-    def outputs(self) -> int:
-        return self.out_features
-
     def forward(self, x: Tensor) -> Tensor:
         return self.integer(x) if self.runs_in_integers else self.matmul(x)
-
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-
-_CONV_KEEP = ("_reversed_padding_repeated_twice",)

@@ -14,6 +14,7 @@ from .. import ops
 from .tracing import derived
 
 if TYPE_CHECKING:
+    from .coded import CodedLayer
     from .layers import QuantLayer
 
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class Packed:
     """One integer layer, or several that read the same codes: call it with codes of its input segments."""
 
-    quantizers: tuple[ops.OutputQuantizer, ...]  # one per input segment
+    quantizers: tuple[ops.OutputQuantizer, ...]  # one per input segment; none where each input is measured
     weights: tuple[tuple[Tensor, ...], ...]  # packed weight u8, weight scale [O] f32, weight sum [O] i32
     epilogue: ops.Epilogue  # holds the bias
     outputs: int | ops.ConvGeometry  # outputs of a linear layer, or a convolution
@@ -64,7 +65,7 @@ def quantize(x: Tensor, quantizer: ops.OutputQuantizer, channels_last: bool = Fa
     return ops.quantize(x, q.scale, q.zero_point, q.group_index, q.num_bits, channels_last)
 
 
-def pack(layers: Sequence[QuantLayer], order: Tensor | None = None) -> Packed:
+def pack(layers: Sequence[CodedLayer], order: Tensor | None = None) -> Packed:
     """Pack a frozen layer, or linear layers that read the same codes as one with all their outputs.
 
     Args:
@@ -93,7 +94,7 @@ def _reader(q: Any) -> ops.OutputQuantizer:
     return ops.OutputQuantizer(q.scale, q.zero_point, q.group_index, q.num_bits)
 
 
-def _joined_bias(layers: Sequence[QuantLayer]) -> Tensor | None:
+def _joined_bias(layers: Sequence[CodedLayer]) -> Tensor | None:
     """Bias [O] f32 of all outputs; a layer without one adds zeros, which changes nothing."""
     if all(layer.bias is None for layer in layers):
         return None

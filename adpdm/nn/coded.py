@@ -1,0 +1,151 @@
+"""What quantized layers share: a weight that ends as integer codes, and its packed form for the kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..quantizers.weight import WeightQuantizer
+from .packed import Packed, pack
+from .tracing import derived
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Of the underscored attributes of a convolution, the only one that is not nn.Module's own bookkeeping.
+_KEPT = ("_reversed_padding_repeated_twice",)
+
+
+class CodedLayer(nn.Module):
+    """A Conv2d or Linear whose weight is float until it becomes codes (`_become_integer`)."""
+
+    weight: Tensor  # an nn.Parameter: float [O, C, *]; or codes, i8 or packed [O, ceil(K/32) * 16] u8
+    bias: Tensor | None  # [O]
+    weight_scale: Tensor  # [S, O] f32
+    groups = 1  # of a convolution
+
+    @classmethod
+    def taking_over(cls, layer: nn.Conv2d | nn.Linear) -> Self:
+        """A twin with the settings of a float layer; its parameters are shared, not copied."""
+        twin = cls.__new__(cls)
+        nn.Module.__init__(twin)
+        settings = {k: v for k, v in layer.__dict__.items() if not k.startswith("_") or k in _KEPT}
+        twin.__dict__.update(settings)
+        twin.weight, twin.bias = layer.weight, layer.bias
+        return twin
+
+    def set_up_weight(self, quantizer: WeightQuantizer, device: torch.device) -> None:
+        """Add the scales, on `device`, and what is derived from codes."""
+        self.weight_quantizer = quantizer
+        segments = 1 if quantizer.split is None else 2
+        self.register_buffer("weight_scale", torch.ones(segments, self.weight.shape[0], device=device))
+        self.weight_shape = self.weight.shape
+        self.is_frozen = False
+        self._packed: Packed | None = None
+        self.plan: Any = None  # what the fused block around this layer derived from its layers and norms
+
+    @property
+    def quantizers(self) -> list[Any]:
+        """Of the input segments, where they are known before the input is."""
+        return []
+
+    @property
+    def outputs(self) -> int | ops.ConvGeometry:
+        """What the operator is told of the layer's shape."""
+        raise AssertionError("a subclass says what it computes")
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of the layer's kind."""
+        raise AssertionError("a subclass says how it multiplies")
+
+    def codes(self) -> Tensor:
+        """Weight codes [O, C, *] i8 of the frozen layer."""
+        return self.weight_quantizer.restore(self.weight.data, self.weight_shape)
+
+    def dequantized_weight(self) -> Tensor:
+        """Values [O, C, *] f32 of the codes, in channels_last where they are four-dimensional."""
+        values = self.weight_quantizer.dequantize(self.codes(), self.weight_scale)
+        return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
+
+    def prepare_frozen(self) -> None:
+        """Take the shapes of a frozen layer, for loading a checkpoint into."""
+        shape, dtype = self.weight_quantizer.stored_shape(self.weight_shape)
+        self._become_integer(torch.empty(shape, dtype=dtype, device=self.weight.device))
+
+    def _become_integer(self, stored: Tensor) -> None:
+        self.weight = nn.Parameter(stored, requires_grad=False)
+        self.drop_packed()
+        self.is_frozen = True
+
+    def packed(self, device: torch.device) -> Packed:
+        """The layer as the kernels of a device want it, derived at first use."""
+        packed: Packed = derived(self, "kept_packed")
+        if packed.device != device:
+            raise ValueError(f"{type(self).__name__}: input is on {device}, its weight on {packed.device}")
+        return packed
+
+    @property
+    def kept_packed(self) -> Packed:
+        """The packed form on the device of the weight, derived at first use and after it was dropped."""
+        if self._packed is None or self._packed.device != self.weight.device:
+            self._packed = pack([self])
+        return self._packed
+
+    def drop_packed(self) -> None:
+        """Forget what was derived from the codes: they, or the device, are about to change."""
+        self._packed = self.plan = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow .to(): the packed copy is rebuilt on the new device when needed, scales stay float32."""
+        self.drop_packed()
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_packed()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the packed copy behind: it is derived from the codes."""
+        return {**self.__dict__, "_packed": None, "plan": None}
+
+
+class CodedConv2d(CodedLayer, nn.Conv2d):
+    """The products of a convolution: [N, C, H, W] float to [N, O, Ho, Wo] of the same dtype."""
+
+    def __new__(cls, *settings: Any, **named: Any) -> Any:
+        """A float convolution for who asks by settings, as PEFT does to make adapters of a layer's class."""
+        return nn.Conv2d(*settings, **named) if settings or named else super().__new__(cls)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output: Tensor = self._conv_forward(x, weight, bias)
+        return output
+
+    @property
+    def outputs(self) -> ops.ConvGeometry:
+        assert not isinstance(self.padding, str)
+        kernel_size, stride = _pair(self.kernel_size), _pair(self.stride)
+        padding, dilation = _pair(self.padding), _pair(self.dilation)
+        return ops.ConvGeometry(self.out_channels, kernel_size, stride, padding, dilation, self.groups)
+
+
+class CodedLinear(CodedLayer, nn.Linear):  # type: ignore[misc]  # torch types the bias as never None
+    """The product of a linear layer: [*, K] float to [*, O] of the same dtype."""
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, weight, bias)
+
+    @property
+    def outputs(self) -> int:
+        return self.out_features
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    first, second = values
+    return first, second

@@ -1,0 +1,184 @@
+"""Tables without weights: what calibration found, in a small file that quantizes the float model again.
+
+The file holds scales, zero-points, groups, timesteps, and the biases of quantized layers, which calibration
+corrects. Weight codes are made again; a hash of the whole quantized model says whether they came out alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .diffusers_config import AdpdmConfig
+from .diffusers_quantizer import attach_config, build_frozen, start_calibrated
+from .nn import CodedLayer, QuantLayer
+from .pipeline import find_denoiser
+from .qparams import weight_codes
+from .quantizers.weight import WeightQuantizer
+
+TABLES_FORMAT = 1
+METADATA = "adpdm_tables"  # key in the header of the file
+
+
+def save_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
+    """Write what `adpdm.quantize` found, without weights, to one safetensors file.
+
+    Args:
+        pipe_or_denoiser: pipeline or model that `adpdm.quantize` made with weight_rounding="nearest", in
+            float32.
+        path: of the file; replaced where it exists.
+
+    Raises:
+        ValueError: for any other model. Weights that "gptq" rounded depend on calibration images, so the
+            float model alone does not give them again.
+    """
+    model: Any = find_denoiser(pipe_or_denoiser)
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if not isinstance(config, AdpdmConfig) or not config.is_calibrated:
+        raise ValueError(
+            f"save_tables: wanted a model that adpdm.quantize made, got {type(model).__name__}; models "
+            "quantized while loading have no tables, their AdpdmConfig says it all"
+        )
+    assert config.quant_config is not None
+    rounding = config.quant_config["weight_rounding"]
+    if rounding != "nearest":
+        raise ValueError(
+            f"save_tables: weights were rounded by {rounding!r}, which depends on calibration images, so "
+            "they cannot be made again from the float model; use save_pretrained, or quantize with "
+            "weight_rounding='nearest'"
+        )
+    for row in config.layers or []:
+        if not isinstance(model.get_submodule(row["name"]), QuantLayer):
+            raise ValueError(f"save_tables: layer {row['name']!r} was replaced; unload adapters first")
+    state = model.state_dict()
+    _demand_float32("save_tables", state)
+    about = {
+        "format_version": TABLES_FORMAT,
+        "model": type(model).__name__,
+        "config": config.to_dict(),
+        "sha256": _digest(state),
+    }
+    tables = {key: state[key].contiguous() for key in _table_keys(state, config)}
+    # One entry: safetensors writes several in no fixed order, and equal tables shall be equal files.
+    save_file(tables, path, {METADATA: json.dumps(about, sort_keys=True)})
+
+
+def load_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
+    """Quantize a float model in place by the tables of `save_tables`: the same bits, without calibration.
+
+    Args:
+        pipe_or_denoiser: pipeline or model with the float32 weights that were calibrated.
+        path: of the file.
+
+    Raises:
+        ValueError: before anything is changed, for a file that holds no such tables, for another model, and
+            for weights that do not give the model whose tables these are.
+    """
+    model: Any = find_denoiser(pipe_or_denoiser)
+    if any(isinstance(m, CodedLayer) for m in model.modules()):
+        raise ValueError(f"load_tables: {type(model).__name__} is quantized already; load the original again")
+    about, tables = _read(path)
+    if about["model"] != type(model).__name__:
+        raise ValueError(f"load_tables: {path} is for a {about['model']}, got a {type(model).__name__}")
+    config = AdpdmConfig.from_dict(about["config"])
+    if not config.is_calibrated:
+        raise ValueError(f"load_tables: {path} must hold the config of a calibrated model, got none")
+    state = model.state_dict()
+    _demand_float32("load_tables", state)
+    quantized = _quantized_state(model, state, tables, config, path)
+    if _digest(quantized) != about["sha256"]:
+        raise ValueError(
+            f"load_tables: the weights of this {type(model).__name__} are not those that {path} was made for"
+        )
+    model.eval().requires_grad_(False)
+    build_frozen(model, config)
+    model.load_state_dict(quantized, strict=True, assign=True)
+    start_calibrated(model)
+    attach_config(model, config)
+
+
+def _read(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says of itself, and its tensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})[METADATA])
+            tables = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"load_tables: {path} is no file of save_tables: {error}") from error
+    version = about.get("format_version") if isinstance(about, dict) else None
+    if version != TABLES_FORMAT:
+        raise ValueError(
+            f"load_tables: this adpdm reads tables of format_version {TABLES_FORMAT}, got {version!r}"
+        )
+    missing = {"model", "config", "sha256"} - set(about)
+    if missing:
+        raise ValueError(f"load_tables: the header of {path} lacks {sorted(missing)}")
+    return about, tables
+
+
+def _quantized_state(
+    model: Any, state: dict[str, Tensor], tables: dict[str, Tensor], config: AdpdmConfig, path: Path | str
+) -> dict[str, Tensor]:
+    """The state_dict of the quantized model; the model itself stays as it is."""
+    with init_empty_weights():
+        shell = type(model).from_config(model.config)
+    build_frozen(shell, config)
+    wanted: dict[str, Tensor] = shell.state_dict()
+    keys = _table_keys(wanted, config)
+    if set(tables) != set(keys):
+        raise ValueError(
+            f"load_tables: {path} does not fit its config: missing {sorted(set(keys) - set(tables))[:5]}, "
+            f"unexpected {sorted(set(tables) - set(keys))[:5]}"
+        )
+    for key in keys:
+        got, want = tables[key], wanted[key]
+        if (got.shape, got.dtype) != (want.shape, want.dtype):
+            raise ValueError(
+                f"load_tables: {key} must be {want.dtype} {tuple(want.shape)}, got {got.dtype} "
+                f"{tuple(got.shape)}"
+            )
+    # In the order of the model, as save_pretrained would write it.
+    result = {key: tables[key] if key in tables else state[key] for key in wanted}
+    for row in config.layers or []:
+        name = row["name"]
+        quantizer = WeightQuantizer(row["weight_bits"], row["split"])
+        result[f"{name}.weight"] = _codes(quantizer, state[f"{name}.weight"], tables[f"{name}.weight_scale"])
+    return result
+
+
+def _codes(quantizer: WeightQuantizer, weight: Tensor, scales: Tensor) -> Tensor:
+    """The stored form of the nearest codes of weight [O, C, *] under scales [S, O]."""
+    pairs = zip(quantizer.segments(weight), scales.to(weight.device), strict=True)
+    codes = [weight_codes(part.contiguous(), scale, quantizer.num_bits) for part, scale in pairs]
+    return quantizer.store(torch.cat(codes, 1))
+
+
+def _table_keys(state: dict[str, Tensor], config: AdpdmConfig) -> list[str]:
+    """Keys of a quantized model that are not weights: of the clock, and of quantized layers."""
+    owners = tuple(f"{row['name']}." for row in config.layers or [])
+    weights = {f"{row['name']}.weight" for row in config.layers or []}
+    return [k for k in state if k.startswith(("adpdm_step.", *owners)) and k not in weights]
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _demand_float32(verb: str, state: dict[str, Tensor]) -> None:
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(f"{verb}: wanted float32, as it was calibrated, got {key} as {tensor.dtype}")
