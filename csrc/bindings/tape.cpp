@@ -126,17 +126,22 @@ void Tape::note_last_uses() {
   }
 }
 
-// An argument with the tensors of its slots; `next` is the first patch that may belong to it.
-c10::IValue Tape::patched(const Call& call, size_t argument, const Patch*& next) const {
-  const c10::IValue& known = call.arguments[argument];
-  const Patch* end = call.patches.data() + call.patches.size();
-  if (next == end || next->argument != argument) return known;
-  if (next->element < 0) return values_[static_cast<size_t>((next++)->slot)];
-  c10::List<c10::IValue> list = known.toList().copy();
-  for (; next != end && next->argument == argument; ++next) {
-    list.set(static_cast<size_t>(next->element), values_[static_cast<size_t>(next->slot)]);
+// The arguments of a call with the tensors of its slots. A list is copied before a slot is put into it.
+void Tape::push_arguments(const Call& call, std::vector<c10::IValue>& stack) const {
+  stack.assign(call.arguments.begin(), call.arguments.end());
+  constexpr size_t kNoList = static_cast<size_t>(-1);
+  size_t copied = kNoList;
+  for (const Patch& patch : call.patches) {
+    c10::IValue& argument = stack[patch.argument];
+    const at::Tensor& value = values_[static_cast<size_t>(patch.slot)];
+    if (patch.element < 0) {
+      argument = value;
+      continue;
+    }
+    if (copied != patch.argument) argument = argument.toList().copy();
+    copied = patch.argument;
+    argument.toList().set(static_cast<size_t>(patch.element), value);
   }
-  return list;
 }
 
 void Tape::replay() {
@@ -144,9 +149,7 @@ void Tape::replay() {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   torch::jit::Stack stack;
   for (const Call& call : calls_) {
-    stack.clear();
-    const Patch* next = call.patches.data();
-    for (size_t a = 0; a < call.arguments.size(); ++a) stack.push_back(patched(call, a, next));
+    push_arguments(call, stack);
     call.op.callBoxed(stack);
     size_t r = 0;
     for_each_tensor(stack, [&](const at::Tensor& tensor) {

@@ -58,7 +58,7 @@ class Tape {
   static Memory memory_of(const at::Tensor& tensor);
   Slot slot_of(const at::Tensor& tensor) const;
   void patch_list(size_t argument, const c10::IValue& list, Call& call);
-  c10::IValue patched(const Call& call, size_t argument, const Patch*& next) const;
+  void push_arguments(const Call& call, std::vector<c10::IValue>& stack) const;
   void drop_unused_calls();
   void note_last_uses();
 
