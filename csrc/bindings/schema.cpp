@@ -67,4 +67,10 @@ TORCH_LIBRARY(adpdm, m) {
   m.def(
       "layer_norm_quantize(Tensor x, Tensor? weight, Tensor? bias, Tensor? modulation, Tensor scale, Tensor "
       "zero_point, Tensor group_index, float eps, int num_bits) -> Tensor");
+
+  // Attention of each head that ends in codes, on the CPU: query [N, L, heads * D], key and value
+  // [N, M, heads * D], codes [N, L, heads * D].
+  m.def(
+      "attention_quantize(Tensor query, Tensor key, Tensor value, Tensor scale, Tensor zero_point, Tensor "
+      "group_index, int heads, int num_bits) -> Tensor");
 }
