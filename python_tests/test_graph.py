@@ -256,6 +256,33 @@ def test_tape_drops_calls_that_nobody_reads() -> None:
 
 
 @torch.no_grad()
+def test_tape_makes_equal_calls_once_and_constants_never() -> None:
+    weights = [torch.ones(4, 4), torch.ones(4, 4)]
+
+    def project(x: Tensor) -> Tensor:
+        scale = torch.arange(4) * 2 + 1
+        return sum(x.exp() @ w.t() for w in weights) * scale
+
+    taped = Taped(project, torch.ones(2, 4))
+    # one exp, two products, two additions (the first to 0), one multiplication
+    assert len(taped.recorder._tape) == 6
+    weights[1].mul_(torch.arange(4.0))  # a constant view sees what is written
+    assert torch.equal(taped(torch.zeros(2, 4)), project(torch.zeros(2, 4)))
+
+
+@torch.no_grad()
+def test_tape_keeps_equal_calls_apart_where_one_is_written() -> None:
+    def written(x: Tensor) -> Tensor:
+        first, second = x + 1, x + 1
+        first.mul_(10)
+        return first + second + torch.zeros(4).add_(x)
+
+    taped = Taped(written, torch.ones(4))
+    for value in (2.0, 3.0):
+        assert torch.equal(taped(torch.full((4,), value)), written(torch.full((4,), value)))
+
+
+@torch.no_grad()
 def test_tape_refuses_values_read_in_python() -> None:
     with pytest.raises(RuntimeError, match="reads a value of a tensor"):
         Taped(lambda x: x if x.sum() > 0 else -x, torch.ones(4))

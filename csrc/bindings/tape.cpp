@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 #include <c10/util/hash.h>
 
+#include <algorithm>
 #include <unordered_set>
 #include <utility>
 
@@ -76,7 +77,7 @@ void Tape::add(const c10::OperatorHandle& op, std::vector<c10::IValue> arguments
     const bool is_written = op.schema().is_mutable();  // the result is an argument, or a tensor from outside
     if (result.defined() && slot == kNone && !is_written) {
       slot = static_cast<Slot>(values_.size());
-      values_.emplace_back();
+      values_.push_back(result);
       slots_.emplace(memory_of(result), slot);
       alive_.push_back(result);
     }
@@ -92,10 +93,100 @@ void Tape::finish(const std::vector<at::Tensor>& results) {
                       " was not made by a recorded call");
     results_.emplace_back(result, slot);
   }
+  const bool writes = std::any_of(calls_.begin(), calls_.end(),
+                                  [](const Call& call) { return call.op.schema().is_mutable(); });
+  if (!writes) simplify();
   drop_unused_calls();
   note_last_uses();
   slots_.clear();
   alive_.clear();
+  values_.assign(values_.size(), at::Tensor());
+}
+
+// Makes calls that always give the same now, and equal calls once: projections of one time embedding each
+// begin with its activation and with a view of their weight. Only where no call writes into a tensor.
+void Tape::simplify() {
+  kinds_.assign(values_.size(), Kind::kVaries);
+  std::vector<Slot> same(values_.size());
+  for (size_t i = 0; i < same.size(); ++i) same[i] = static_cast<Slot>(i);
+  for (size_t i = 0; i < calls_.size(); ++i) {
+    Call& call = calls_[i];
+    for (Patch& patch : call.patches) patch.slot = same[static_cast<size_t>(patch.slot)];
+    bind_constants(call);
+    const Kind kind = kind_of(call);
+    for (const Slot slot : call.results) {
+      if (slot != kNone) kinds_[static_cast<size_t>(slot)] = kind;
+    }
+    if (kind != Kind::kVaries) continue;
+    const auto equal = std::find_if(calls_.begin(), calls_.begin() + static_cast<std::ptrdiff_t>(i),
+                                    [&](const Call& earlier) { return is_same_call(earlier, call); });
+    if (equal == calls_.begin() + static_cast<std::ptrdiff_t>(i)) continue;
+    for (size_t r = 0; r < call.results.size(); ++r) {
+      if (call.results[r] != kNone) same[static_cast<size_t>(call.results[r])] = equal->results[r];
+    }
+  }
+  for (auto& result : results_) result.second = same[static_cast<size_t>(result.second)];
+}
+
+// Puts the tensors of constant slots in place of the slots.
+void Tape::bind_constants(Call& call) const {
+  std::vector<Patch> left;
+  for (const Patch& patch : call.patches) {
+    if (kinds_[static_cast<size_t>(patch.slot)] == Kind::kVaries) {
+      left.push_back(patch);
+      continue;
+    }
+    c10::IValue& argument = call.arguments[patch.argument];
+    const at::Tensor& value = values_[static_cast<size_t>(patch.slot)];
+    if (patch.element < 0) {
+      argument = value;
+    } else {
+      argument.toList().set(static_cast<size_t>(patch.element), value);
+    }
+  }
+  call.patches = std::move(left);
+}
+
+// Of the results of a call whose constants are bound.
+Tape::Kind Tape::kind_of(const Call& call) const {
+  const bool is_random = call.op.hasTag(at::Tag::nondeterministic_seeded);
+  if (is_random || !call.patches.empty()) return Kind::kVaries;
+  const auto is_free = [&](const c10::IValue& argument) {
+    if (argument.isTensorList() || argument.isOptionalTensorList()) return false;
+    return !argument.isTensor() || is_number(argument.toTensor());
+  };
+  if (std::all_of(call.arguments.begin(), call.arguments.end(), is_free)) return Kind::kNumbers;
+  const std::vector<c10::Argument>& returns = call.op.schema().returns();
+  const auto is_view = [](const c10::Argument& returned) { return returned.alias_info() != nullptr; };
+  return std::all_of(returns.begin(), returns.end(), is_view) ? Kind::kView : Kind::kVaries;
+}
+
+// Whether a tensor is a number in the guise of a tensor, or made of such.
+bool Tape::is_number(const at::Tensor& tensor) const {
+  if (!tensor.defined() || tensor.unsafeGetTensorImpl()->is_wrapped_number()) return true;
+  const Slot slot = slot_of(tensor);
+  return slot != kNone && kinds_[static_cast<size_t>(slot)] == Kind::kNumbers;
+}
+
+bool Tape::is_same_value(const c10::IValue& a, const c10::IValue& b) {
+  if (a.isTensor() && b.isTensor()) {
+    return a.toTensor().defined() && b.toTensor().defined() &&
+           memory_of(a.toTensor()) == memory_of(b.toTensor());
+  }
+  if (a.isList() && b.isList()) {
+    const auto x = a.toListRef(), y = b.toListRef();
+    return std::equal(x.begin(), x.end(), y.begin(), y.end(), is_same_value);
+  }
+  if (a.isNone() || b.isNone()) return a.isNone() && b.isNone();
+  const bool is_plain = (a.isInt() && b.isInt()) || (a.isDouble() && b.isDouble()) ||
+                        (a.isBool() && b.isBool()) || (a.isString() && b.isString());
+  return is_plain && a == b;
+}
+
+bool Tape::is_same_call(const Call& a, const Call& b) {
+  return a.op.operator_name() == b.op.operator_name() && a.patches == b.patches &&
+         std::equal(a.arguments.begin(), a.arguments.end(), b.arguments.begin(), b.arguments.end(),
+                    is_same_value);
 }
 
 // Keeps what writes into memory and what somebody reads.

@@ -34,11 +34,19 @@ class Tape {
   using Slot = int32_t;
   static constexpr Slot kNone = -1;
 
+  // What a slot holds in every replay: another tensor, the same view of a tensor from outside, or the same
+  // values, made of numbers alone.
+  enum class Kind : uint8_t { kVaries, kView, kNumbers };
+
   // Where a slot's tensor goes: an argument, or an element of a list argument.
   struct Patch {
     size_t argument;
     int64_t element;  // of a list; -1: the argument itself
     Slot slot;
+
+    bool operator==(const Patch& other) const {
+      return argument == other.argument && element == other.element && slot == other.slot;
+    }
   };
 
   struct Call {
@@ -55,17 +63,24 @@ class Tape {
     size_t operator()(const Memory& memory) const;
   };
 
+  static bool is_same_value(const c10::IValue& a, const c10::IValue& b);
+  static bool is_same_call(const Call& a, const Call& b);
   static Memory memory_of(const at::Tensor& tensor);
   Slot slot_of(const at::Tensor& tensor) const;
   void patch_list(size_t argument, const c10::IValue& list, Call& call);
   void push_arguments(const Call& call, std::vector<c10::IValue>& stack) const;
+  void simplify();
+  void bind_constants(Call& call) const;
+  Kind kind_of(const Call& call) const;
+  bool is_number(const at::Tensor& tensor) const;
   void drop_unused_calls();
   void note_last_uses();
 
   std::vector<Call> calls_;
   std::unordered_map<Memory, Slot, HashMemory> slots_;  // of the recording; empty after it
   std::vector<at::Tensor> alive_;                       // while recording: no memory may be used twice
-  std::vector<at::Tensor> values_;                      // by slot, during a replay
+  std::vector<at::Tensor> values_;  // by slot: what was recorded until finish(), then of a replay
+  std::vector<Kind> kinds_;         // by slot
   std::vector<std::pair<at::Tensor, Slot>> results_;
 };
 
