@@ -191,6 +191,26 @@ def group_norm_quantize(
     )
 
 
+def group_norm_quantize_each(
+    inputs: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    quantizers: Sequence[OutputQuantizer],
+    norm_groups: int,
+    eps: float,
+    activation: Activation,
+) -> list[Tensor]:
+    """Normalise two concatenated inputs, int8 codes of each under its own quantizer; see `reference`."""
+    first, second = inputs
+    qparams = [x for q in quantizers for x in (q.scale, q.zero_point, q.group_index)]
+    bits = [q.num_bits for q in quantizers]
+    return list(
+        _ops.group_norm_quantize_each.default(
+            first, second, weight, bias, qparams, norm_groups, eps, int(activation), bits
+        )
+    )
+
+
 def layer_norm_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -367,6 +387,15 @@ def _(inputs: list[Tensor], *rest: Any) -> Tensor:
     batch, _, *size = inputs[0].shape
     shape = [batch, sum(x.shape[1] for x in inputs), *size]
     return torch.empty(shape, dtype=torch.int8, device=inputs[0].device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("adpdm::group_norm_quantize_each")
+def _(first: Tensor, second: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    layout = torch.channels_last
+    a, b = (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=layout) for x in (first, second)
+    )
+    return a, b
 
 
 @torch.library.register_fake("adpdm::layer_norm_quantize")

@@ -457,6 +457,23 @@ def group_norm_quantize(
     return quantize(y, q.scale, q.zero_point, q.group_index, q.num_bits)
 
 
+def group_norm_quantize_each(
+    inputs: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    quantizers: Sequence[OutputQuantizer],
+    norm_groups: int,
+    eps: float,
+    activation: Activation,
+) -> list[Tensor]:
+    """Codes i8 of two inputs [N, C_s, H, W] normalised as one, each under its own quantizer."""
+    split = inputs[0].shape[1]
+    first, second = (
+        group_norm_quantize(inputs, weight, bias, None, q, norm_groups, eps, activation) for q in quantizers
+    )
+    return [first[:, :split], second[:, split:]]
+
+
 def layer_norm_quantize(
     x: Tensor,
     weight: Tensor | None,
