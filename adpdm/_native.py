@@ -45,3 +45,4 @@ def load_extension() -> ModuleType:
 _extension = load_extension()
 build_info = _extension.build_info
 worker_threads = _extension.worker_threads
+Tape = _extension.Tape

@@ -191,6 +191,26 @@ def group_norm_quantize(
     )
 
 
+def group_norm_quantize_each(
+    inputs: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    quantizers: Sequence[OutputQuantizer],
+    norm_groups: int,
+    eps: float,
+    activation: Activation,
+) -> list[Tensor]:
+    """Normalise two concatenated inputs, int8 codes of each under its own quantizer; see `reference`."""
+    first, second = inputs
+    qparams = [x for q in quantizers for x in (q.scale, q.zero_point, q.group_index)]
+    bits = [q.num_bits for q in quantizers]
+    return list(
+        _ops.group_norm_quantize_each.default(
+            first, second, weight, bias, qparams, norm_groups, eps, int(activation), bits
+        )
+    )
+
+
 def layer_norm_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -203,6 +223,20 @@ def layer_norm_quantize(
     q = quantizer
     return _ops.layer_norm_quantize.default(  # type: ignore[no-any-return]
         x, weight, bias, modulation, q.scale, q.zero_point, q.group_index, eps, q.num_bits
+    )
+
+
+# Without FMA instructions the native attention multiplies in software: torch's is the quicker one there.
+HAS_FAST_ATTENTION = _native.build_info()["isa"] != "portable"
+
+
+def attention_quantize(
+    query: Tensor, key: Tensor, value: Tensor, quantizer: OutputQuantizer, heads: int
+) -> Tensor:
+    """Attention of each head in int8 codes [N, L, C], on the CPU; see `reference.attention_quantize`."""
+    q = quantizer
+    return _ops.attention_quantize.default(  # type: ignore[no-any-return]
+        query, key, value, q.scale, q.zero_point, q.group_index, heads, q.num_bits
     )
 
 
@@ -355,6 +389,20 @@ def _(inputs: list[Tensor], *rest: Any) -> Tensor:
     return torch.empty(shape, dtype=torch.int8, device=inputs[0].device, memory_format=torch.channels_last)
 
 
+@torch.library.register_fake("adpdm::group_norm_quantize_each")
+def _(first: Tensor, second: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    layout = torch.channels_last
+    a, b = (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=layout) for x in (first, second)
+    )
+    return a, b
+
+
 @torch.library.register_fake("adpdm::layer_norm_quantize")
 def _(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+
+
+@torch.library.register_fake("adpdm::attention_quantize")
+def _(query: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(query.shape, dtype=torch.int8, device=query.device)

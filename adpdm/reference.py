@@ -457,6 +457,23 @@ def group_norm_quantize(
     return quantize(y, q.scale, q.zero_point, q.group_index, q.num_bits)
 
 
+def group_norm_quantize_each(
+    inputs: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    quantizers: Sequence[OutputQuantizer],
+    norm_groups: int,
+    eps: float,
+    activation: Activation,
+) -> list[Tensor]:
+    """Codes i8 of two inputs [N, C_s, H, W] normalised as one, each under its own quantizer."""
+    split = inputs[0].shape[1]
+    first, second = (
+        group_norm_quantize(inputs, weight, bias, None, q, norm_groups, eps, activation) for q in quantizers
+    )
+    return [first[:, :split], second[:, split:]]
+
+
 def layer_norm_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -474,3 +491,18 @@ def layer_norm_quantize(
     y = _affine(rows, _normalize(rows, (2,), eps), weight, bias, parts).reshape(x.shape)
     q = quantizer
     return quantize(y, q.scale, q.zero_point, q.group_index, q.num_bits)
+
+
+def attention_quantize(
+    query: Tensor, key: Tensor, value: Tensor, quantizer: OutputQuantizer, heads: int
+) -> Tensor:
+    """Codes of softmax(query key^T / sqrt(D)) value of each head: [N, L, C] i8, C = heads * D.
+
+    Args: query [N, L, C] f32|bf16|f16; key, value [N, M, C] of the same dtype.
+    """
+    q, k, v = (x.double().unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[3]), 3)
+    attended = (weights @ v).transpose(1, 2).flatten(2).float()
+    return quantize(
+        attended, quantizer.scale, quantizer.zero_point, quantizer.group_index, quantizer.num_bits
+    )

@@ -159,6 +159,8 @@ REGISTRY: dict[str, Contestant] = {
     ),
     "ours-w8a8": ours(8, F32),
     "ours-w4a8": ours(4, F32),
+    "ours-w8a8-graph": ours(8, F32, "graph", "cpu"),
+    "ours-w4a8-graph": ours(4, F32, "graph", "cpu"),
     "ours-w8a8-bf16": ours(8, BF16),
     "ours-w4a8-bf16": ours(4, BF16),
     "ours-w8a8-bf16-graph": ours(8, BF16, "graph", "cuda"),

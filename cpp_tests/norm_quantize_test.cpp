@@ -73,8 +73,8 @@ Tensors random_tensors(const Case& c, unsigned seed) {
 
 const float* pointer(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
 
-std::vector<int8_t> group_norm(const Case& c, const Tensors& t, cpu::Isa isa) {
-  const cpu::ScopedIsa scope(isa);
+// All but the codes.
+GroupNormQuantizeArgs group_norm_args(const Case& c, const Tensors& t) {
   GroupNormQuantizeArgs args{};
   args.num_sources = static_cast<int>(c.channels.size());
   for (int s = 0; s < args.num_sources; ++s) args.sources[s] = {t.sources[s].data(), c.channels[s]};
@@ -90,6 +90,12 @@ std::vector<int8_t> group_norm(const Case& c, const Tensors& t, cpu::Isa isa) {
   args.activation = c.activation;
   args.qparams = t.qparams();
   args.num_bits = c.num_bits;
+  return args;
+}
+
+std::vector<int8_t> group_norm(const Case& c, const Tensors& t, cpu::Isa isa) {
+  const cpu::ScopedIsa scope(isa);
+  GroupNormQuantizeArgs args = group_norm_args(c, t);
   std::vector<int8_t> codes(t.x.size() + 16, 99);
   args.codes = codes.data();
   cpu::group_norm_quantize(args);
@@ -304,6 +310,36 @@ TEST(GroupNormQuantize, NothingToDoAndWrongGroup) {
     t.group_index = 2;
     EXPECT_THROW(group_norm(c, t, isa), std::out_of_range);
     t.group_index = 1;
+  }
+}
+
+TEST(GroupNormQuantizeEach, GivesEachSourceTheCodesOfItsQuantizer) {
+  Case c;
+  c.images = 2;
+  c.pixels = 70;
+  c.channels = std::vector<int64_t>{20, 12};
+  c.groups = 4;  // the third spans both sources
+  c.activation = Activation::kSilu;
+  Tensors first = random_tensors(c, 7), second = random_tensors(c, 7);
+  second.scale = {1.0f, 0.05f};
+  for (cpu::Isa isa : supported_isas()) {
+    const std::vector<int8_t> whole[] = {group_norm(c, first, isa), group_norm(c, second, isa)};
+    std::vector<int8_t> codes[2];
+    const cpu::ScopedIsa scope(isa);
+    GroupNormQuantizeArgs args = group_norm_args(c, first);
+    NormTarget targets[2];
+    for (int s = 0; s < 2; ++s) {
+      codes[s].resize(static_cast<size_t>(c.images * c.pixels * c.channels[s]));
+      targets[s] = {(s == 0 ? first : second).qparams(), c.num_bits, codes[s].data()};
+    }
+    cpu::group_norm_quantize_each(args, targets);
+    for (int64_t row = 0; row < c.images * c.pixels; ++row) {
+      for (int64_t i = 0; i < 32; ++i) {
+        const int s = i < 20 ? 0 : 1;
+        const int64_t own = row * c.channels[s] + (s == 0 ? i : i - 20);
+        EXPECT_EQ(codes[s][own], whole[s][row * 32 + i]) << cpu::isa_name(isa) << " " << row << " " << i;
+      }
+    }
   }
 }
 

@@ -54,9 +54,9 @@ def denoiser(request: pytest.FixtureRequest) -> Iterator[tuple[Any, dict[str, Te
         yield unet, kwargs, report
 
 
-def predict(unet: Any, timestep: int, kwargs: dict[str, Tensor], *size: int) -> Tensor:
+def predict(unet: Any, timestep: int, kwargs: dict[str, Tensor], *size: int, seed: int = 3) -> Tensor:
     shape = (size[0] if size else 2, unet.config.in_channels, *(size[1:] or (8, 8)))
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     weight = unet.conv_in.weight
     kwargs = {k: v[: x.shape[0]].to(weight.dtype) for k, v in kwargs.items()}
     with torch.no_grad():
@@ -102,13 +102,15 @@ def test_bfloat16_is_closer_to_float32_fused_than_layer_by_layer(
     unet.save_pretrained(tmp_path)
     half = type(unet).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     fused_db, layers_db = 0.0, 0.0
-    for timestep in (830, 332, 0):
-        wanted = predict(unet, timestep, kwargs)
-        fused = predict(half, timestep, kwargs)
+    # The mean over 40 seeds differs by 0.3 dB, one seed's figures by 0.8 dB from the mean.
+    cases = [(timestep, seed) for timestep in (830, 332, 0) for seed in range(20)]
+    for timestep, seed in cases:
+        wanted = predict(unet, timestep, kwargs, seed=seed)
+        fused = predict(half, timestep, kwargs, seed=seed)
         assert fused.dtype == torch.bfloat16
         with unfused(half):
-            layers_db += db(predict(half, timestep, kwargs), wanted) / 3
-        fused_db += db(fused, wanted) / 3
+            layers_db += db(predict(half, timestep, kwargs, seed=seed), wanted) / len(cases)
+        fused_db += db(fused, wanted) / len(cases)
     assert fused_db > layers_db
     assert fused_db > 25
 

@@ -1,7 +1,7 @@
 """adpdm.graph: what is captured, when it is replayed, and what it refuses.
 
-Without a GPU a recorder stands in that repeats the work by calling it again into the same memory, which is
-the contract of a CUDA graph; the `cuda` tests use the real one.
+In tests of what all recorders share one stands in that repeats the work by calling it again into the same
+memory, which is the contract of a CUDA graph; the `cuda` tests use the real one. On the CPU the tape is real.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from adpdm import QuantConfig, graph, quantize
+from adpdm import QuantConfig, _native, graph, quantize
 from adpdm.testing import ddim_scheduler, tiny_unet
 
 RECORDERS: list[Rerun] = []
@@ -127,9 +127,9 @@ def test_capture_refuses_arguments_it_cannot_compare(denoiser: Denoiser) -> None
         denoiser(torch.ones(1, 2), 1, {1, 2})
 
 
-def test_capture_wants_a_cuda_device(denoiser: Denoiser) -> None:
-    with pytest.raises(ValueError, match="wanted a denoiser on a CUDA device, got one on cpu"):
-        graph.capture(denoiser)
+def test_capture_wants_a_cpu_or_cuda_device(denoiser: Denoiser) -> None:
+    with pytest.raises(ValueError, match="wanted a denoiser on a CPU or CUDA device, got one on meta"):
+        graph.capture(denoiser.to("meta"))
 
 
 def test_capture_twice_is_an_error(denoiser: Denoiser) -> None:
@@ -163,8 +163,7 @@ def test_capture_switches_the_groups_of_a_quantized_denoiser(device: torch.devic
     quantize(unet, config, scheduler=ddim_scheduler())
     plain = copy.deepcopy(unet).to(device)
     unet.to(device)
-    make_recorder = Rerun if device.type == "cpu" else graph.CudaRecorder
-    graphed = graph.capture(unet, make_recorder=make_recorder)
+    graphed = graph.capture(unet)
     sample = torch.randn(2, unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0)).to(
         device
     )
@@ -174,3 +173,148 @@ def test_capture_switches_the_groups_of_a_quantized_denoiser(device: torch.devic
         groups.add(tuple(unet.adpdm_step.group_index.tolist()))
     assert len(groups) > 1, "the timesteps must differ in their groups for this test to say anything"
     assert len(graphed) == 1
+
+
+# ---- the tape of the CPU -----------------------------------------------------------------------------------
+
+
+class Taped:
+    """A function of tensors through a CpuRecorder, with the static inputs that a captured denoiser has."""
+
+    def __init__(self, function: Callable[..., Any], *inputs: Tensor) -> None:
+        self.function, self.inputs = function, [x.clone() for x in inputs]
+        self.recorder = graph.CpuRecorder(torch.device("cpu"))
+        self.result = self.recorder.record(lambda: function(*self.inputs))
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        for static, given in zip(self.inputs, inputs, strict=True):
+            static.copy_(given)
+        self.recorder.replay()
+        return self.result
+
+
+def joined(x: Tensor) -> Tensor:
+    return torch.cat([x + 1, x, 3 * x.exp()], 1)
+
+
+def in_place(x: Tensor) -> Tensor:
+    y = x * 2
+    y[:, :2].add_(x[:, 1:3]).relu_()
+    return y.t().reshape(-1)
+
+
+def split(x: Tensor) -> Tensor:
+    first, second = torch.split(torch.nn.functional.silu(x), [1, 3], 1)
+    return first * second
+
+
+def several_results(x: Tensor) -> Tensor:
+    mean, index = x.max(1)
+    return mean + index
+
+
+def without_inputs(x: Tensor) -> Tensor:
+    return x * torch.arange(4, dtype=torch.float32) + torch.ones(4, dtype=torch.int32)
+
+
+def same_view(x: Tensor) -> Tensor:
+    y = (x + 1).view(x.shape)
+    return y.view(x.shape) - x
+
+
+def indexed(x: Tensor) -> Tensor:
+    return (x + 1)[:, None, torch.tensor([2, 0])]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "function", [joined, in_place, split, several_results, without_inputs, same_view, indexed]
+)
+def test_tape_repeats_what_was_recorded(function: Callable[[Tensor], Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 3, 4, generator=generator)
+    taped = Taped(function, first)
+    for x in (second, first, second * 3):
+        assert torch.equal(taped(x), function(x))
+
+
+@torch.no_grad()
+def test_tape_sees_weights_written_in_place() -> None:
+    weight = torch.ones(4)
+    taped = Taped(lambda x: x * weight, torch.ones(4))
+    weight.fill_(5)
+    assert torch.equal(taped(torch.ones(4)), torch.full((4,), 5.0))
+
+
+@torch.no_grad()
+def test_tape_drops_calls_that_nobody_reads() -> None:
+    def wasteful(x: Tensor) -> Tensor:
+        (x + 1).exp()
+        return x * 2
+
+    assert len(Taped(wasteful, torch.ones(4)).recorder._tape) == 1
+
+
+@torch.no_grad()
+def test_tape_makes_equal_calls_once_and_constants_never() -> None:
+    weights = [torch.ones(4, 4), torch.ones(4, 4)]
+
+    def project(x: Tensor) -> Tensor:
+        scale = torch.arange(4) * 2 + 1
+        return sum(x.exp() @ w.t() for w in weights) * scale
+
+    taped = Taped(project, torch.ones(2, 4))
+    # one exp, two products, two additions (the first to 0), one multiplication
+    assert len(taped.recorder._tape) == 6
+    weights[1].mul_(torch.arange(4.0))  # a constant view sees what is written
+    assert torch.equal(taped(torch.zeros(2, 4)), project(torch.zeros(2, 4)))
+
+
+@torch.no_grad()
+def test_tape_keeps_equal_calls_apart_where_one_is_written() -> None:
+    def written(x: Tensor) -> Tensor:
+        first, second = x + 1, x + 1
+        first.mul_(10)
+        return first + second + torch.zeros(4).add_(x)
+
+    taped = Taped(written, torch.ones(4))
+    for value in (2.0, 3.0):
+        assert torch.equal(taped(torch.full((4,), value)), written(torch.full((4,), value)))
+
+
+@torch.no_grad()
+def test_tape_refuses_values_read_in_python() -> None:
+    with pytest.raises(RuntimeError, match="reads a value of a tensor"):
+        Taped(lambda x: x if x.sum() > 0 else -x, torch.ones(4))
+
+
+@torch.no_grad()
+def test_tape_refuses_random_numbers() -> None:
+    with pytest.raises(RuntimeError, match="not repeatable"):
+        Taped(lambda x: x + torch.rand(4), torch.ones(4))
+
+
+@torch.no_grad()
+def test_tape_refuses_results_that_it_did_not_make() -> None:
+    constant = torch.ones(4)
+    with pytest.raises(ValueError, match="a result of shape .* was not made by a recorded call"):
+        Taped(lambda x: constant, torch.ones(4))
+
+
+def test_tape_refuses_calls_after_its_end() -> None:
+    tape, x = _native.Tape(), torch.ones(1)
+    y = x * 2
+    tape.add("aten::mul", "Tensor", (x, 2), {}, y)
+    tape.finish([y])
+    with pytest.raises(RuntimeError, match="the recording is finished"):
+        tape.add("aten::mul", "Tensor", (x, 2), {}, y)
+
+
+@torch.no_grad()
+def test_tape_keeps_autocast_as_recorded() -> None:
+    layer = nn.Linear(4, 4).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        taped = Taped(layer, torch.ones(2, 4))
+        wanted = layer(torch.full((2, 4), 2.0))
+    assert taped.result.dtype == torch.bfloat16
+    assert torch.equal(taped(torch.full((2, 4), 2.0)), wanted)

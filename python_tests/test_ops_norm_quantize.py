@@ -74,6 +74,63 @@ def test_group_norm_quantize_matches_reference(
 
 
 @given(
+    image=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    channels=st.tuples(st.integers(1, 12), st.integers(1, 12)).map(lambda c: (4 * c[0], 4 * c[1])),
+    norm_groups=st.sampled_from([1, 2, 4]),
+    affine=st.booleans(),
+    activation=st.sampled_from([Activation.NONE, Activation.SILU]),
+    bits=st.tuples(st.integers(2, 8), st.integers(2, 8)),
+    dtype=st.sampled_from(FLOATS),
+    seed=st.integers(0, 2**31),
+)
+def test_group_norm_quantize_each_is_a_norm_under_each_quantizer(
+    image: tuple[int, int, int],
+    channels: tuple[int, int],
+    norm_groups: int,
+    affine: bool,
+    activation: Activation,
+    bits: tuple[int, int],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(image[0], c, *image[1:], generator=generator).to(dtype) for c in channels]
+    weight, bias = (torch.randn(sum(channels), generator=generator) if affine else None for _ in range(2))
+    quantizers = [quantizer(bits[0], scale=0.03), quantizer(bits[1], scale=0.05)]
+    settings = (norm_groups, 1e-5, activation)
+    actual = ops.group_norm_quantize_each(inputs, weight, bias, quantizers, *settings)
+    first, second = (ops.group_norm_quantize(inputs, weight, bias, None, q, *settings) for q in quantizers)
+    # the same statistics, so the same bits
+    assert torch.equal(actual[0], first[:, : channels[0]])
+    assert torch.equal(actual[1], second[:, channels[0] :])
+    wanted = reference.group_norm_quantize_each(inputs, weight, bias, quantizers, *settings)
+    for codes, expected in zip(actual, wanted, strict=True):
+        assert_codes(codes, expected)
+        assert codes.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_group_norm_quantize_each_rejects() -> None:
+    x = torch.zeros(1, 4, 2, 2)
+    q = quantizer()
+    with pytest.raises(
+        ValueError, match="group_norm_quantize_each: qparams must be 6 tensors .* got 3 and 1"
+    ):
+        ops.group_norm_quantize_each([x, x], None, None, [q], 2, 1e-5, Activation.NONE)
+    with pytest.raises(ValueError, match="group_norm_quantize_each: num_bits must be"):
+        ops.group_norm_quantize_each([x, x], None, None, [q, quantizer(9)], 2, 1e-5, Activation.NONE)
+    with pytest.raises(IndexError, match="group_norm_quantize_each: group_index must be in"):
+        ops.group_norm_quantize_each([x, x], None, None, [q, quantizer(group=2)], 2, 1e-5, Activation.NONE)
+
+
+def test_group_norm_quantize_each_passes_opcheck() -> None:
+    q = quantizer()
+    x, y = torch.randn(2, 4, 3, 3), torch.randn(2, 8, 3, 3)
+    qparams = [q.scale, q.zero_point, q.group_index] * 2
+    args = (x, y, None, None, qparams, 4, 1e-5, 1, [8, 4])
+    torch.library.opcheck(torch.ops.adpdm.group_norm_quantize_each.default, args)
+
+
+@given(
     leading=st.lists(st.integers(1, 5), min_size=1, max_size=2),
     channels=st.integers(2, 400),
     affine=st.booleans(),

@@ -198,6 +198,13 @@ class NormCodes:
         rows = (self.weight, self.bias, modulation)
         return ops.group_norm_quantize(sources, *rows, quantizer, self.norm_groups, self.eps, self.activation)
 
+    def each(self, sources: Sequence[Tensor], quantizers: Sequence[ops.OutputQuantizer]) -> list[Tensor]:
+        """Codes i8 of two sources [N, C_s, H, W] float normalised as one, each under its own quantizer."""
+        rows = (self.weight, self.bias)
+        return ops.group_norm_quantize_each(
+            sources, *rows, quantizers, self.norm_groups, self.eps, self.activation
+        )
+
     def layer(self, x: Tensor, quantizer: ops.OutputQuantizer) -> Tensor:
         """Codes [*, C] i8 of normalised x [*, C] float."""
         return ops.layer_norm_quantize(x, self.weight, self.bias, None, quantizer, self.eps)
@@ -225,14 +232,13 @@ class SplitNormCodes:
         """Codes i8 of each half under its own quantizer.
 
         Norm groups that end at the split make two norms of one half each. Where a group spans it, both
-        halves need all channels, and each quantizer's run over all of them is cut to its half.
+        halves need the statistics of all channels.
         """
         whole = sources if len(sources) == 2 else _halves(sources[0], self.split)
         if self.halves:
             pairs = zip(self.halves, whole, quantizers, strict=True)
             return [half.group([x], quantizer) for half, x, quantizer in pairs]
-        first, second = (self.whole.group(sources, quantizer) for quantizer in quantizers)
-        return [_halves(first, self.split)[0], _halves(second, self.split)[1]]
+        return self.whole.each(whole, quantizers)
 
 
 def _halves(x: Tensor, split: int) -> list[Tensor]:

@@ -154,10 +154,16 @@ class FusedAttention(FusedBlock):
         else:
             (query,) = derived(plan, "query")(codes_of, dtype)
             key, value = derived(plan, "context")(lambda q: quantize(context, q), dtype)
+        codes = self._attend(query, key, value, plan.out)
+        return plan.out(codes, dtype, residual=residual, output_scale=factor)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, out: Packed) -> list[Tensor]:
+        """Codes [N, L, C] i8 of the attention, for the layer behind it."""
         heads: int = self.block.heads  # type: ignore[assignment]
+        if query.device.type == "cpu" and ops.HAS_FAST_ATTENTION:
+            return [ops.attention_quantize(query, key, value, out.quantizers[0], heads)]
         q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return plan.out(plan.out.quantize([attended]), dtype, residual=residual, output_scale=factor)
+        return out.quantize([F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)])
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ struct Backend : CudaBackend {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(adpdm, CUDA, m) { register_norms<Backend>(m); }
+TORCH_LIBRARY_IMPL(adpdm, CUDA, m) {
+  register_norms<Backend>(m);
+  m.impl("group_norm_quantize_each", &group_norm_quantize_each<Backend>);
+}
 
 }  // namespace adpdm::bindings
 

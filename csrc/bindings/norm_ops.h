@@ -4,6 +4,7 @@
 
 #include <torch/library.h>
 
+#include <tuple>
 #include <utility>
 
 #include "bindings/norm_prepare.h"
@@ -28,6 +29,26 @@ at::Tensor group_norm_quantize(at::TensorList inputs, const std::optional<at::Te
   backend.check_values("group_norm_quantize", "group_index", "zero_point", prepared.args.qparams);
   backend.run(prepared.args);
   return std::move(prepared.codes);
+}
+
+// Codes of each input under a quantizer of its own, where there is no kernel for that: of both under each.
+template <typename Backend>
+std::tuple<at::Tensor, at::Tensor> group_norm_quantize_each(const at::Tensor& first, const at::Tensor& second,
+                                                            const std::optional<at::Tensor>& weight,
+                                                            const std::optional<at::Tensor>& bias,
+                                                            at::TensorList qparams, int64_t norm_groups,
+                                                            double eps, int64_t activation,
+                                                            at::IntArrayRef num_bits) {
+  check_each(qparams, num_bits);
+  const at::Tensor inputs[] = {first, second};
+  const auto codes = [&](size_t which) {
+    const at::TensorList q = qparams.slice(3 * which, 3);
+    return group_norm_quantize<Backend>(inputs, weight, bias, std::nullopt, q[0], q[1], q[2], norm_groups,
+                                        eps, activation, num_bits[which]);
+  };
+  const int64_t split = first.size(1);
+  return {codes(0).narrow(1, 0, split).contiguous(at::MemoryFormat::ChannelsLast),
+          codes(1).narrow(1, split, second.size(1)).contiguous(at::MemoryFormat::ChannelsLast)};
 }
 
 template <typename Backend>

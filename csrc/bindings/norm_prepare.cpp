@@ -63,8 +63,8 @@ void check_source(const at::Tensor& first, OpName name, const at::Tensor& input)
 
 }  // namespace
 
-PreparedNorm<GroupNormQuantizeArgs> prepare_group_norm(at::TensorList inputs, const NormTensors& tensors,
-                                                       int64_t norm_groups, int64_t activation) {
+PreparedNorm<GroupNormQuantizeArgs> describe_group_norm(at::TensorList inputs, const NormTensors& tensors,
+                                                        int64_t norm_groups, int64_t activation) {
   PreparedNorm<GroupNormQuantizeArgs> prepared{};
   GroupNormQuantizeArgs& args = prepared.args;
   TORCH_CHECK_VALUE(inputs.size() >= 1 && inputs.size() <= kMaxSegments, kGroupNorm,
@@ -93,10 +93,24 @@ PreparedNorm<GroupNormQuantizeArgs> prepare_group_norm(at::TensorList inputs, co
     prepared.inputs[s] = inputs[s].contiguous(at::MemoryFormat::ChannelsLast);
     args.sources[s].data = prepared.inputs[s].const_data_ptr();
   }
-  prepared.codes = at::empty({args.batch, args.channels, first.size(2), first.size(3)},
-                             first.options().dtype(at::kChar), at::MemoryFormat::ChannelsLast);
-  args.codes = prepared.codes.mutable_data_ptr<int8_t>();
   return prepared;
+}
+
+PreparedNorm<GroupNormQuantizeArgs> prepare_group_norm(at::TensorList inputs, const NormTensors& tensors,
+                                                       int64_t norm_groups, int64_t activation) {
+  auto prepared = describe_group_norm(inputs, tensors, norm_groups, activation);
+  const at::Tensor& first = inputs[0];
+  prepared.codes = at::empty({first.size(0), prepared.args.channels, first.size(2), first.size(3)},
+                             first.options().dtype(at::kChar), at::MemoryFormat::ChannelsLast);
+  prepared.args.codes = prepared.codes.mutable_data_ptr<int8_t>();
+  return prepared;
+}
+
+void check_each(at::TensorList qparams, at::IntArrayRef num_bits) {
+  TORCH_CHECK_VALUE(qparams.size() == 6 && num_bits.size() == 2,
+                    "group_norm_quantize_each: qparams must be 6 tensors (scale, zero_point, group_index of "
+                    "each input) and num_bits 2 numbers, got ",
+                    qparams.size(), " and ", num_bits.size());
 }
 
 PreparedNorm<LayerNormQuantizeArgs> prepare_layer_norm(const at::Tensor& x, const NormTensors& tensors) {

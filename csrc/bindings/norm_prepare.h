@@ -30,10 +30,17 @@ struct PreparedNorm {
   std::array<at::Tensor, kMaxSegments> inputs;  // in the layout that args describes
 };
 
-// Both raise ValueError or TypeError with the reason.
+// All raise ValueError or TypeError with the reason.
 PreparedNorm<GroupNormQuantizeArgs> prepare_group_norm(at::TensorList inputs,  // [N, C_s, H, W] f32|bf16|f16
                                                        const NormTensors& tensors, int64_t norm_groups,
                                                        int64_t activation);
+
+// The same without codes, which the caller allocates.
+PreparedNorm<GroupNormQuantizeArgs> describe_group_norm(at::TensorList inputs, const NormTensors& tensors,
+                                                        int64_t norm_groups, int64_t activation);
+
+// Of group_norm_quantize_each: scale, zero_point and group_index of each of two sources, and their bits.
+void check_each(at::TensorList qparams, at::IntArrayRef num_bits);
 
 PreparedNorm<LayerNormQuantizeArgs> prepare_layer_norm(const at::Tensor& x,  // [*, C] f32|bf16|f16
                                                        const NormTensors& tensors);

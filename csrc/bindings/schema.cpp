@@ -64,7 +64,18 @@ TORCH_LIBRARY(adpdm, m) {
       "group_norm_quantize(Tensor[] inputs, Tensor? weight, Tensor? bias, Tensor? modulation, Tensor scale, "
       "Tensor zero_point, Tensor group_index, int norm_groups, float eps, int activation, int num_bits) -> "
       "Tensor");
+  // The same with the codes of each input under a quantizer of its own; qparams: scale, zero_point and
+  // group_index of the first, then of the second.
+  m.def(
+      "group_norm_quantize_each(Tensor first, Tensor second, Tensor? weight, Tensor? bias, Tensor[] qparams, "
+      "int norm_groups, float eps, int activation, int[] num_bits) -> (Tensor, Tensor)");
   m.def(
       "layer_norm_quantize(Tensor x, Tensor? weight, Tensor? bias, Tensor? modulation, Tensor scale, Tensor "
       "zero_point, Tensor group_index, float eps, int num_bits) -> Tensor");
+
+  // Attention of each head that ends in codes, on the CPU: query [N, L, heads * D], key and value
+  // [N, M, heads * D], codes [N, L, heads * D].
+  m.def(
+      "attention_quantize(Tensor query, Tensor key, Tensor value, Tensor scale, Tensor zero_point, Tensor "
+      "group_index, int heads, int num_bits) -> Tensor");
 }

@@ -33,6 +33,13 @@ struct GroupNormQuantizeArgs {
   int8_t* codes;  // [N, pixels, C] i8
 };
 
+// Where the codes of one source go when each has a quantizer of its own.
+struct NormTarget {
+  GroupedQParams qparams;
+  int num_bits;
+  int8_t* codes;  // [N, pixels, channels of the source] i8
+};
+
 struct LayerNormQuantizeArgs {
   const void* x;  // [rows, C] type
   FloatType type;
@@ -52,6 +59,9 @@ namespace cpu {
 // Throw std::out_of_range for a group index outside [0, num_groups) before anything is written.
 void group_norm_quantize(const GroupNormQuantizeArgs& args);
 void layer_norm_quantize(const LayerNormQuantizeArgs& args);
+
+// group_norm_quantize with a target for each source; qparams, num_bits and codes of args are not read.
+void group_norm_quantize_each(const GroupNormQuantizeArgs& args, const NormTarget* targets);  // [num_sources]
 }  // namespace cpu
 
 // The same on the stream. An index outside [0, num_groups) acts as the nearest inside: a kernel cannot raise.

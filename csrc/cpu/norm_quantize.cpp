@@ -41,9 +41,17 @@ struct NormTables {
 };
 enum Row { kOrigin, kFactor, kOffset, kGain, kShift, kRows };
 
+// Where the codes of one source go.
+struct Target {
+  Quantizer quantizer;
+  int8_t* codes;  // of its first channel in the first pixel
+  int64_t step;   // bytes between pixels
+};
+
 // One call, and how its work is cut.
 struct GroupNorm {
   const GroupNormQuantizeArgs& args;
+  const Target* targets;  // [num_sources]
   NormTables& tables;
   int64_t first_image;   // of the round
   int64_t chunk_pixels;  // a multiple of 64 where several make a chunk
@@ -57,13 +65,13 @@ struct GroupNorm {
   }
 };
 
-GroupNorm make_group_norm(const GroupNormQuantizeArgs& args, NormTables& tables) {
+GroupNorm make_group_norm(const GroupNormQuantizeArgs& args, const Target* targets, NormTables& tables) {
   int64_t chunk_pixels = std::max<int64_t>(1, kChunk / args.channels);
   if (chunk_pixels > 64) chunk_pixels = chunk_pixels / 64 * 64;
-  return {args, tables, 0, chunk_pixels, ceil_div(args.pixels, chunk_pixels)};
+  return {args, targets, tables, 0, chunk_pixels, ceil_div(args.pixels, chunk_pixels)};
 }
 
-// Calls body(source, its first channel, its pixels of the chunk).
+// Calls body(index of the source, its first channel, its pixels of the chunk).
 template <typename Body>
 void for_each_source(const GroupNorm& norm, int64_t image, int64_t chunk, Body&& body) {
   const GroupNormQuantizeArgs& args = norm.args;
@@ -74,7 +82,7 @@ void for_each_source(const GroupNorm& norm, int64_t image, int64_t chunk, Body&&
     const int64_t begin = ((norm.first_image + image) * args.pixels + pixel) * source.channels;
     const NormBlock block{static_cast<const char*>(source.data) + begin * float_size(args.type), args.type,
                           std::min(norm.chunk_pixels, args.pixels - pixel), source.channels};
-    body(channel, block);
+    body(s, channel, block);
     channel += source.channels;
   }
 }
@@ -82,7 +90,7 @@ void for_each_source(const GroupNorm& norm, int64_t image, int64_t chunk, Body&&
 // The values of the first pixel: sums of distances from them do not cancel however far the mean is from 0.
 void set_origin(const GroupNorm& norm, int64_t image) {
   float* origin = norm.row(image, kOrigin);
-  for_each_source(norm, image, 0, [&](int64_t channel, const NormBlock& block) {
+  for_each_source(norm, image, 0, [&](int, int64_t channel, const NormBlock& block) {
     for (int64_t c = 0; c < block.channels; ++c) origin[channel + c] = element(block.data, block.type, c);
   });
 }
@@ -151,7 +159,7 @@ void prepare_round(const GroupNorm& norm, int64_t images) {
                  for (int64_t i = begin; i < end; ++i) {
                    const int64_t image = i / norm.chunks, chunk = i % norm.chunks;
                    double* sums = norm.sums(image, chunk);
-                   const auto add = [&](int64_t channel, const NormBlock& block) {
+                   const auto add = [&](int, int64_t channel, const NormBlock& block) {
                      channel_sums(block, norm.row(image, kOrigin) + channel, sums + channel,
                                   sums + norm.args.channels + channel);
                    };
@@ -164,7 +172,7 @@ void prepare_round(const GroupNorm& norm, int64_t images) {
   }
 }
 
-void write_round(const GroupNorm& norm, int64_t images, const Quantizer& quantizer) {
+void write_round(const GroupNorm& norm, int64_t images) {
   const GroupNormQuantizeArgs& args = norm.args;
   const auto normalize_block = ADPDM_SELECT_ISA(normalize_block);
   const int64_t chunk_elements = norm.chunk_pixels * args.channels;
@@ -173,13 +181,14 @@ void write_round(const GroupNorm& norm, int64_t images, const Quantizer& quantiz
         for (int64_t i = begin; i < end; ++i) {
           const int64_t image = i / norm.chunks, chunk = i % norm.chunks;
           const int64_t pixel = (norm.first_image + image) * args.pixels + chunk * norm.chunk_pixels;
-          const auto write = [&](int64_t channel, const NormBlock& block) {
+          const auto write = [&](int source, int64_t channel, const NormBlock& block) {
+            const Target& target = norm.targets[source];
             const NormCoefficients coefficients{norm.row(image, kFactor) + channel,
                                                 norm.row(image, kOffset) + channel,
                                                 args.modulation ? norm.row(image, kGain) + channel : nullptr,
                                                 norm.row(image, kShift) + channel};
-            normalize_block(block, coefficients, args.activation == Activation::kSilu, quantizer,
-                            args.codes + pixel * args.channels + channel, args.channels);
+            normalize_block(block, coefficients, args.activation == Activation::kSilu, target.quantizer,
+                            target.codes + pixel * target.step, target.step);
           };
           for_each_source(norm, image, chunk, write);
         }
@@ -193,13 +202,10 @@ std::vector<float> padded_row(const float* source, int64_t channels, float missi
   return row;
 }
 
-}  // namespace
-
-void group_norm_quantize(const GroupNormQuantizeArgs& args) {
-  const Quantizer quantizer = current_quantizer("group_norm_quantize", args.qparams, args.num_bits);
+void normalize_rounds(const GroupNormQuantizeArgs& args, const Target* targets) {
   if (args.batch * args.pixels * args.channels == 0) return;
   thread_local NormTables tables;
-  GroupNorm norm = make_group_norm(args, tables);
+  GroupNorm norm = make_group_norm(args, targets, tables);
   const int64_t round = std::clamp<int64_t>(kRoundElements / (args.pixels * args.channels), 1, args.batch);
   const auto grow = [](auto& table, int64_t size) {
     if (static_cast<int64_t>(table.size()) < size) table.resize(static_cast<size_t>(size));
@@ -209,8 +215,31 @@ void group_norm_quantize(const GroupNormQuantizeArgs& args) {
   for (; norm.first_image < args.batch; norm.first_image += round) {
     const int64_t images = std::min(round, args.batch - norm.first_image);
     prepare_round(norm, images);
-    write_round(norm, images, quantizer);
+    write_round(norm, images);
   }
+}
+
+}  // namespace
+
+void group_norm_quantize(const GroupNormQuantizeArgs& args) {
+  const Quantizer quantizer = current_quantizer("group_norm_quantize", args.qparams, args.num_bits);
+  Target targets[kMaxSegments];
+  int8_t* codes = args.codes;
+  for (int s = 0; s < args.num_sources; ++s) {
+    targets[s] = {quantizer, codes, args.channels};
+    codes += args.sources[s].channels;
+  }
+  normalize_rounds(args, targets);
+}
+
+void group_norm_quantize_each(const GroupNormQuantizeArgs& args, const NormTarget* targets) {
+  Target each[kMaxSegments];
+  for (int s = 0; s < args.num_sources; ++s) {
+    const NormTarget& target = targets[s];
+    each[s] = {current_quantizer("group_norm_quantize_each", target.qparams, target.num_bits), target.codes,
+               args.sources[s].channels};
+  }
+  normalize_rounds(args, each);
 }
 
 void layer_norm_quantize(const LayerNormQuantizeArgs& args) {

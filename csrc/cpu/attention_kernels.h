@@ -1,0 +1,36 @@
+// The per-instruction-set part of attention: a few queries of one head against all its keys.
+#pragma once
+
+#include "core/types.h"
+#include "cpu/isa.h"
+#include "cpu/quantize_kernels.h"
+
+namespace adpdm::cpu {
+
+// Queries that run together: with two vectors of results each they keep 12 accumulators busy, which hides the
+// latency of a multiplication on every CPU so far.
+constexpr int64_t kAttentionQueries = 6;
+
+// Columns of a panel, two AVX-512 vectors.
+constexpr int64_t kPanel = 32;
+
+// One head of one image. A panel holds 32 columns of a matrix, rows dense, zeros beyond the last column.
+struct AttentionHead {
+  const float* keys;    // [panels of tokens][head_size][kPanel] f32: keys transposed
+  const float* values;  // [panels of channels][tokens][kPanel] f32
+  int64_t tokens;       // of keys and values
+  int64_t head_size;
+};
+
+// Floats that attend() works in.
+constexpr int64_t attention_scratch(int64_t tokens, int64_t head_size) {
+  const auto padded = [](int64_t n) { return (n + kPanel - 1) / kPanel * kPanel; };
+  return kAttentionQueries * (padded(tokens) + 2 * padded(head_size));
+}
+
+// query [num_queries, query_step] type -> codes [num_queries, code_step], up to kAttentionQueries of them.
+ADPDM_DECLARE_PER_ISA(void attend(const AttentionHead& head, const void* query, FloatType type,
+                                  int64_t query_step, int64_t num_queries, const Quantizer& quantizer,
+                                  float* scratch, int8_t* codes, int64_t code_step))
+
+}  // namespace adpdm::cpu

@@ -1,0 +1,3 @@
+// attention_quantize.inc for AVX-512.
+#define ADPDM_ISA_NAMESPACE avx512
+#include "cpu/attention_quantize.inc"
