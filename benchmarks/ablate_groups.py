@@ -1,7 +1,8 @@
 """What timestep groups are worth on a model, as the measures that compete with them are added one by one.
 
 python benchmarks/ablate_groups.py --bits w6a6 --seeds 0 --json ablation.json
-python benchmarks/ablate_groups.py --bits w8a4 --seeds 0 1 2 --measures "+ raised layers" --groupings shared dp search
+python benchmarks/ablate_groups.py --bits w8a4 --seeds 0 1 2 --measures "+ raised layers" \\
+    --groupings shared dp search
 
 PSNR of the final samples to full precision on the same seeds; a row keeps the measures of the row above it.
 """
