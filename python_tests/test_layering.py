@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"calibrate"},
     {"diffusers_quantizer"},
     {"pipeline"},
-    {"testing", "demo", "graph"},
+    {"testing", "demo", "graph", "doctor"},
     {"cli"},
     {"__init__", "__main__"},
 ]
