@@ -1,14 +1,16 @@
-# The commands of a working day: demo, test, lint, sanitize, mutants, bench, gpu, clean. Needs python3 >= 3.10, g++ and make;
+# The commands of a working day: demo, test, lint, sanitize, package, docs, mutants, bench, gpu, clean. Needs python3 >= 3.10, g++ and make;
 # fetches the rest from PyPI into $(VENV) and googletest from the system's packages.
 #
 #   VENV=.venv            environment to create and use
 #   PYTHON=python3        the Python that creates it
 #   MAX_JOBS=<cores>      parallel compilations
+#   TEST_JOBS=<cores>     parallel test processes
 #   PIP_FLAGS=            for example --extra-index-url https://download.pytorch.org/whl/cpu (torch without CUDA: 200 MB)
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 export MAX_JOBS ?= $(shell nproc)
+TEST_JOBS ?= $(shell nproc)
 # Warnings are errors for those who work on it, not for those who only want to see it.
 export ADPDM_WERROR ?= 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -23,7 +25,7 @@ EXTRACTORS := build/.extractors
 # adpdm/__init__.py holds the version; the other Python files of an editable install need no new one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt adpdm/__init__.py $(wildcard tools/*.py csrc/*/*)
 
-.PHONY: demo test test-cpp test-python lint sanitize mutants bench gpu clean googletest
+.PHONY: demo test test-cpp test-python lint sanitize package docs mutants bench gpu clean googletest
 
 demo: export ADPDM_WERROR := 0
 demo: $(INSTALLED) $(EXTRACTORS)
@@ -41,10 +43,10 @@ test: test-cpp test-python
 test-cpp: $(DEPENDENCIES) googletest
 	$(CMAKE_TESTS) -B build/core > build/core-configure.log || { cat build/core-configure.log; exit 1; }
 	cmake --build build/core -j $(MAX_JOBS)
-	ctest --test-dir build/core --verbose
+	ctest --test-dir build/core --verbose -j $(TEST_JOBS)
 
 test-python: $(INSTALLED)
-	python -m pytest -q
+	python -m pytest -q -n $(TEST_JOBS) --dist worksteal
 
 lint: $(INSTALLED) googletest
 	ruff check .
@@ -59,7 +61,18 @@ sanitize: $(DEPENDENCIES) googletest
 	$(CMAKE_TESTS) -B build/sanitize -DADPDM_SANITIZE=address,undefined > build/sanitize-configure.log || \
 	  { cat build/sanitize-configure.log; exit 1; }
 	cmake --build build/sanitize -j $(MAX_JOBS)
-	ctest --test-dir build/sanitize --verbose
+	ctest --test-dir build/sanitize --verbose -j $(TEST_JOBS)
+
+# Both from what is built already; then the wheel in an environment that has nothing else.
+package: $(INSTALLED)
+	rm -rf build/dist
+	python setup.py -q sdist -d build/dist
+	python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w build/dist .
+	python tools/check_package.py build/dist --pip-flags='$(PIP_FLAGS)'
+
+# build/site, an error for every broken link and every name that the API pages do not find.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 # Faults planted in the CUDA kernels one at a time, each of which the emulated tests have to find: half an hour.
 mutants: $(DEPENDENCIES) googletest

@@ -20,13 +20,13 @@ from rich.table import Table
 
 from .config import Grouping, QuantConfig, SearchConfig, Selection
 from .demo import build_report, run_demo, save_image_grid
+from .doctor import REPORT_NAME, diagnose, render
 from .evaluate import EvaluationConfig, EvaluationResult, compare, generate
 from .info import gather_info, render_info
 from .nn import summarize_fusion
 from .pipeline import find_denoiser, load_pipeline, quantize
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
-REPORT_NAME = "adpdm_report.json"
 STATE_NAME = "adpdm_search.safetensors"
 
 console = Console(stderr=True)  # standard output belongs to results
@@ -197,6 +197,13 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
     return dict(info)
 
 
+def _doctor(args: argparse.Namespace) -> dict[str, Any]:
+    diagnosis = diagnose(args.model)
+    if not args.json:
+        print(render(diagnosis))
+    return diagnosis.to_dict()
+
+
 # ---- arguments ---------------------------------------------------------------------------------------------
 
 
@@ -242,6 +249,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--quick", action="store_true", help="a smaller search and fewer images, for tests")
 
     command("info", _info, "Show version, CPU features, chosen kernels and what was built.")
+
+    sub = command(
+        "doctor", _doctor, "Say which kernels and threads run here, how a model's layers run, and why."
+    )
+    sub.add_argument("model", nargs="?", help="folder of a saved pipeline to look at as well")
     return parser
 
 

@@ -9,6 +9,13 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DM
 
 CROSS_ATTENTION_DIM = 8  # D of the text-like conditioning of `tiny_conditional_unet`
 NUM_TRAIN_TIMESTEPS = 1000
+# The least of a U-Net: one level without attention, for tests of what does not depend on the network.
+ONE_BLOCK: dict[str, Any] = {
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "add_attention": False,
+}
 
 
 def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from adpdm.nn.fusion import FusedBlock
 settings.register_profile("adpdm", deadline=None, derandomize=True, max_examples=50, print_blob=True)
 settings.load_profile("adpdm")
 
-torch.set_num_threads(1)  # tiny tensors gain nothing from more; tests of threading set their own number
+# Tiny tensors gain nothing from more threads, and workers of pytest-xdist share the cores; tests of threading
+# set their own number. The variable is for the processes that tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

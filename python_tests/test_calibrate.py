@@ -21,17 +21,11 @@ from adpdm.pipeline import QuantizationReport
 from adpdm.quantizers.activation import Mode
 from adpdm.replay import Replay
 from adpdm.search import Batch, GroupSearch, SearchOutcome
-from adpdm.testing import ddim_scheduler, tiny_unet
+from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_unet
 from adpdm.timesteps import mmd_trace
 from adpdm.trajectory import PROBE_SEED, PROBE_SIZE, SEED_STRIDE, Sampler
 
 STEPS, HISTOGRAM_IMAGES, SELECTED_IMAGES = 5, 3, 10
-SMALL: dict[str, Any] = {
-    "block_out_channels": (8,),
-    "down_block_types": ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "add_attention": False,
-}
 
 
 def config(**changes: Any) -> QuantConfig:
@@ -59,13 +53,13 @@ class Recorded:
 
         monkeypatch.setattr(GroupSearch, "train_step", watched)
         self.report: QuantizationReport = adpdm.quantize(
-            tiny_unet(**SMALL), settings, scheduler=ddim_scheduler()
+            tiny_unet(**ONE_BLOCK), settings, scheduler=ddim_scheduler()
         )
 
 
 def float_trajectory(images: int) -> tuple[Tensor, Tensor, Sampler]:
     """Inputs and noise predictions [T, images, 1, 8, 8] of the plain float model, one image at a time."""
-    unet = tiny_unet(**SMALL).to(memory_format=torch.channels_last)
+    unet = tiny_unet(**ONE_BLOCK).to(memory_format=torch.channels_last)
     sampler = Sampler(unet, ddim_scheduler(), (1, 8, 8), STEPS)
     runs = [sampler.run(0, i, 1) for i in range(images)]
     return torch.cat([r.samples for r in runs], 1), torch.cat([r.noise_preds for r in runs], 1), sampler
@@ -105,7 +99,7 @@ def test_noise_objective_trains_on_the_noise_that_was_added(monkeypatch: pytest.
     search = SearchConfig(num_steps=6, refit_steps=0, batch_size=2, objective="noise")
     recorded = Recorded(monkeypatch, config(search=search))
     scheduler = ddim_scheduler()
-    unet = tiny_unet(**SMALL)
+    unet = tiny_unet(**ONE_BLOCK)
     finals = [Sampler(unet, scheduler, (1, 8, 8), STEPS).run(0, i, 1).final for i in range(HISTOGRAM_IMAGES)]
     cached = torch.cat(finals)
     found = 0
@@ -148,7 +142,7 @@ def test_trace_tells_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_observed_ranges_are_those_of_the_float_model(monkeypatch: pytest.MonkeyPatch) -> None:
     report = Recorded(monkeypatch, config(grouping="dp", histogram_images=2)).report
     row = next(r for r in report.trace.quantizers if r["name"] == "mid_block.resnets.0.conv1")
-    unet = tiny_unet(**SMALL)
+    unet = tiny_unet(**ONE_BLOCK)
     seen: list[Tensor] = []
     unet.mid_block.resnets[0].conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     sampler = Sampler(unet, ddim_scheduler(), (1, 8, 8), STEPS)
@@ -206,7 +200,7 @@ def test_few_steps_and_images_are_enough(monkeypatch: pytest.MonkeyPatch, change
 
 def test_sensitivity_is_what_the_scheduler_makes_of_an_error() -> None:
     scheduler = DDIMScheduler(clip_sample=False)
-    sampler = Sampler(tiny_unet(**SMALL), scheduler, (1, 8, 8), STEPS)
+    sampler = Sampler(tiny_unet(**ONE_BLOCK), scheduler, (1, 8, 8), STEPS)
     run = sampler.run(0, 0, 2)
     alphas = [float(scheduler.alphas_cumprod[int(t)]) for t in sampler.timesteps]
     alphas.append(float(scheduler.final_alpha_cumprod))
@@ -224,7 +218,7 @@ def test_sensitivity_is_what_the_scheduler_makes_of_an_error() -> None:
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, DPMSolverMultistepScheduler])
 def test_probing_leaves_the_trajectory_alone(scheduler: Any) -> None:
     # Both remember or draw something in a step: probing must neither advance nor consume it.
-    unet, ours = tiny_unet(**SMALL), scheduler()
+    unet, ours = tiny_unet(**ONE_BLOCK), scheduler()
     run = Sampler(unet, ours, (1, 8, 8), STEPS).run(3, 0, 1)
     ours.set_timesteps(STEPS)
     generator = torch.Generator().manual_seed(3 * SEED_STRIDE)
@@ -250,7 +244,7 @@ def test_step_weights_are_relative_sensitivities_with_a_floor() -> None:
 
 def state_without_search(monkeypatch: pytest.MonkeyPatch, settings: QuantConfig) -> dict[str, Tensor]:
     """The quantized model that the dynamic-programming partition alone gives."""
-    unet = tiny_unet(**SMALL)
+    unet = tiny_unet(**ONE_BLOCK)
     with monkeypatch.context() as patch:
         patch.setattr(Calibration, "_search", lambda calibration, trajectory: None)
         adpdm.quantize(unet, settings, scheduler=ddim_scheduler())
@@ -261,7 +255,7 @@ def state_without_search(monkeypatch: pytest.MonkeyPatch, settings: QuantConfig)
 def test_search_that_made_it_worse_is_put_back(monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
     reckless = SearchConfig(num_steps=9, refit_steps=2, batch_size=2, learning_rate=1.0)
     settings = config(search=reckless, shared_groups=shared)
-    unet = tiny_unet(**SMALL)
+    unet = tiny_unet(**ONE_BLOCK)
     trace = adpdm.quantize(unet, settings, scheduler=ddim_scheduler()).trace
     assert trace.outcome is not None
     assert trace.outcome.hard_loss > trace.outcome.start_loss
@@ -279,7 +273,7 @@ def test_search_that_made_it_worse_is_put_back(monkeypatch: pytest.MonkeyPatch, 
 def test_search_that_helps_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     search = SearchConfig(num_steps=60, refit_steps=20, batch_size=4)
     settings = config(search=search, activation_bits=4)
-    unet = tiny_unet(**SMALL)
+    unet = tiny_unet(**ONE_BLOCK)
     trace = adpdm.quantize(unet, settings, scheduler=ddim_scheduler()).trace
     assert trace.outcome is not None
     assert trace.outcome.is_kept
@@ -374,13 +368,13 @@ def test_bias_correction_leaves_no_mean_error(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Calibration, "_correct_bias", checked)
     settings = config(grouping="dp", weight_bits=4, activation_bits=4)
-    report = adpdm.quantize(tiny_unet(**SMALL), settings, scheduler=ddim_scheduler())
+    report = adpdm.quantize(tiny_unet(**ONE_BLOCK), settings, scheduler=ddim_scheduler())
     assert seen == sum(1 for x in report.layers if x.bits) > 0
 
 
 def test_selected_targets_are_those_of_the_original_model(monkeypatch: pytest.MonkeyPatch) -> None:
     # Made in the midst of the search, when every layer has a shift and a fake-quantized weight.
-    original = tiny_unet(**SMALL).to(memory_format=torch.channels_last)
+    original = tiny_unet(**ONE_BLOCK).to(memory_format=torch.channels_last)
     plain, shifted = Calibration._generate, []
 
     def checked(calibration: Calibration, search: GroupSearch, step_index: int, round_index: int) -> Batch:
@@ -391,14 +385,14 @@ def test_selected_targets_are_those_of_the_original_model(monkeypatch: pytest.Mo
         return batch
 
     monkeypatch.setattr(Calibration, "_generate", checked)
-    adpdm.quantize(tiny_unet(**SMALL), config(), scheduler=ddim_scheduler())
+    adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler())
     assert shifted
     assert all(shift is not None and bool(shift.any()) for shift in shifted)
 
 
 @pytest.mark.parametrize("correct_bias", [False, True])
 def test_bias_is_corrected_only_when_asked(correct_bias: bool) -> None:
-    original, unet = tiny_unet(**SMALL), tiny_unet(**SMALL)
+    original, unet = tiny_unet(**ONE_BLOCK), tiny_unet(**ONE_BLOCK)
     settings = config(grouping="dp", correct_bias=correct_bias)
     report = adpdm.quantize(unet, settings, scheduler=ddim_scheduler())
     names = [x.name for x in report.layers if x.bits]
@@ -408,7 +402,7 @@ def test_bias_is_corrected_only_when_asked(correct_bias: bool) -> None:
 
 
 def test_layer_that_runs_twice_gets_the_mean_shift_not_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    unet = tiny_unet(**SMALL)
+    unet = tiny_unet(**ONE_BLOCK)
     unet.mid_block.resnets[1] = unet.mid_block.resnets[0]
     bias = unet.mid_block.resnets[0].conv1.bias.detach().clone()
     shifts: list[Tensor] = []
@@ -432,18 +426,18 @@ def test_layer_that_runs_twice_gets_the_mean_shift_not_the_sum(monkeypatch: pyte
 
 def test_foreign_state_file_is_refused(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
-    adpdm.quantize(tiny_unet(**SMALL), config(), scheduler=ddim_scheduler(), state_file=state)
+    adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
     with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
-        adpdm.quantize(tiny_unet(**SMALL), config(seed=1), scheduler=ddim_scheduler(), state_file=state)
+        adpdm.quantize(tiny_unet(**ONE_BLOCK), config(seed=1), scheduler=ddim_scheduler(), state_file=state)
     with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
-        adpdm.quantize(tiny_unet(1, **SMALL), config(), scheduler=ddim_scheduler(), state_file=state)
+        adpdm.quantize(tiny_unet(1, **ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
 
 
 def test_truncated_state_file_is_refused(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     state.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     with pytest.raises(ValueError, match=r"state.safetensors is no search state.*remove it"):
-        adpdm.quantize(tiny_unet(**SMALL), config(), scheduler=ddim_scheduler(), state_file=state)
+        adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
 
 
 def test_state_file_is_replaced_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,5 +450,5 @@ def test_state_file_is_replaced_in_one_go(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(calibrate, "save_file", broken)
         with pytest.raises(OSError, match="disk full"):
-            adpdm.quantize(tiny_unet(**SMALL), config(), scheduler=ddim_scheduler(), state_file=state)
+            adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
     assert not state.exists()

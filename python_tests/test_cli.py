@@ -18,14 +18,8 @@ from PIL import Image
 
 import adpdm
 from adpdm import cli
-from adpdm.testing import tiny_pipeline
+from adpdm.testing import ONE_BLOCK, tiny_pipeline
 
-SMALL: dict[str, Any] = {
-    "block_out_channels": (8,),
-    "down_block_types": ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "add_attention": False,
-}
 QUICK = ["--steps", "5", "--groups", "2", "--images", "40", "--search-steps", "6"]  # rounds of 16, 16 and 8
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
@@ -34,7 +28,7 @@ WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float pipeline on disk."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_pipeline(**SMALL).save_pretrained(folder)
+    tiny_pipeline(**ONE_BLOCK).save_pretrained(folder)
     return folder
 
 
@@ -206,7 +200,7 @@ def test_module_entry_point_returns_the_exit_code(model: Path) -> None:
 def broken_model(model: Path, tmp_path: Path) -> Path:
     """A copy with a weight that is not a number."""
     copy = Path(shutil.copytree(model, tmp_path / "broken"))
-    pipe = tiny_pipeline(**SMALL)
+    pipe = tiny_pipeline(**ONE_BLOCK)
     with torch.no_grad():
         pipe.unet.mid_block.resnets[0].conv1.weight.view(-1)[3] = float("nan")
     pipe.unet.save_pretrained(copy / "unet")

@@ -16,16 +16,10 @@ import adpdm
 from adpdm import QuantConfig
 from adpdm.nn import LayerInfo, QuantLayer, quant_layers, swap_layers
 from adpdm.step import StepState, attach_step_hook
-from adpdm.testing import ddim_scheduler, tiny_conditional_unet, tiny_unet
+from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_conditional_unet, tiny_unet
 
 STEPS = 6
 TIMESTEPS = (830, 498, 0)
-SMALL: dict[str, Any] = {
-    "block_out_channels": (8,),
-    "down_block_types": ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "add_attention": False,
-}
 
 
 def config(**changes: Any) -> QuantConfig:
@@ -141,7 +135,7 @@ def test_compiled_graph_refuses_what_eager_mode_refuses() -> None:
 
 
 def test_loaded_model_compiles_in_place(tmp_path: Any) -> None:
-    quantized(tiny_unet(**SMALL)).save_pretrained(tmp_path)
+    quantized(tiny_unet(**ONE_BLOCK)).save_pretrained(tmp_path)
     denoiser = UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     eager = copy.deepcopy(denoiser)
     denoiser.compile(fullgraph=True, backend="eager")

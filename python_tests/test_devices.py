@@ -17,15 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 import adpdm
 from adpdm import QuantConfig, SearchConfig, bias, calibrate, pipeline, precision, rounding
 from adpdm.nn import quant_layers
-from adpdm.testing import CROSS_ATTENTION_DIM, tiny_conditional_unet, tiny_unet
+from adpdm.testing import CROSS_ATTENTION_DIM, ONE_BLOCK, tiny_conditional_unet, tiny_unet
 from adpdm.trajectory import DenoiserCall, Sampler
 
-PLAIN: dict[str, Any] = {
-    "block_out_channels": (8,),
-    "down_block_types": ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "add_attention": False,
-}
 CONDITIONAL = {
     "block_out_channels": (8,),
     "down_block_types": ("CrossAttnDownBlock2D",),
@@ -91,7 +85,7 @@ def test_calibration_says_where_its_tensors_live(case: str, tmp_path: Path) -> N
     conditioning = {"encoder_hidden_states": text} if takes_text else None
     files = []
     for where in ("cpu", "meta"):  # what lands on meta by default has no values
-        unet = make(**(CONDITIONAL if takes_text else PLAIN))
+        unet = make(**(CONDITIONAL if takes_text else ONE_BLOCK))
         scheduler = scheduler_type(num_train_timesteps=1000)
         folder, state = tmp_path / where, tmp_path / f"{where}.safetensors"
         with default_device(where):
@@ -205,7 +199,7 @@ def test_elsewhere_refuses_to_mix_devices() -> None:
 
 def test_calibration_does_not_mix_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config("noise", weight_bits=4, raised_layers=0.3)
-    here, there = tiny_unet(**PLAIN), tiny_unet(**PLAIN)
+    here, there = tiny_unet(**ONE_BLOCK), tiny_unet(**ONE_BLOCK)
     expected = adpdm.quantize(here, settings, scheduler=DDIMScheduler())
     monkeypatch.setattr(pipeline, "CALIBRATION_DEVICES", ("meta",))
     move_elsewhere(there)
@@ -225,7 +219,7 @@ def test_sampler_moves_what_the_denoiser_is_given() -> None:
     call = DenoiserCall(constants={"ids": torch.arange(3), "flags": {"return_dict": True}})
     nested = {"outer": {"inner": torch.arange(4.0)[:, None]}}
     with pretended():
-        unet = move_elsewhere(tiny_unet(**PLAIN))
+        unet = move_elsewhere(tiny_unet(**ONE_BLOCK))
         sampler = Sampler(unet, HeunDiscreteScheduler(), (1, 8, 8), 3, nested, call)
         given = sampler.conditions(3, 2)["outer"]["inner"]
         assert given.device.type == sampler.call.constants["ids"].device.type == "meta"

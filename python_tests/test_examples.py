@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from adpdm.nn import quant_layers
 from adpdm.testing import tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "quantize_and_sample.py"
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +53,15 @@ def test_quantize_and_sample_writes_a_pipeline_that_loads(model: Path, tmp_path:
     assert all(layer.is_frozen for layer in layers.values())
 
 
-def test_quantize_and_sample_keeps_an_existing_folder(model: Path, tmp_path: Path) -> None:
-    result = run_example("--quick", "--model", model, "--out", tmp_path)
-    assert result.returncode == 2
-    assert "--out must name a new folder" in result.stderr
+def test_quantize_and_sample_keeps_an_existing_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--quick", "--model", str(model), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert stopped.value.code == 2
+    assert "--out must name a new folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"diffusers_config"},
     {"diffusers_quantizer"},
     {"pipeline"},
-    {"testing", "demo", "graph", "tables"},
+    {"testing", "demo", "graph", "tables", "doctor"},
     {"cli"},
     {"__init__", "__main__"},
 ]

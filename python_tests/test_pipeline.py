@@ -16,16 +16,10 @@ from torch import Tensor, nn
 import adpdm
 from adpdm import QuantConfig, SearchConfig
 from adpdm.nn import Coverage, describe_layers, quant_layers
-from adpdm.testing import ddim_scheduler, tiny_conditional_unet, tiny_pipeline, tiny_unet
+from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_conditional_unet, tiny_pipeline, tiny_unet
 from adpdm.trajectory import Sampler
 
 STEPS = 6
-SMALL: dict[str, Any] = {
-    "block_out_channels": (8,),
-    "down_block_types": ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "add_attention": False,
-}
 
 
 def config(**changes: Any) -> QuantConfig:
@@ -90,7 +84,7 @@ def quantized() -> Any:
 @pytest.mark.parametrize("selection", ["srm", "uniform", "normal", "random"])
 @pytest.mark.parametrize("grouping", ["shared", "uniform", "per_step", "dp", "search"])
 def test_quantize_every_grouping_and_selection(grouping: str, selection: str) -> None:
-    denoiser = tiny_unet(**SMALL)
+    denoiser = tiny_unet(**ONE_BLOCK)
     settings = config(grouping=grouping, selection=selection, num_inference_steps=4, num_groups=2)
     report = adpdm.quantize(denoiser, settings, scheduler=ddim_scheduler())
     groups = {"shared": 1, "per_step": 4}.get(grouping, 2)
@@ -102,11 +96,11 @@ def test_quantize_every_grouping_and_selection(grouping: str, selection: str) ->
     assert (report.trace.outcome is not None) == (grouping == "search")
     assert len(report.trace.rounds) == (3 if grouping == "search" else 0)
     assert report.timesteps == [750.0, 500.0, 250.0, 0.0]
-    assert worst_error(denoiser, tiny_unet(**SMALL), 4) < TOLERATED
+    assert worst_error(denoiser, tiny_unet(**ONE_BLOCK), 4) < TOLERATED
 
 
 def test_shared_groups_give_all_layers_one_table() -> None:
-    denoiser = tiny_unet(**SMALL)
+    denoiser = tiny_unet(**ONE_BLOCK)
     adpdm.quantize(denoiser, config(shared_groups=True), scheduler=ddim_scheduler())
     table = denoiser.adpdm_step.table
     assert bool((table == table[:, :1]).all())
@@ -114,7 +108,7 @@ def test_shared_groups_give_all_layers_one_table() -> None:
 
 
 def test_report_is_plain_json() -> None:
-    denoiser = tiny_unet(**SMALL)
+    denoiser = tiny_unet(**ONE_BLOCK)
     report = adpdm.quantize(denoiser, config(), scheduler=ddim_scheduler())
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert QuantConfig.from_dict(values["config"]) == report.config
@@ -141,7 +135,7 @@ def test_layers_that_stay_float_have_a_reason() -> None:
 
 
 def test_input_and_output_layers_are_quantized_to_eight_bits_on_request() -> None:
-    denoiser = tiny_unet(**SMALL)
+    denoiser = tiny_unet(**ONE_BLOCK)
     adpdm.quantize(
         denoiser,
         config(grouping="shared", weight_bits=4, activation_bits=4, input_output_bits=8),
@@ -272,7 +266,7 @@ def test_odd_rectangle(quantized: Any) -> None:
 
 
 def test_empty_batch() -> None:
-    denoiser = tiny_unet(**SMALL)  # the attention of diffusers cannot reshape an empty batch
+    denoiser = tiny_unet(**ONE_BLOCK)  # the attention of diffusers cannot reshape an empty batch
     adpdm.quantize(denoiser, config(grouping="shared"), scheduler=ddim_scheduler())
     with torch.no_grad():
         assert denoiser(torch.zeros(0, 1, 8, 8), 500).sample.shape == (0, 1, 8, 8)
@@ -293,7 +287,7 @@ def test_deepcopied_pipeline_samples_alike(quantized: Any) -> None:
 
 
 def test_error_policy_refuses_other_timesteps() -> None:
-    denoiser = tiny_unet(**SMALL)
+    denoiser = tiny_unet(**ONE_BLOCK)
     adpdm.quantize(denoiser, config(grouping="shared", timestep_policy="error"), scheduler=ddim_scheduler())
     scheduler = ddim_scheduler()
     scheduler.set_timesteps(STEPS)
@@ -320,13 +314,13 @@ def test_switched_groups_change_the_output(quantized: Any) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted() -> bytes:
     """The state of a small denoiser after one whole run."""
-    pipe = tiny_pipeline(**SMALL)
+    pipe = tiny_pipeline(**ONE_BLOCK)
     adpdm.quantize(pipe, config())
     return state_bytes(pipe.unet)
 
 
 def test_one_seed_gives_identical_bytes(uninterrupted: bytes) -> None:
-    again, other = tiny_pipeline(**SMALL), tiny_pipeline(**SMALL)
+    again, other = tiny_pipeline(**ONE_BLOCK), tiny_pipeline(**ONE_BLOCK)
     torch.rand(3)  # the global generator must not matter
     adpdm.quantize(again, config())
     assert state_bytes(again.unet) == uninterrupted
@@ -377,7 +371,7 @@ def test_interrupt_restores_the_float_model(phase: str, done: int) -> None:
 @pytest.mark.parametrize("done", [1, 5, 7])
 def test_resumed_run_gives_the_same_bytes(uninterrupted: bytes, tmp_path: Path, done: int) -> None:
     state = tmp_path / "state.safetensors"
-    pipe = tiny_pipeline(**SMALL)
+    pipe = tiny_pipeline(**ONE_BLOCK)
     with pytest.raises(KeyboardInterrupt):
         adpdm.quantize(pipe, config(), progress=StopAfter("search", done), state_file=state)
     # Rounds of two optimizer steps: stopped in the first round nothing is saved yet.
@@ -396,7 +390,7 @@ def test_resumed_run_gives_the_same_bytes(uninterrupted: bytes, tmp_path: Path, 
 @pytest.mark.parametrize("name", ["mid_block.resnets.0.conv1", "down_blocks.0.resnets.0.norm1", "conv_in"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weights_are_reported_with_layer_and_timestep(name: str, value: float) -> None:
-    denoiser = tiny_unet(**SMALL)
+    denoiser = tiny_unet(**ONE_BLOCK)
     with torch.no_grad():
         denoiser.get_submodule(name).weight.view(-1)[0] = value
     first = "mid_block.resnets.0.conv2" if name.startswith("mid") else "down_blocks.0.resnets.0.conv1"

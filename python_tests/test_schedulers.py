@@ -16,16 +16,10 @@ import adpdm
 from adpdm import QuantConfig, SearchConfig
 from adpdm.nn import quant_layers
 from adpdm.schedulers import model_input
-from adpdm.testing import tiny_unet
+from adpdm.testing import ONE_BLOCK, tiny_unet
 from adpdm.trajectory import Sampler
 
 STEPS = 5
-SMALL: dict[str, Any] = {
-    "block_out_channels": (8,),
-    "down_block_types": ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "add_attention": False,
-}
 
 # (scheduler, settings, calls, different timesteps) for STEPS steps
 KINDS: list[tuple[str, dict[str, Any], int, int]] = [
@@ -86,7 +80,7 @@ def walk(denoiser: Any, scheduler: Any) -> list[tuple[float, int, Tensor]]:
 def test_every_call_has_the_groups_of_its_timestep(
     name: str, changes: dict[str, Any], calls: int, steps: int, tmp_path: Path
 ) -> None:
-    denoiser, scheduler = tiny_unet(**SMALL), make_scheduler(name, changes)
+    denoiser, scheduler = tiny_unet(**ONE_BLOCK), make_scheduler(name, changes)
     report = adpdm.quantize(denoiser, config(), scheduler=scheduler)
     assert len(report.timesteps) == steps
     assert report.timesteps == sorted(set(report.timesteps), reverse=True)
@@ -104,7 +98,7 @@ def test_every_call_has_the_groups_of_its_timestep(
 
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
 def test_search_on_a_scheduler_that_comes_back(name: str) -> None:
-    denoiser, scheduler = tiny_unet(**SMALL), make_scheduler(name, {})
+    denoiser, scheduler = tiny_unet(**ONE_BLOCK), make_scheduler(name, {})
     settings = config(
         grouping="search",
         calibration_images=12,
@@ -119,7 +113,7 @@ def test_search_on_a_scheduler_that_comes_back(name: str) -> None:
 
 
 def test_one_group_per_step_means_per_visited_timestep() -> None:
-    denoiser = tiny_unet(**SMALL)
+    denoiser = tiny_unet(**ONE_BLOCK)
     scheduler = make_scheduler("KDPM2DiscreteScheduler", {})
     adpdm.quantize(denoiser, config(grouping="per_step"), scheduler=scheduler)
     assert {q.num_groups for layer in quant_layers(denoiser).values() for q in layer.quantizers} == {9}
@@ -128,7 +122,7 @@ def test_one_group_per_step_means_per_visited_timestep() -> None:
 
 def test_calls_of_one_timestep_share_a_histogram() -> None:
     scheduler = make_scheduler("HeunDiscreteScheduler", {})
-    sampler = Sampler(tiny_unet(**SMALL), scheduler, (1, 8, 8), STEPS)
+    sampler = Sampler(tiny_unet(**ONE_BLOCK), scheduler, (1, 8, 8), STEPS)
     assert sampler.step_of_call == [0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert len(sampler.timesteps) == STEPS
     run = sampler.run(0, 0, 2)
@@ -137,7 +131,7 @@ def test_calls_of_one_timestep_share_a_histogram() -> None:
 
 
 def test_more_groups_than_visited_timesteps_are_refused() -> None:
-    denoiser = tiny_unet(**SMALL)
+    denoiser = tiny_unet(**ONE_BLOCK)
     # Four training timesteps for five steps: 3, 2, 2, 1, 1.
     scheduler = make_scheduler("DPMSolverMultistepScheduler", {"num_train_timesteps": 4})
     message = "num_groups must be at most 3, the number of different timesteps .*; got 4"
@@ -167,7 +161,7 @@ def test_noise_objective_scales_the_input_by_the_noise_of_its_own_timestep(
     monkeypatch.setattr(Calibration, "_batch", watched)
     search = SearchConfig(num_steps=4, refit_steps=0, batch_size=2, objective="noise")
     settings = config(grouping="search", calibration_images=4, round_size=2, search=search)
-    adpdm.quantize(tiny_unet(**SMALL), settings, scheduler=scheduler)
+    adpdm.quantize(tiny_unet(**ONE_BLOCK), settings, scheduler=scheduler)
     scheduler.set_timesteps(STEPS)
     assert len(scales) == STEPS  # the held-out batches show every call
     for call, scale in scales.items():
@@ -187,4 +181,4 @@ def test_noise_objective_is_refused_where_no_noise_is_predicted(
     message = rf"objective 'noise' needs a denoiser that predicts the noise; .*{name} predicts: {predicts}"
     settings = config(search=SearchConfig(objective="noise"))
     with pytest.raises(ValueError, match=message):
-        adpdm.quantize(tiny_unet(**SMALL), settings, scheduler=make_scheduler(name, changes))
+        adpdm.quantize(tiny_unet(**ONE_BLOCK), settings, scheduler=make_scheduler(name, changes))

@@ -1,0 +1,141 @@
+"""Checks the sdist and the wheel of a folder: nothing is missing, the wheel works in an empty environment.
+
+python tools/check_package.py build/dist
+
+The sdist has to hold every tracked file that the build reads, and CMake has to configure what was unpacked.
+The wheel is installed with its dependencies into a new environment, where, far from the source tree and
+without a GPU in sight, it has to import, describe itself, and quantize, save, load and sample a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILT_FROM = (
+    "adpdm",
+    "csrc",
+    "cpp_tests",
+    "tools",
+    "CMakeLists.txt",
+    "setup.py",
+    "pyproject.toml",
+    "LICENSE",
+    "README.md",
+)
+SMOKE = """
+import sys, torch, adpdm
+from adpdm.testing import ONE_BLOCK, tiny_pipeline
+from diffusers import DDIMPipeline
+assert not torch.cuda.is_available()
+pipe = tiny_pipeline(**ONE_BLOCK)
+config = adpdm.QuantConfig(num_inference_steps=3, num_groups=2, grouping="dp", histogram_images=2)
+print(adpdm.quantize(pipe, config).coverage)
+pipe.save_pretrained(sys.argv[1])
+loaded = DDIMPipeline.from_pretrained(sys.argv[1], local_files_only=True)
+def sample(p):
+    p.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return p(batch_size=2, num_inference_steps=3, generator=generator, output_type="np").images
+assert (sample(pipe) == sample(loaded)).all()
+"""
+
+
+class Faulty(Exception):
+    """What is wrong with a package, as a sentence."""
+
+
+def the_one(folder: Path, pattern: str) -> Path:
+    """The only file of a pattern."""
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise Faulty(f"wanted one {pattern} in {folder}, got {[path.name for path in found]}")
+    return found[0]
+
+
+def missing_from(names: set[str], tracked: list[str]) -> list[str]:
+    """Tracked files that an sdist of these member names lacks; members stand in one top folder."""
+    inside = {name.partition("/")[2] for name in names}
+    return sorted(set(tracked) - inside)
+
+
+def check_sdist(path: Path, scratch: Path) -> None:
+    """Raise unless the sdist is complete and CMake can configure it."""
+    tracked = run(["git", "-C", str(ROOT), "ls-files", "--", *BUILT_FROM]).split()
+    with tarfile.open(path) as archive:
+        if missing := missing_from(set(archive.getnames()), tracked):
+            raise Faulty(
+                f"{path.name} lacks {len(missing)} tracked files, e.g. {missing[:5]}; see MANIFEST.in"
+            )
+        archive.extractall(scratch, filter="data")
+    source, build = the_one(scratch, "adpdm-*"), scratch / "build"
+    run(["cmake", "-G", "Ninja", "-S", str(source), "-B", str(build), "-DADPDM_CUDA=0"])
+    run(["cmake", "--build", str(build), "--target", "adpdm_libraries", "--", "-n"])  # every source is there
+    print(f"{path.name}: {len(tracked)} tracked files, configures")
+
+
+def check_wheel(path: Path, scratch: Path, pip_flags: list[str]) -> None:
+    """Raise unless the wheel works in an empty environment."""
+    home, empty = scratch / "venv", scratch / "empty"
+    empty.mkdir()
+    venv.create(home, with_pip=True)
+    python, adpdm = home / "bin" / "python", str(home / "bin" / "adpdm")
+    # A PYTHONPATH with the source tree would tell pip that adpdm is there already.
+    isolated = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    isolated |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    pip = [str(python), "-m", "pip", "install", "-q", "--no-compile", *pip_flags]
+    run([*pip, "-c", str(ROOT / "constraints.txt"), str(path)], empty, isolated)
+    where = run([str(python), "-c", "import adpdm; print(adpdm.__file__)"], empty, isolated).strip()
+    if not Path(where).is_relative_to(home):
+        raise Faulty(f"wanted adpdm from {home}, got {where}")
+    info = json.loads(run([adpdm, "info", "--json"], empty, isolated))
+    doctor = json.loads(run([adpdm, "doctor", "--json"], empty, isolated))
+    if [k["name"] for k in doctor["kernels"] if k["state"] == "used"] != [info["instruction set"]]:
+        raise Faulty(f"adpdm doctor and adpdm info disagree on the kernels in use: {doctor['kernels']}")
+    coverage = run([str(python), "-c", SMOKE, "saved"], empty, isolated).strip()
+    print(f"{path.name}: in an empty environment with torch {info['torch']}: {coverage}")
+
+
+def run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    """Standard output of a command.
+
+    Raises:
+        Faulty: it failed; holds its output.
+    """
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    if result.returncode:
+        raise Faulty(
+            f"`{shlex.join(command)}` failed with {result.returncode}:\n{result.stdout}{result.stderr}"
+        )
+    return result.stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="holds one adpdm-*.tar.gz and one adpdm-*.whl")
+    parser.add_argument("--pip-flags", default="", help="more arguments of pip install")
+    args = parser.parse_args()
+    try:
+        sdist, wheel = (the_one(args.folder, pattern) for pattern in ("adpdm-*.tar.gz", "adpdm-*.whl"))
+        with tempfile.TemporaryDirectory() as unpacked, tempfile.TemporaryDirectory() as environment:
+            check_sdist(sdist, Path(unpacked))
+            check_wheel(wheel.resolve(), Path(environment), shlex.split(args.pip_flags))
+    except Faulty as fault:
+        print(f"check_package: {fault}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
