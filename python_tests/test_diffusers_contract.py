@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import adpdm
 from adpdm import AdpdmConfig, QuantConfig
+from adpdm.evaluate.layers import layer_sqnr
 from adpdm.nn import CodedLayer, LoadedConv2d, LoadedLayer, LoadedLinear, loaded_layers
 from adpdm.testing import CROSS_ATTENTION_DIM, ddim_scheduler, tiny_conditional_unet, tiny_pipeline, tiny_unet
 
@@ -280,6 +281,12 @@ def test_device_map(folder: Path, settings: dict[str, Any], device_map: Any) -> 
     assert torch.equal(run(model).cpu(), run(load(folder, settings).to(model.device)).cpu())
 
 
+def test_quantizing_to_disk_is_refused(folder: Path, tmp_path: Path) -> None:
+    # diffusers would write the float weight past the quantizer.
+    with pytest.raises(ValueError, match=r"device_map puts \['mid_block'\] on disk"):
+        load(folder, device_map={"": "cpu", "mid_block": "disk"}, offload_folder=str(tmp_path))
+
+
 @every_config
 def test_dequantize_gives_the_float_model_of_the_codes(
     folder: Path, tmp_path: Path, settings: dict[str, Any]
@@ -338,6 +345,25 @@ def test_training_of_adapters(folder: Path, settings: dict[str, Any], autocast: 
     for adapter in adapters:
         assert adapter.up.weight.grad is not None
         assert float(adapter.up.weight.grad.norm()) > 0
+
+
+@both_kinds
+def test_peft_adapters_learn(folder: Path, settings: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    model, target = load(folder, settings), run(tiny_conditional_unet(seed=1))
+    model.requires_grad_(False)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=ATTENTION))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    codes = {name: m.weight.clone() for name, m in loaded_layers(model).items()}
+    optimizer, losses = torch.optim.Adam(trained, lr=1e-2), []
+    for _ in range(8):
+        loss = (model(**inputs()).sample - target).square().mean()
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(m.weight, codes[name]) for name, m in loaded_layers(model).items())
 
 
 @pytest.mark.parametrize("name", ["w8", "w8a8"])
@@ -635,6 +661,14 @@ def test_loaded_model_does_not_hold_on_to_the_file(folder: Path, tmp_path: Path)
     model.save_pretrained(tmp_path)
     assert torch.equal(run(model), wanted)
     assert torch.equal(run(UNet2DConditionModel.from_pretrained(tmp_path)), wanted)
+
+
+def test_layers_can_be_judged_one_by_one(folder: Path) -> None:
+    model, given = load(folder, CONFIGS["w8a8"]), inputs()
+    context = {"encoder_hidden_states": given["encoder_hidden_states"]}
+    found = layer_sqnr(tiny_conditional_unet(), model, [(given["sample"], given["timestep"], context)])
+    assert list(found) == list(loaded_layers(model))
+    assert min(found.values()) > 20
 
 
 def test_layers_of_other_classes_stay_as_they_are() -> None:
