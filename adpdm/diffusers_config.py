@@ -38,14 +38,15 @@ class Method(str, Enum):
 class AdpdmConfig(QuantizationConfigMixin):
     """Quantizes the weights of a float model while `from_pretrained` loads it; no calibration.
 
-        UNet2DModel.from_pretrained(path, quantization_config=adpdm.AdpdmConfig(weight_bits=4))
+        UNet2DModel.from_pretrained(path, quantization_config=adpdm.AdpdmConfig(weight_bits=8))
 
     All Conv2d and Linear layers are quantized. The first and last layers and those of the timestep embedding
     take 8-bit weights and float inputs, whatever is asked for: they are small, and errors in them reach
     everything. The other arguments are the record that a checkpoint holds, and not for users.
 
     Args:
-        weight_bits: 2 to 8, per output channel, symmetric; up to 4, two weights share a byte.
+        weight_bits: 2 to 8, per output channel, symmetric, rounded to nearest; up to 4, two weights share a
+            byte, at a loss of quality that `adpdm.quantize` avoids (demo model: 14 dB PSNR, 46 at 8 bits).
         activation_bits: None keeps inputs of layers float (weight-only); with 2 to 8 bits, layers run in
             integers.
         activation_scales: `dynamic` measures the range of every input, over the whole batch, at every call;

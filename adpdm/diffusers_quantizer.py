@@ -51,12 +51,18 @@ class AdpdmQuantizer(DiffusersQuantizer):
         self.pre_quantized = self.pre_quantized and quantization_config.layers is not None
         self._loaded_keys: list[str] = []
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what from_pretrained cannot do: calibrate."""
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what from_pretrained cannot do: calibrate, and quantize tensors on their way to the disk."""
         if self.quantization_config.is_calibrated and not self.pre_quantized:
             raise ValueError(
                 "adpdm needs calibration for static activation scales, so a float checkpoint cannot get them "
                 "while it loads; load it without quantization_config and call adpdm.quantize(pipe)"
+            )
+        on_disk = [k for k, v in device_map.items() if v == "disk"] if isinstance(device_map, dict) else []
+        if on_disk:
+            raise ValueError(
+                f"adpdm: device_map puts {on_disk[:5]} on disk, where diffusers writes tensors as they are; "
+                "wanted devices with memory, or group offloading after loading"
             )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:

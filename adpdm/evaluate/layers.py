@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adpdm.evaluate.metrics import energies, sqnr_db
-from adpdm.nn import quant_layers
+from adpdm.nn import loaded_layers, quant_layers
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def layer_sqnr(
         reference, quantized: the float network and its quantized copy.
         inputs: (sample [B, C, H, W], timestep, conditioning) triples; outputs of one at a time are held.
     """
-    names = list(quant_layers(quantized))
+    names = list(quant_layers(quantized) or loaded_layers(quantized))
     totals = {name: [0.0, 0.0] for name in names}
     kept: dict[str, Tensor] = {}
 
