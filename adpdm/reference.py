@@ -467,11 +467,9 @@ def group_norm_quantize_each(
     activation: Activation,
 ) -> list[Tensor]:
     """Codes i8 of two inputs [N, C_s, H, W] normalised as one, each under its own quantizer."""
-    split = inputs[0].shape[1]
-    first, second = (
-        group_norm_quantize(inputs, weight, bias, None, q, norm_groups, eps, activation) for q in quantizers
-    )
-    return [first[:, :split], second[:, split:]]
+    rows, rest = (weight, bias, None), (norm_groups, eps, activation)
+    first, second = (group_norm_quantize(inputs, *rows, q, *rest) for q in quantizers)
+    return [first[:, : inputs[0].shape[1]], second[:, inputs[0].shape[1] :]]
 
 
 def layer_norm_quantize(
@@ -496,13 +494,9 @@ def layer_norm_quantize(
 def attention_quantize(
     query: Tensor, key: Tensor, value: Tensor, quantizer: OutputQuantizer, heads: int
 ) -> Tensor:
-    """Codes of softmax(query key^T / sqrt(D)) value of each head: [N, L, C] i8, C = heads * D.
-
-    Args: query [N, L, C] f32|bf16|f16; key, value [N, M, C] of the same dtype.
-    """
+    """Codes [N, L, C] i8 of softmax(query key^T / sqrt(D)) value per head; key, value [N, M, C]."""
     q, k, v = (x.double().unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[3]), 3)
     attended = (weights @ v).transpose(1, 2).flatten(2).float()
-    return quantize(
-        attended, quantizer.scale, quantizer.zero_point, quantizer.group_index, quantizer.num_bits
-    )
+    o = quantizer
+    return quantize(attended, o.scale, o.zero_point, o.group_index, o.num_bits)
