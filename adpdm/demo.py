@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ from torch import Tensor, nn
 from . import report as page
 from .calibrate import CalibrationTrace
 from .config import Grouping, QuantConfig, SearchConfig
-from .evaluate import EvaluationConfig, EvaluationResult, compare, generate, layer_sqnr, psnr
+from .evaluate import (
+    EvaluationConfig,
+    EvaluationResult,
+    PairTiming,
+    compare,
+    generate,
+    layer_sqnr,
+    psnr,
+    time_pair,
+)
+from .graph import capture, release
 from .info import gather_info
 from .pipeline import find_denoiser, load_pipeline, quantize
 from .replay import Progress
@@ -30,6 +41,7 @@ COMPARISON_BITS = (6, 6)
 COMPARISON_GROUPINGS: tuple[Grouping, ...] = ("shared", "uniform", "dp", "search")
 SHOWN_RANGES = 4  # layers whose activation ranges are drawn: those whose range changes most
 PROBED_STEPS = 5  # steps at which the SQNR of layers is measured
+TIMED_STEP = 500  # timestep of the captured calls, in the middle of the training steps
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,13 @@ class Run:
     stored: dict[str, Any]  # as `QuantizationReport.to_dict`
     evaluation: EvaluationResult
     layer_sqnr: dict[str, float]
+    captured: tuple[PairTiming, ...] = ()  # without Python, see graph.py
+
+    @property
+    def timings(self) -> list[tuple[str, PairTiming]]:
+        """All that was timed, each with the name of the way it ran."""
+        eager = [(self.name, t) for t in self.evaluation.timings]
+        return eager + [(f"{self.name} captured", t) for t in self.captured]
 
 
 def bits_name(bits: tuple[int, int]) -> str:
@@ -124,7 +143,27 @@ def _main_run(
     # The shipped file is float16; sizes are told against the float32 network that was quantized.
     float_bytes = sum(p.numel() * p.element_size() for p in original.parameters())
     result = replace(result, reference_bytes=float_bytes)
-    return Run(name, report.to_dict(), result, probe_layers(original, denoiser, pipe.scheduler, seed))
+    probes = probe_layers(original, denoiser, pipe.scheduler, seed)
+    return Run(name, report.to_dict(), result, probes, captured_timings(original, denoiser, config))
+
+
+@torch.no_grad()
+def captured_timings(
+    reference: nn.Module, quantized: nn.Module, config: EvaluationConfig
+) -> tuple[PairTiming, ...]:
+    """A denoiser call without Python (`adpdm.graph.capture`) against the original, per batch size."""
+    settings: Any = reference.config
+    shape = (settings.in_channels, settings.sample_size, settings.sample_size)
+    timestep, timings = torch.tensor(TIMED_STEP), []
+    capture(quantized)
+    try:
+        for size in config.timing_batch_sizes:
+            sample = torch.randn(size, *shape, generator=torch.Generator().manual_seed(config.seed))
+            calls = [partial(model, sample, timestep=timestep) for model in (reference, quantized)]
+            timings.append(time_pair(calls[0], calls[1], size, sample.device, config.timing_pairs))
+    finally:
+        release(quantized)
+    return tuple(timings)
 
 
 def _labelled(progress: Progress, name: str) -> Progress:
@@ -219,13 +258,19 @@ def _summary_rows(runs: Sequence[Run], rows: Sequence[page.ComparisonRow]) -> di
     lines = {}
     for run in runs:
         e = run.evaluation
-        speed = ", ".join(f"{t.speedup:.2f}x at batch {t.batch_size}" for t in e.timings)
+        speed = _speeds(e.timings, "x")
+        if run.captured:
+            speed += f" (captured: {_speeds(run.captured, 'x')})"
         share = (e.quantized_bytes or 0) / (e.reference_bytes or 1)
         lines[run.name] = f"PSNR {e.psnr_db:.2f} dB, {speed}, weights {share:.1%} of the original"
     for row in rows[len(runs) :]:
         spread = "" if row.psnr_spread_db is None else f" ± {row.psnr_spread_db:.2f}"
         lines[f"{row.bits} {row.grouping}"] = f"PSNR {row.psnr_db:.2f}{spread} dB"
     return lines
+
+
+def _speeds(timings: Sequence[PairTiming], unit: str) -> str:
+    return ", ".join(f"{t.speedup:.2f}{unit} at batch {t.batch_size}" for t in timings)
 
 
 # ---- report ------------------------------------------------------------------------------------------------
@@ -269,7 +314,7 @@ def report_data(
         comparison=tuple(rows),
         scores=tuple(_score(run) for run in runs),
         sizes=_sizes(runs),
-        times=tuple(_time(run, t) for run in runs for t in run.evaluation.timings),
+        times=tuple(_time(name, t) for run in runs for name, t in run.timings),
         coverage=page.Coverage(coverage["macs"], coverage["parameters"], kept),
         max_importance=None if trace["outcome"] is None else trace["outcome"]["max_importance"],
         notes=(*notes, f"The whole run took {seconds / 60:.1f} minutes."),
@@ -278,7 +323,8 @@ def report_data(
 
 def _sentence(run: Run) -> str:
     e = run.evaluation
-    speed = ", ".join(f"{t.speedup:.2f} times as fast at batch {t.batch_size}" for t in e.timings)
+    speed = _speeds(run.captured or e.timings, " times as fast")
+    speed += " (captured, without Python)" if run.captured else ""
     share = (e.quantized_bytes or 0) / (e.reference_bytes or 1)
     return (
         f"{run.name} in integer arithmetic reproduces the full-precision samples at {e.psnr_db:.1f} dB PSNR, "
@@ -358,11 +404,11 @@ def _sizes(runs: Sequence[Run]) -> tuple[page.ModelSize, ...]:
     return (original, *(page.ModelSize(run.name, run.evaluation.quantized_bytes or 0) for run in runs))
 
 
-def _time(run: Run, timing: Any) -> page.StepTime:
+def _time(name: str, timing: PairTiming) -> page.StepTime:
     info = gather_info()
     note = f"{info['instruction set']}, {torch.get_num_threads()} threads"
     return page.StepTime(
-        run.name,
+        name,
         timing.batch_size,
         timing.reference_seconds,
         timing.quantized_seconds,

@@ -178,9 +178,13 @@ def test_demo_writes_models_and_report(
         *(("W6A6", grouping) for grouping in ("shared", "uniform", "dp", "search")),
     ]
     assert Path(values["report"]) == out / "report.html"
-    assert "</html>" in (out / "report.html").read_text()
+    report = (out / "report.html").read_text()
+    assert "</html>" in report
     for name in ("w8a8", "w4a8"):
         assert (out / name / WEIGHTS).is_file()
+    for name in ("W8A8", "W4A8"):
+        assert f"{name} captured" in report
+        assert "captured: " in values["summary"][name]
 
 
 def test_module_entry_point_returns_the_exit_code(model: Path) -> None:

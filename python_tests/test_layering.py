@@ -25,7 +25,8 @@ LAYERS: list[set[str]] = [
     {"diffusers_config"},
     {"diffusers_quantizer"},
     {"pipeline"},
-    {"testing", "demo", "graph", "tables", "doctor"},
+    {"graph"},
+    {"testing", "demo", "tables", "doctor"},
     {"cli"},
     {"__init__", "__main__"},
 ]
