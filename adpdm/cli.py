@@ -34,7 +34,9 @@ console = Console(stderr=True)  # standard output belongs to results
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a stated error, 2 for bad usage, 130 for Ctrl-C."""
-    args = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    args = _parser().parse_args(words)
+    args.command = shlex.join(["adpdm", *words])  # reports quote it
     try:
         result: dict[str, Any] = args.run(args)
     except KeyboardInterrupt:
@@ -67,7 +69,7 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
         if state.exists():
             console.print(f"the search so far is in {escape(str(state))}; continue it with --resume")
         raise
-    values = {**report.to_dict(), "command": _command()}
+    values = {**report.to_dict(), "command": args.command}
     _save(pipe, values, out)
     shutil.rmtree(state.parent, ignore_errors=True)
     trace = report.trace
@@ -178,14 +180,14 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{stored} is missing; `adpdm quantize` writes it beside the model")
     result = _compare(args)
     values = json.loads(stored.read_text())
-    build_report(Path(args.out), values, Path(args.quantized), Path(args.original), result, _command())
+    build_report(Path(args.out), values, Path(args.quantized), Path(args.original), result, args.command)
     _table(f"report in {args.out}", evaluation_rows(result))
     return {"out": args.out, "evaluation": result.to_dict()}
 
 
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
     with _progress() as progress:
-        values = run_demo(Path(args.model), Path(args.out), args.seed, args.quick, progress, _command())
+        values = run_demo(Path(args.model), Path(args.out), args.seed, args.quick, progress, args.command)
     _table(f"report in {Path(args.out) / 'report.html'}", values["summary"])
     return values
 
@@ -300,10 +302,6 @@ def _quant_config(args: argparse.Namespace) -> QuantConfig:
         seed=args.seed,
         search=SearchConfig(num_steps=args.search_steps),
     )
-
-
-def _command() -> str:
-    return shlex.join(["adpdm", *sys.argv[1:]])
 
 
 # ---- output ------------------------------------------------------------------------------------------------

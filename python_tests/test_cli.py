@@ -75,7 +75,7 @@ def test_quantize_writes_model_and_report(quantized: Path) -> None:
     assert stored["config"]["calibration_images"] == 40
     assert stored["config"]["search"]["num_steps"] == 6
     assert len(stored["trace"]["rounds"]) == 3
-    assert stored["command"].startswith("adpdm ")
+    assert stored["command"].startswith(f"adpdm quantize {quantized.parent / 'tiny'} --out {quantized}")
     leftovers = {p.name for p in quantized.parent.iterdir()} - {"tiny", "quantized"}
     assert not {name for name in leftovers if name.startswith("quantized")}
 
