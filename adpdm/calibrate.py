@@ -128,12 +128,9 @@ class Calibration:
         replay = Replay(self.sampler, self.layers, trajectory, self.call_weights, self.progress)
         self._timed("weights", lambda: self._round_weights(replay, names))
         self._timed("raised layers", lambda: self._raise_bits(replay))
-        self._timed("bias correction", lambda: self._correct_bias(replay))
-        self._set_mode(Mode.FAKE)
+        self._timed("bias correction", lambda: self._correct_bias_anew(replay))
         if self.config.grouping == "search" and self.config.num_groups > 1:
-            self._timed("search", lambda: self._search(trajectory))
-            self._correct_bias(replay)
-            self._set_mode(Mode.FAKE)
+            self._timed("search", lambda: self._search(trajectory, replay))
         self.trace.quantizers = [_describe(name, q) for name, q in self.quantizers.items()]
         for quantizer in self.quantizers.values():
             quantizer.counts = quantizer.extrema = None
@@ -239,9 +236,10 @@ class Calibration:
 
     # ---- search ----
 
-    def _search(self, trajectory: Trajectory) -> None:
+    def _search(self, trajectory: Trajectory, replay: Replay) -> None:
         config = self.config
         held_out = self._held_out()
+        start_error = self._sample_error()
         search = GroupSearch(list(self.quantizers.values()), self.step, config, self._predict, held_out)
         selector = TimestepSelector(config, self.num_rounds, self.num_steps)
         pool: list[Batch] = []
@@ -253,7 +251,7 @@ class Calibration:
                 self.trace.losses.append(search.train_step(batch))
                 self.progress("search", index + 1, config.search.num_steps + config.search.refit_steps)
             self._save(search, selector, round_index + 1)
-        self.trace.outcome = self._harden(search, trajectory, pool, held_out)
+        self.trace.outcome = self._harden(search, trajectory, replay, pool, held_out, start_error)
         self.trace.rounds, self.trace.visits = selector.trace, selector.visits
         chosen = [self._call_at(row["step_index"], i) for i, row in enumerate(selector.trace)]
         self.trace.mmd = mmd_trace(trajectory.samples, chosen)
@@ -322,17 +320,32 @@ class Calibration:
         """Batches of images that nothing is fitted to, at steps spread over the trajectory."""
         self._set_mode(Mode.FLOAT)
         first = self.config.histogram_images + self.config.calibration_images
-        fresh = self.sampler.run(self.config.seed, first, self.config.search.batch_size)
+        self._fresh = fresh = self.sampler.run(self.config.seed, first, self.config.search.batch_size)
         self._set_mode(Mode.FAKE)
         last = self.num_calls - 1
         calls = torch.linspace(0, last, HOLDOUT_BATCHES, device="cpu").round().long().tolist()
         images = torch.arange(self.config.search.batch_size, device="cpu")
         return [replace(self._batch(fresh, k, images, k), weight=float(self.call_weights[k])) for k in calls]
 
+    def _sample_error(self) -> float:
+        """Mean squared error of the held-out final samples, as layers quantize now."""
+        first = self.config.histogram_images + self.config.calibration_images
+        made = self.sampler.run(self.config.seed, first, self.config.search.batch_size)
+        return float((made.final - self._fresh.final).double().square().mean())
+
     def _harden(
-        self, search: GroupSearch, trajectory: Trajectory, pool: list[Batch], held_out: list[Batch]
+        self,
+        search: GroupSearch,
+        trajectory: Trajectory,
+        replay: Replay,
+        pool: list[Batch],
+        held_out: list[Batch],
+        start_error: float,
     ) -> SearchOutcome:
-        """Fix the groups, re-fit their ranges on their own steps, and say what that cost."""
+        """Fix the groups, re-fit their ranges on their own steps, and say what that cost.
+
+        A smaller loss is not enough to be kept: it judges one step at a time, at full-precision inputs.
+        """
         settings = self.config.search
         peak, soft = search.max_importance(), search.mean_loss(held_out)
         moved = search.harden()
@@ -341,19 +354,37 @@ class Calibration:
             self.progress("search", index + 1, settings.num_steps + settings.refit_steps)
         search.finish()
         hard = search.mean_loss(held_out)
-        is_kept = hard <= search.start_loss
-        if not is_kept:
+        self._correct_bias_anew(replay)
+        hard_error = self._sample_error()
+        found = SearchOutcome(
+            search.start_loss,
+            soft,
+            hard,
+            start_error,
+            hard_error,
+            peak,
+            hard <= search.start_loss and hard_error <= start_error,
+            moved,
+        )
+        if not found.is_kept:
             search.put_back()
+            self._correct_bias_anew(replay)
             self._warn(
-                f"the search ended with a held-out loss of {hard:.3g}, worse than {search.start_loss:.3g} of "
-                "the dynamic-programming partition it started from, which is used; try more search steps"
+                f"the search ended with a held-out loss of {hard:.3g}, from {search.start_loss:.3g}, and "
+                f"{found.sample_gain_db:+.2f} dB on held-out samples, against the dynamic-programming "
+                "partition it started from, which is used; try more search steps"
             )
         if peak < WARN_BELOW_MAX_IMPORTANCE:
             self._warn(
                 f"the search ended undecided: mean largest importance weight {peak:.2f}, wanted at least "
                 f"{WARN_BELOW_MAX_IMPORTANCE}; more search steps or a larger entropy_weight harden it"
             )
-        return SearchOutcome(search.start_loss, soft, hard, peak, is_kept, moved)
+        return found
+
+    def _correct_bias_anew(self, replay: Replay) -> None:
+        """Bias correction for the present ranges, in fake mode afterwards."""
+        self._correct_bias(replay)
+        self._set_mode(Mode.FAKE)
 
     def _warn(self, sentence: str) -> None:
         self.trace.warnings.append(sentence)

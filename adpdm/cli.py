@@ -89,7 +89,8 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
         o = trace.outcome
         rows["search"] = (
             f"soft/hard gap {o.gap_db:+.2f} dB, max importance {o.max_importance:.2f}, "
-            f"groups moved {o.moved:.1%}"
+            f"groups moved {o.moved:.1%}, {o.sample_gain_db:+.2f} dB on held-out samples, "
+            f"{'kept' if o.is_kept else 'put back'}"
         )
     _table(f"quantized into {out}", rows)
     for warning in trace.warnings:

@@ -74,8 +74,10 @@ class SearchOutcome:
     start_loss: float  # of the partition that the search started from
     soft_loss: float  # relative squared error of the mixture on held-out batches
     hard_loss: float  # the same after hardening and re-fitting
+    start_error: float  # mean squared error of held-out final samples, of the partition that was started from
+    hard_error: float  # the same after hardening and re-fitting
     max_importance: float  # mean over layers and steps of max pi before hardening
-    is_kept: bool  # False where the search ended worse than it started, and the start was put back
+    is_kept: bool  # False where the search ended worse by either than it started, and the start was put back
     moved: float  # share of (layer, step) pairs whose group changed against the start
 
     @property
@@ -83,9 +85,14 @@ class SearchOutcome:
         """Loss of hardening in dB, positive when the hard network is worse."""
         return 10 * math.log10(max(self.hard_loss, 1e-30) / max(self.soft_loss, 1e-30))
 
+    @property
+    def sample_gain_db(self) -> float:
+        """What the search gains on the final samples of held-out images in dB, negative when it loses."""
+        return 10 * math.log10(max(self.start_error, 1e-30) / max(self.hard_error, 1e-30))
+
     def to_dict(self) -> dict[str, float | None]:
         """Plain JSON types; what a diverged search left without a finite value is None."""
-        values = {**asdict(self), "gap_db": self.gap_db}
+        values = {**asdict(self), "gap_db": self.gap_db, "sample_gain_db": self.sample_gain_db}
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 

@@ -173,7 +173,7 @@ def test_undecided_search_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_outcome_gap_is_the_ratio_of_losses_in_db() -> None:
     def gap(soft: float, hard: float) -> float:
-        return SearchOutcome(2e-3, soft, hard, 0.95, is_kept=True, moved=0.0).gap_db
+        return SearchOutcome(2e-3, soft, hard, 1e-2, 1e-3, 0.95, is_kept=True, moved=0.0).gap_db
 
     assert gap(1e-3, 2e-3) == pytest.approx(10 * math.log10(2))
     assert gap(1e-3, 1e-4) == pytest.approx(-10)
@@ -246,7 +246,7 @@ def state_without_search(monkeypatch: pytest.MonkeyPatch, settings: QuantConfig)
     """The quantized model that the dynamic-programming partition alone gives."""
     unet = tiny_unet(**ONE_BLOCK)
     with monkeypatch.context() as patch:
-        patch.setattr(Calibration, "_search", lambda calibration, trajectory: None)
+        patch.setattr(Calibration, "_search", lambda calibration, trajectory, replay: None)
         adpdm.quantize(unet, settings, scheduler=ddim_scheduler())
     return dict(unet.state_dict())
 
@@ -261,16 +261,51 @@ def test_search_that_made_it_worse_is_put_back(monkeypatch: pytest.MonkeyPatch, 
     assert trace.outcome.hard_loss > trace.outcome.start_loss
     assert not trace.outcome.is_kept
     assert trace.warnings[0] == (
-        f"the search ended with a held-out loss of {trace.outcome.hard_loss:.3g}, worse than "
-        f"{trace.outcome.start_loss:.3g} of the dynamic-programming partition it started from, which is "
-        "used; try more search steps"
+        f"the search ended with a held-out loss of {trace.outcome.hard_loss:.3g}, from "
+        f"{trace.outcome.start_loss:.3g}, and {trace.outcome.sample_gain_db:+.2f} dB on held-out samples, "
+        "against the dynamic-programming partition it started from, which is used; try more search steps"
     )
     got, wanted = unet.state_dict(), state_without_search(monkeypatch, settings)
     assert sorted(got) == sorted(wanted)
     assert all(torch.equal(got[key], wanted[key]) for key in wanted)  # tables, scales, biases
 
 
+def test_search_with_a_smaller_loss_but_worse_samples_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = iter([1e-3, 2e-3])  # of the start, after the search
+    monkeypatch.setattr(Calibration, "_sample_error", lambda calibration: next(errors))
+    search = SearchConfig(num_steps=60, refit_steps=20, batch_size=4)
+    settings = config(search=search, activation_bits=4)
+    unet = tiny_unet(**ONE_BLOCK)
+    trace = adpdm.quantize(unet, settings, scheduler=ddim_scheduler()).trace
+    assert trace.outcome is not None
+    assert trace.outcome.hard_loss <= trace.outcome.start_loss
+    assert not trace.outcome.is_kept
+    assert trace.outcome.sample_gain_db == pytest.approx(-3.01, abs=0.01)
+    got, wanted = unet.state_dict(), state_without_search(monkeypatch, settings)
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+
+
+def test_sample_error_is_that_of_the_images_that_nothing_was_fitted_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    errors: list[float] = []
+    plain = Calibration._sample_error
+
+    def watched(calibration: Calibration) -> float:
+        errors.append(plain(calibration))
+        return errors[-1]
+
+    monkeypatch.setattr(Calibration, "_sample_error", watched)
+    settings = config()
+    outcome = Recorded(monkeypatch, settings).report.trace.outcome
+    assert outcome is not None
+    assert [outcome.start_error, outcome.hard_error] == errors
+    assert all(0 < error < 0.5 for error in errors)
+
+
 def test_search_that_helps_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = iter([2e-3, 1e-3])  # no search of seconds makes better samples of a random model for certain
+    monkeypatch.setattr(Calibration, "_sample_error", lambda calibration: next(errors))
     search = SearchConfig(num_steps=60, refit_steps=20, batch_size=4)
     settings = config(search=search, activation_bits=4)
     unet = tiny_unet(**ONE_BLOCK)
