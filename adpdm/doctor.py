@@ -18,7 +18,7 @@ from torch import nn
 from . import _native
 from .config import QuantConfig
 from .info import gather_info
-from .nn import FusionInfo, QuantLayer, describe_fusion, summarize_fusion, swap
+from .nn import FusionInfo, LoadedLayer, QuantLayer, describe_fusion, summarize_fusion, swap
 from .pipeline import find_denoiser, load_pipeline
 
 REPORT_NAME = "adpdm_report.json"  # what `adpdm quantize` leaves beside the model
@@ -39,6 +39,7 @@ NIBBLE_BITS = 4  # weights of so many bits are stored two to a byte
 WELL_FILLED = 0.66  # a layer that wastes more than a third of its products is named
 
 Runs = Literal["fused", "per layer", "float"]
+NOT_QUANTIZED = "the model is not quantized"
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,8 @@ def _layer_state(
     macs: float | None,
 ) -> LayerState:
     shape = _shape_of(layer)
+    if isinstance(layer, LoadedLayer):
+        return _loaded_state(name, layer, shape, macs)
     if not isinstance(layer, QuantLayer):
         return LayerState(name, shape, "float", _why_float(name, layer, denoiser), None, None, macs)
     inside = [info for info in fusion if f"{name}.".startswith(f"{info.name}.")]
@@ -305,6 +308,16 @@ def _layer_state(
     runs: Runs = "fused" if nearest.fused else "per layer"
     reason = "" if nearest.fused else f"{nearest.name} ({nearest.kind}): {nearest.reason}"
     return LayerState(name, shape, runs, reason, layer.bits, tile_share(layer), macs)
+
+
+def _loaded_state(name: str, layer: LoadedLayer, shape: str, macs: float | None) -> LayerState:
+    """A layer that was quantized while it was loaded."""
+    weight_bits = layer.weight_quantizer.num_bits
+    if layer.activation_bits is None:
+        reason = f"its {weight_bits}-bit weight becomes float at every call, as AdpdmConfig says"
+        return LayerState(name, shape, "float", reason, None, None, macs)
+    reason = "quantized while loading: its range is measured at every call"
+    return LayerState(name, shape, "per layer", reason, (weight_bits, layer.activation_bits), None, macs)
 
 
 def _shape_of(layer: nn.Conv2d | nn.Linear) -> str:
@@ -318,8 +331,10 @@ def _shape_of(layer: nn.Conv2d | nn.Linear) -> str:
 def _why_float(name: str, layer: nn.Conv2d | nn.Linear, denoiser: Any) -> str:
     settings = getattr(denoiser.config, "quantization_config", None)
     if settings is None:
-        return "the model is not quantized"
-    config = QuantConfig.from_dict(settings.to_dict()["quant_config"])
+        return NOT_QUANTIZED
+    if not settings.is_calibrated:
+        return "AdpdmConfig left it out"
+    config = QuantConfig.from_dict(settings.quant_config)
     return swap._reason_to_keep(name, layer, config, runs=False)
 
 
@@ -336,7 +351,7 @@ def tile_share(layer: QuantLayer) -> float:
 
 def model_advice(model: ModelState) -> list[Advice]:
     """What is slow in a model and what to do, the largest share of the work first where it is known."""
-    if not any(layer.runs != "float" for layer in model.layers):
+    if all(layer.reason == NOT_QUANTIZED for layer in model.layers):
         do = f"adpdm quantize {model.path} --out DIR --bits w8a8"
         return [Advice("the model is not quantized: every layer runs in float", do)]
     advice = []
@@ -355,6 +370,7 @@ def model_advice(model: ModelState) -> list[Advice]:
 
 # Clauses of the reasons of adpdm.nn.describe_fusion that the user can do something about.
 _MENDS = {
+    "measured at every call": "calibrate with adpdm.quantize: static ranges let blocks run fused",
     "is not quantized": "quantize that layer too: a block runs fused as a whole or not at all",
     "reads two segments": "quantize with split_skip_connections=False and compare",
 }

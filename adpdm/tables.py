@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .nn import CodedLayer, QuantLayer
 from .pipeline import find_denoiser
 from .qparams import weight_codes
 from .quantizers.weight import WeightQuantizer
+from .rounding import NEAREST_FROM_BITS
 
 TABLES_FORMAT = 1
 METADATA = "adpdm_tables"  # key in the header of the file
@@ -32,8 +34,8 @@ def save_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
     """Write what `adpdm.quantize` found, without weights, to one safetensors file.
 
     Args:
-        pipe_or_denoiser: pipeline or model that `adpdm.quantize` made with weight_rounding="nearest", in
-            float32.
+        pipe_or_denoiser: pipeline or model in float32 that `adpdm.quantize` made with 8-bit weights, or with
+            weight_rounding="nearest".
         path: of the file; replaced where it exists.
 
     Raises:
@@ -48,14 +50,14 @@ def save_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
             "quantized while loading have no tables, their AdpdmConfig says it all"
         )
     assert config.quant_config is not None
-    rounding = config.quant_config["weight_rounding"]
-    if rounding != "nearest":
+    rounding, rows = config.quant_config["weight_rounding"], config.layers or []
+    if rounding != "nearest" and any(row["weight_bits"] < NEAREST_FROM_BITS for row in rows):
         raise ValueError(
-            f"save_tables: weights were rounded by {rounding!r}, which depends on calibration images, so "
-            "they cannot be made again from the float model; use save_pretrained, or quantize with "
-            "weight_rounding='nearest'"
+            f"save_tables: weights of fewer than {NEAREST_FROM_BITS} bits were rounded by {rounding!r}, "
+            "which depends on calibration images, so they cannot be made again from the float model; use "
+            "save_pretrained, or quantize with weight_rounding='nearest'"
         )
-    for row in config.layers or []:
+    for row in rows:
         if not isinstance(model.get_submodule(row["name"]), QuantLayer):
             raise ValueError(f"save_tables: layer {row['name']!r} was replaced; unload adapters first")
     state = model.state_dict()
@@ -67,8 +69,11 @@ def save_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
         "sha256": _digest(state),
     }
     tables = {key: state[key].contiguous() for key in _table_keys(state, config)}
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
     # One entry: safetensors writes several in no fixed order, and equal tables shall be equal files.
-    save_file(tables, path, {METADATA: json.dumps(about, sort_keys=True)})
+    save_file(tables, temporary, {METADATA: json.dumps(about, sort_keys=True)})
+    os.replace(temporary, path)
 
 
 def load_tables(pipe_or_denoiser: Any, path: Path | str) -> None:

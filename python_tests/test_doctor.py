@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 import adpdm
-from adpdm import QuantConfig, _native, cli, doctor
+from adpdm import AdpdmConfig, QuantConfig, _native, cli, doctor
 from adpdm.doctor import LEVELS, Advice, LayerState, ModelState
 from adpdm.nn import quant_layers
 from adpdm.testing import ONE_BLOCK, tiny_pipeline
@@ -221,6 +222,25 @@ def test_model_that_is_not_quantized_is_told_so(tmp_path: Path) -> None:
     assert {layer.reason for layer in model.layers} == {"the model is not quantized"}
     (advice,) = doctor.model_advice(model)
     assert advice.do == f"adpdm quantize {tmp_path / 'float'} --out DIR --bits w8a8"
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_layers_that_were_quantized_while_loading(tmp_path: Path, activation_bits: int | None) -> None:
+    tiny_pipeline(**ONE_BLOCK).save_pretrained(tmp_path / "float")
+    config = AdpdmConfig(activation_bits=activation_bits, modules_to_not_convert=["mid_block"])
+    unet = UNet2DModel.from_pretrained(tmp_path / "float" / "unet", quantization_config=config)
+    pipe = adpdm.load_pipeline(tmp_path / "float", unet=unet)
+    pipe.save_pretrained(tmp_path / "loaded")
+    model = doctor.model_state(tmp_path / "loaded")
+    layers = {layer.name: layer for layer in model.layers}
+    kept, layer = layers["mid_block.resnets.0.conv1"], layers["down_blocks.0.resnets.0.conv1"]
+    assert (kept.runs, kept.reason) == ("float", "AdpdmConfig left it out")
+    if activation_bits is None:
+        assert layer.runs == "float"
+        assert layer.reason == "its 8-bit weight becomes float at every call, as AdpdmConfig says"
+    else:
+        assert (layer.runs, layer.bits) == ("per layer", (8, 8))
+        assert any("adpdm.quantize" in advice.do for advice in doctor.model_advice(model))
 
 
 @pytest.mark.parametrize(

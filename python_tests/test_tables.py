@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adpdm
-from adpdm import AdpdmConfig, QuantConfig
+from adpdm import AdpdmConfig, QuantConfig, tables
 from adpdm.nn import CodedLayer, describe_fusion
 from adpdm.testing import ddim_scheduler, tiny_conditional_unet, tiny_pipeline, tiny_unet
 
@@ -66,6 +66,22 @@ def test_float_model_and_tables_give_the_same_bits(saved: tuple[Any, Path]) -> N
     assert all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items())
     assert same(outputs(model), outputs(pipe.unet))
     assert [i.fused for i in describe_fusion(model)] == [i.fused for i in describe_fusion(pipe.unet)]
+
+
+def test_interrupted_writing_leaves_the_old_file(
+    saved: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tables.safetensors"
+    path.write_bytes(b"old")
+
+    def stop(tensors: Any, file: Path, metadata: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tables, "save_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        adpdm.save_tables(saved[0], path)
+    assert path.read_bytes() == b"old"
 
 
 def test_model_made_from_tables_is_saved_like_the_first(saved: tuple[Any, Path], tmp_path: Path) -> None:
@@ -210,6 +226,16 @@ def test_learned_rounding_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rounded by 'gptq', which depends on calibration images"):
         adpdm.save_tables(pipe, tmp_path / "tables")
     assert not list(tmp_path.iterdir())
+
+
+def test_eight_bit_weights_need_no_setting(tmp_path: Path) -> None:
+    pipe = tiny_pipeline()
+    adpdm.quantize(pipe, config(weight_bits=8, weight_rounding="gptq"))
+    adpdm.save_tables(pipe, tmp_path / "tables")
+    again = tiny_pipeline()
+    adpdm.load_tables(again, tmp_path / "tables")
+    got, wanted = again.unet.state_dict(), pipe.unet.state_dict()
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
 
 
 def test_models_without_tables_are_refused(tmp_path: Path) -> None:
