@@ -120,10 +120,13 @@ def test_same_minor_version(built: str, running: str, same: bool) -> None:
     assert same_minor_version(built, running) is same
 
 
+CPU_ONLY = ["adpdm::attention_quantize"]  # on CUDA torch's attention runs, and `quantize` after it
+
+
 def test_every_operator_has_a_kernel_for_every_device_that_was_built() -> None:
     build = build_info()
     operators = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("adpdm::")]
     assert len(operators) >= 16, "the list must not be empty by mistake"
-    for device in ("CPU", "CUDA") if build["cuda_built"] else ("CPU",):
+    for device, left_out in (("CPU", []), ("CUDA", CPU_ONLY))[: 1 + build["cuda_built"]]:
         missing = [o for o in operators if not torch._C._dispatch_has_kernel_for_dispatch_key(o, device)]
-        assert missing == [], f"without a {device} kernel"
+        assert missing == left_out, f"without a {device} kernel"
