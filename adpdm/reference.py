@@ -446,10 +446,8 @@ def group_norm_quantize(
     Args: weight, bias [C] f32; modulation [N, 2C] f32 (scale, shift), y * (1 + scale) + shift.
     """
     x = torch.cat([part.float() for part in inputs], 1)
-    batch, channels = x.shape[:2]
-    moments = _normalize(x.reshape(batch, norm_groups, -1), (2,), eps)
-    mean, rstd = (m[:, :, 0].repeat_interleave(channels // norm_groups, 1) for m in moments)
-    mean, rstd = mean[:, :, None, None], rstd[:, :, None, None]
+    stats = _normalize(x.reshape(x.shape[0], norm_groups, -1), (2,), eps)
+    mean, rstd = (m[:, :, 0].repeat_interleave(x.shape[1] // norm_groups, 1)[..., None, None] for m in stats)
     rows = [None if row is None else row[:, None, None] for row in (weight, bias)]
     parts = None if modulation is None else modulation[:, :, None, None].chunk(2, 1)
     y = activate(_affine(x, (mean, rstd), rows[0], rows[1], parts), activation)

@@ -151,12 +151,7 @@ def compare(
     """
     config, progress = config or EvaluationConfig(), progress or _no_progress
     shape, conditioning = shape or shape_of_call(call) or sample_shape(reference), dict(conditioning or {})
-    for path, value in tree_flatten_with_path(conditioning)[0]:
-        if len(value) != config.num_images:
-            name = ".".join(str(getattr(key, "key", key)) for key in path)
-            raise ValueError(
-                f"compare: {name} must have num_images={config.num_images} rows, got {len(value)}"
-            )
+    _check_rows(conditioning, config.num_images)
     if decode is None and len(shape) != 3:
         raise ValueError(
             f"compare: samples of shape {shape} are no images (C, H, W); decode= must say how to make them"
@@ -186,6 +181,13 @@ def compare(
         quantized_images=_to_uint8(images[1][: config.kept_images]),
         **features,
     )
+
+
+def _check_rows(conditioning: Conditioning, num_images: int) -> None:
+    for path, value in tree_flatten_with_path(conditioning)[0]:
+        if len(value) != num_images:
+            name = ".".join(str(getattr(key, "key", key)) for key in path)
+            raise ValueError(f"compare: {name} must have num_images={num_images} rows, got {len(value)}")
 
 
 def file_bytes(path: Path | str) -> int:
