@@ -231,6 +231,10 @@ def _compare_groupings(
             )
         )
         label("comparison", index + 1, len(COMPARISON_GROUPINGS))
+    warnings.append(
+        f"{name}: to compare groupings alone, every layer has these bits and weights are rounded to nearest; "
+        "the defaults would give higher figures."
+    )
     return rows, warnings
 
 

@@ -180,6 +180,7 @@ def test_demo_writes_models_and_report(
     assert Path(values["report"]) == out / "report.html"
     report = (out / "report.html").read_text()
     assert "</html>" in report
+    assert "W6A6: to compare groupings alone, every layer has these bits" in report
     for name in ("w8a8", "w4a8"):
         assert (out / name / WEIGHTS).is_file()
     for name in ("W8A8", "W4A8"):
