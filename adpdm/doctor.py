@@ -335,7 +335,7 @@ def _why_float(name: str, layer: nn.Conv2d | nn.Linear, denoiser: Any) -> str:
     if not settings.is_calibrated:
         return "AdpdmConfig left it out"
     config = QuantConfig.from_dict(settings.quant_config)
-    return swap._reason_to_keep(name, layer, config, runs=False)
+    return swap.reason_to_keep(name, layer, config, runs=False)
 
 
 def tile_share(layer: QuantLayer) -> float:

@@ -151,11 +151,7 @@ def compare(
     """
     config, progress = config or EvaluationConfig(), progress or _no_progress
     shape, conditioning = shape or shape_of_call(call) or sample_shape(reference), dict(conditioning or {})
-    _check_rows(conditioning, config.num_images)
-    if decode is None and len(shape) != 3:
-        raise ValueError(
-            f"compare: samples of shape {shape} are no images (C, H, W); decode= must say how to make them"
-        )
+    _check_given(conditioning, config.num_images, shape, decode is not None)
     sizes = tuple(file_bytes(path) for path in paths) if paths else (None, None)
     pair = _PairedSampling(reference, quantized, scheduler, config, shape, conditioning, call)
     samples = pair.run(progress)
@@ -183,11 +179,17 @@ def compare(
     )
 
 
-def _check_rows(conditioning: Conditioning, num_images: int) -> None:
+def _check_given(
+    conditioning: Conditioning, num_images: int, shape: tuple[int, ...], is_decoded: bool
+) -> None:
     for path, value in tree_flatten_with_path(conditioning)[0]:
         if len(value) != num_images:
             name = ".".join(str(getattr(key, "key", key)) for key in path)
             raise ValueError(f"compare: {name} must have num_images={num_images} rows, got {len(value)}")
+    if not is_decoded and len(shape) != 3:
+        raise ValueError(
+            f"compare: samples of shape {shape} are no images (C, H, W); decode= must say how to make them"
+        )
 
 
 def file_bytes(path: Path | str) -> int:

@@ -158,7 +158,7 @@ def _decide(
     order = {name: i for i, name in enumerate(macs)}
     infos = []
     for name, layer in sorted(found.items(), key=lambda item: order.get(item[0], len(order))):
-        reason = _reason_to_keep(name, layer, config, name in macs)
+        reason = reason_to_keep(name, layer, config, name in macs)
         bits = None if reason else _bits(name, config)
         split = splits.get(name) if bits and getattr(layer, "groups", 1) == 1 else None
         infos.append(LayerInfo(name, macs.get(name, 0), layer.weight.numel(), bits, reason, split))
@@ -174,7 +174,7 @@ def _bits(name: str, config: QuantConfig) -> tuple[int, int]:
     return config.weight_bits, config.activation_bits
 
 
-def _reason_to_keep(name: str, layer: nn.Conv2d | nn.Linear, config: QuantConfig, runs: bool) -> str:
+def reason_to_keep(name: str, layer: nn.Conv2d | nn.Linear, config: QuantConfig, runs: bool) -> str:
     """Why a layer stays in full precision; empty when it is quantized."""
     if any(fnmatch.fnmatch(name, pattern) for pattern in config.modules_to_not_convert):
         return "excluded by modules_to_not_convert"
