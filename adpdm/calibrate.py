@@ -356,24 +356,19 @@ class Calibration:
         hard = search.mean_loss(held_out)
         self._correct_bias_anew(replay)
         hard_error = self._sample_error()
-        found = SearchOutcome(
-            search.start_loss,
-            soft,
-            hard,
-            start_error,
-            hard_error,
-            peak,
-            hard <= search.start_loss and hard_error <= start_error,
-            moved,
-        )
-        if not found.is_kept:
-            search.put_back()
-            self._correct_bias_anew(replay)
+        better = hard <= search.start_loss and hard_error <= start_error
+        is_kept = better or settings.keep_if_worse
+        found = SearchOutcome(search.start_loss, soft, hard, start_error, hard_error, peak, is_kept, moved)
+        if not better:
             self._warn(
                 f"the search ended with a held-out loss of {hard:.3g}, from {search.start_loss:.3g}, and "
                 f"{found.sample_gain_db:+.2f} dB on held-out samples, against the dynamic-programming "
-                "partition it started from, which is used; try more search steps"
+                f"partition it started from{', and is kept all the same' if is_kept else ', which is used'}; "
+                "try more search steps"
             )
+        if not is_kept:
+            search.put_back()
+            self._correct_bias_anew(replay)
         if peak < WARN_BELOW_MAX_IMPORTANCE:
             self._warn(
                 f"the search ended undecided: mean largest importance weight {peak:.2f}, wanted at least "

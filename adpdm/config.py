@@ -32,6 +32,7 @@ class SearchConfig:
         replay: share of optimizer steps on steps of the cached trajectories, so that every
             row of the logits is trained, not only the selected ones.
         objective: `teacher` (the full-precision noise prediction) or `noise` (the paper's form).
+        keep_if_worse: keep a search that ends worse than its start on held-out images, as the paper does.
     """
 
     num_steps: int = 160
@@ -43,6 +44,7 @@ class SearchConfig:
     initial_logit: float = 1.5
     replay: float = 0.75
     objective: Objective = "teacher"
+    keep_if_worse: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "refit_steps", "batch_size"):
@@ -56,6 +58,7 @@ class SearchConfig:
             _at_least(f"search.{name}", getattr(self, name), 0.0)
         _within("search.initial_logit", self.initial_logit, -MAX_LOGIT, MAX_LOGIT)
         _one_of("search.objective", self.objective, get_args(Objective))
+        _one_of("search.keep_if_worse", self.keep_if_worse, (True, False))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class SearchOutcome:
     start_error: float  # mean squared error of held-out final samples, of the partition that was started from
     hard_error: float  # the same after hardening and re-fitting
     max_importance: float  # mean over layers and steps of max pi before hardening
-    is_kept: bool  # False where the search ended worse by either than it started, and the start was put back
+    is_kept: bool  # False where it ended worse by either than it started, and the start was put back
     moved: float  # share of (layer, step) pairs whose group changed against the start
 
     @property

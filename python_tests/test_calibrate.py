@@ -270,6 +270,19 @@ def test_search_that_made_it_worse_is_put_back(monkeypatch: pytest.MonkeyPatch, 
     assert all(torch.equal(got[key], wanted[key]) for key in wanted)  # tables, scales, biases
 
 
+def test_search_that_made_it_worse_is_kept_where_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    reckless = SearchConfig(num_steps=9, refit_steps=2, batch_size=2, learning_rate=1.0, keep_if_worse=True)
+    settings = config(search=reckless)
+    unet = tiny_unet(**ONE_BLOCK)
+    trace = adpdm.quantize(unet, settings, scheduler=ddim_scheduler()).trace
+    assert trace.outcome is not None
+    assert trace.outcome.hard_loss > trace.outcome.start_loss
+    assert trace.outcome.is_kept
+    assert "is kept all the same" in trace.warnings[0]
+    got, start = unet.state_dict(), state_without_search(monkeypatch, settings)
+    assert not any(torch.equal(got[key], start[key]) for key in start if key.endswith(".scale"))
+
+
 def test_search_with_a_smaller_loss_but_worse_samples_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = iter([1e-3, 2e-3])  # of the start, after the search
     monkeypatch.setattr(Calibration, "_sample_error", lambda calibration: next(errors))

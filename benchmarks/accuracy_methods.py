@@ -1,0 +1,111 @@
+"""The quantization strategies that `accuracy.py` compares, as settings of `adpdm.QuantConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+PLAIN: dict[str, Any] = {
+    "weight_rounding": "nearest",
+    "raised_layers": 0.0,
+    "weigh_steps": False,
+    "correct_bias": False,
+}
+PAPER_STEPS = 100
+PAPER: dict[str, Any] = {
+    **PLAIN,
+    "grouping": "search",
+    "selection": "srm",
+    "num_groups": 8,
+    "calibration_images": 1024,
+    "round_size": 64,
+    "num_inference_steps": PAPER_STEPS,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a table.
+
+    Args:
+        settings: of QuantConfig, without bits and seed.
+        search: of SearchConfig.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    search: dict[str, Any]
+
+
+def _plain(name: str, **settings: Any) -> Method:
+    return Method(name, {**PLAIN, **settings}, {})
+
+
+def _ours(name: str, **settings: Any) -> Method:
+    return Method(name, settings, {})
+
+
+# Others' strategies as they are described, on our kernels: not their code, and not their whole method.
+STRATEGIES = (
+    _plain("shared, min-max", grouping="shared", range_method="minmax"),
+    _plain("shared, least squares", grouping="shared"),
+    _plain("PTQ4DM-like: normal timesteps", grouping="shared", selection="normal"),
+    Method(
+        "Q-Diffusion-like: uniform timesteps, learned rounding",
+        {**PLAIN, "grouping": "shared", "selection": "uniform", "weight_rounding": "gptq"},
+        {},
+    ),
+    _plain("uniform groups", grouping="uniform"),
+    _plain("one range per step", grouping="per_step"),
+    _plain("dp groups", grouping="dp"),
+    # lambda as in the paper; kept whatever it does to held-out images, as the paper has no such judge
+    Method("search, kept always", {**PLAIN, "grouping": "search"}, {"keep_if_worse": True}),
+    _ours("ours, shared", grouping="shared"),
+    _ours("ours, dp", grouping="dp"),
+    _ours("ours, search", grouping="search"),
+)
+# 1024 images of 100 steps take an hour on two cores: not among the default rows.
+PAPER_SETTING = (Method("ADP-DM, paper's setting", PAPER, {"entropy_weight": 0.8, "keep_if_worse": True}),)
+GROUPS = tuple(_ours(f"dp, {g} groups", grouping="dp", num_groups=g) for g in (1, 2, 4, 8, 16))
+SELECTIONS = tuple(
+    _ours(f"dp, {s} timesteps", grouping="dp", selection=s) for s in ("srm", "uniform", "normal", "random")
+)
+IMAGES = tuple(
+    _ours(f"dp, {n} histogram images", grouping="dp", histogram_images=n) for n in (1, 2, 4, 8, 16, 32)
+)
+# Each row keeps the measures of the row above it.
+_MEASURES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("min-max ranges", {**PLAIN, "range_method": "minmax"}),
+    ("+ least-squares ranges", PLAIN),
+    ("+ steps weighed by sensitivity", {**PLAIN, "weigh_steps": True}),
+    ("+ bias correction", {"weight_rounding": "nearest", "raised_layers": 0.0}),
+    ("+ learned rounding", {"raised_layers": 0.0}),
+    ("+ raised layers", {}),
+)
+MEASURES = tuple(
+    Method(f"{name}, {grouping}", {**settings, "grouping": grouping}, {})
+    for name, settings in _MEASURES
+    for grouping in ("shared", "uniform", "dp")
+)
+FAMILIES: dict[str, tuple[Method, ...]] = {
+    "strategies": STRATEGIES,
+    "paper": PAPER_SETTING,
+    "groups": GROUPS,
+    "selections": SELECTIONS,
+    "images": IMAGES,
+    "measures": MEASURES,
+}
+
+
+def methods(families: list[str], only: list[str] | None) -> Iterator[Method]:
+    """Methods of some families, in order, or those of them that are named.
+
+    Raises:
+        ValueError: for a name that no chosen family has.
+    """
+    chosen = [method for family in families for method in FAMILIES[family]]
+    unknown = sorted(set(only or ()) - {m.name for m in chosen})
+    if unknown:
+        raise ValueError(f"no method is called {unknown[0]!r}; {families} have {[m.name for m in chosen]}")
+    return (m for m in chosen if only is None or m.name in only)
