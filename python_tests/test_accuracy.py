@@ -1,0 +1,191 @@
+"""benchmarks/accuracy.py and accuracy_tables.py: cells, resuming, sharing by processes, tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import accuracy  # noqa: E402
+import accuracy_methods  # noqa: E402
+import accuracy_tables  # noqa: E402
+import subjects  # noqa: E402
+from accuracy_methods import FAMILIES, Method  # noqa: E402
+
+from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_unet  # noqa: E402
+
+SHORT: dict[str, Any] = {"num_groups": 2, "histogram_images": 2, "calibration_images": 2, "round_size": 2}
+METHODS = (
+    Method("shared", {**SHORT, "grouping": "shared"}, {}),
+    Method("dp", {**SHORT, "grouping": "dp"}, {}),
+)
+
+
+@pytest.fixture(autouse=True)
+def short_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(accuracy_methods.FAMILIES, "strategies", METHODS)
+
+
+@pytest.fixture
+def unet_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny"
+    tiny_unet(**ONE_BLOCK).save_pretrained(folder / "unet")
+    ddim_scheduler().save_pretrained(folder / "scheduler")
+    return folder
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *map(str, words)])
+    accuracy.main()
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, model: Path, *words: Any) -> list[Path]:
+    fixed = ("--bits", "w8a8", "w4a4", "--images", 2, "--steps", 4)
+    command(monkeypatch, "--out", folder, "--models", model, *fixed, *words)
+    return sorted(folder.glob("*.json"))
+
+
+def test_every_method_and_bit_width_gives_a_file_with_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unet_folder: Path
+) -> None:
+    files = run(monkeypatch, tmp_path / "out", unet_folder)
+    cells = [json.loads(file.read_text()) for file in files]
+    assert {(c["method"], c["bits"]) for c in cells} == {
+        (m, b) for m in ("shared", "dp") for b in ("w8a8", "w4a4")
+    }
+    by_bits = {(c["method"], c["bits"]): float(c["quality"]["psnr_db"]) for c in cells}
+    assert by_bits["dp", "w8a8"] > by_bits["dp", "w4a4"] + 6
+    assert all(0 < c["integer_macs"] <= 1 for c in cells)
+    assert all(len(c["quality"]["noise_sqnr_own_trajectory_db"]) == 4 for c in cells)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    grid = np.array(Image.open(files[0].with_suffix(".png")))
+    assert grid.shape == (16, 16)  # two images of 8x8, full precision above quantized
+
+
+def test_a_second_run_measures_nothing_again_and_more_seeds_add_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unet_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {f: f.stat().st_mtime_ns for f in run(monkeypatch, tmp_path / "out", unet_folder)}
+    capsys.readouterr()
+    after = run(monkeypatch, tmp_path / "out", unet_folder, "--seeds", 0, 1)
+    assert "8 quantizations, 4 measured before" in capsys.readouterr().out
+    assert len(after) == 8
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+
+
+def test_processes_share_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unet_folder: Path) -> None:
+    alone = [f.name for f in run(monkeypatch, tmp_path / "alone", unet_folder)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        parts.append([f.name for f in run(monkeypatch, tmp_path / f"rank{rank}", unet_folder)])
+    assert sorted(parts[0] + parts[1]) == alone
+    assert len(parts[0]) == len(parts[1]) == 2
+
+
+def test_seed_and_checkpoint_are_part_of_a_file_name(tmp_path: Path, unet_folder: Path) -> None:
+    def name(seed: int) -> str:
+        cell = accuracy.Cell(subjects.find_subject(str(unet_folder)), METHODS[0], "w8a8", seed, 2, 4)
+        return cell.file(tmp_path).name
+
+    first = name(0)
+    assert name(0) == first
+    assert name(1) != first
+    tiny_unet(seed=1, **ONE_BLOCK).save_pretrained(unet_folder / "unet")
+    assert name(0) != first
+
+
+def test_transformers_are_sampled_under_every_class_in_turn(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        sample_size=8,
+        patch_size=4,
+        in_channels=1,
+        out_channels=1,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        norm_num_groups=4,
+        num_embeds_ada_norm=3,
+    )
+    model.save_pretrained(tmp_path / "transformer")
+    ddim_scheduler().save_pretrained(tmp_path / "scheduler")
+    subject = subjects.find_subject(str(tmp_path))
+    denoiser = subject.denoiser()
+    assert subject.conditioning(denoiser)["class_labels"].tolist() == [0, 1, 2]
+    assert subject.conditioning(denoiser, 5)["class_labels"].tolist() == [0, 1, 2, 0, 1]
+    result, images = accuracy.measure(accuracy.Cell(subject, METHODS[1], "w8a8", 0, 2, 4))
+    assert 15 < float(result["quality"]["psnr_db"]) < 100
+    assert images[0].shape == (2, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--models", "nowhere"), "wanted a folder with unet/ or transformer/ and scheduler/, got nowhere"),
+        (("--bits", "8"), "wanted bits like w4a8, got '8'"),
+        (("--methods", "magic"), "no method is called 'magic'"),
+    ],
+)
+def test_bad_input_gets_a_sentence_before_work_starts(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    unet_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    sentence: str,
+) -> None:
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--out", tmp_path / "out", "--models", unet_folder, *words)
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_of_all_families_are_valid_settings_with_names_of_their_own() -> None:
+    for family, found in FAMILIES.items():
+        assert len({m.name for m in found}) == len(found), family
+    subject = subjects.Subject(Path(), "unet", "")
+    for method in (m for found in FAMILIES.values() for m in found):
+        accuracy.Cell(subject, method, "w4a4", 0, 16, 50).config()
+
+
+def test_tables_hold_the_mean_and_the_range_over_seeds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unet_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = run(monkeypatch, tmp_path / "out", unet_folder, "--seeds", 0, 1)
+    for file in files:
+        cell = json.loads(file.read_text())
+        # dp 40 and 42 dB, shared 30 and 32
+        level = (40 if cell["method"] == "dp" else 30) + 2 * cell["seed"]
+        cell["quality"].update(psnr_per_image_db=[level - 1, level + 1], lpips=0.01)
+        file.write_text(json.dumps(cell))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["tables", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json")])
+    accuracy_tables.main()
+    printed = capsys.readouterr().out
+    assert "| shared | 31.0 (30.0 to 32.0) | 31.0 (30.0 to 32.0) |" in printed
+    assert "| dp | 41.0 (40.0 to 42.0) | 41.0 (40.0 to 42.0) |" in printed
+    assert "| dp | 0.0100 | 0.0100 |" in printed
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(r["method"], r["bits"]) for r in rows] == [
+        ("shared", "w4a4"),
+        ("shared", "w8a8"),
+        ("dp", "w4a4"),
+        ("dp", "w8a8"),
+    ]
+
+
+def test_tables_of_an_empty_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="wanted results of benchmarks/accuracy.py"):
+        accuracy_tables.read(tmp_path)
