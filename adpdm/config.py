@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 Grouping = Literal["shared", "uniform", "per_step", "dp", "search"]
 Selection = Literal["srm", "uniform", "normal", "random"]
 TimestepPolicy = Literal["nearest", "error"]
-RangeMethod = Literal["mse", "minmax"]
+RangeMethod = Literal["clip_weighted", "mse", "minmax"]
 Rounding = Literal["nearest", "gptq"]
 Objective = Literal["teacher", "noise"]
 
@@ -70,8 +70,9 @@ class QuantConfig:
         activation_bits: 2 to 8, per tensor and group, asymmetric.
         num_groups: G, quantization functions per layer; at most the number of inference steps.
         grouping: how timesteps are partitioned; `search` is the paper's method.
-        range_method: a group's range has the least squared error on its histogram (`mse`), or covers all that
-            was seen (`minmax`, the baseline of the literature).
+        range_method: a group's range has the least squared error on its histogram, clipped values counting
+            more than rounded ones (`clip_weighted`, method.md section 4) or like them (`mse`), or covers all
+            that was seen (`minmax`); the latter two are the baselines of the literature.
         weight_rounding: weights to `nearest`, or so that the layer's outputs on its own quantized inputs are
             nearest (`gptq`); those of 8 bits always to nearest.
         raised_layers: share of the multiply-accumulates that may have 8-bit activations, and share of the
@@ -97,7 +98,7 @@ class QuantConfig:
     activation_bits: int = 8
     num_groups: int = 8
     grouping: Grouping = "search"
-    range_method: RangeMethod = "mse"
+    range_method: RangeMethod = "clip_weighted"
     weight_rounding: Rounding = "gptq"
     raised_layers: float = 0.05
     weigh_steps: bool = True

@@ -100,13 +100,19 @@ def _rounding_integral(u: Tensor) -> Tensor:
 
 
 def bin_errors(
-    low: Tensor, high: Tensor, num_bits: int, extrema: tuple[float, float], bins: Tensor
+    low: Tensor,
+    high: Tensor,
+    num_bits: int,
+    extrema: tuple[float, float],
+    bins: Tensor,
+    clip_weight: float = 1.0,
 ) -> Tensor:
     """Mean squared quantization error within some bins for each candidate range, [R, len(bins)] f64.
 
     The density inside a bin is taken as uniform, for which the error has a closed form, so that also bins
     wider than a quantization step count rightly. Args: low, high [R] f64; extrema: true (min, max) of the
-    data, which trim the outermost bins; bins: indices i64, the occupied ones.
+    data, which trim the outermost bins; bins: indices i64, the occupied ones; clip_weight: of the error of
+    values outside of the range.
     """
     scale, zero_point = range_to_qparams(low, high, num_bits)
     scale = scale.double()
@@ -117,14 +123,16 @@ def bin_errors(
         inside = torch.minimum(torch.maximum(x, bottom[:, None]), top[:, None])
         below, above = (x - bottom[:, None]).clamp(max=0), (x - top[:, None]).clamp(min=0)
         rounding = _rounding_integral(inside / scale[:, None]) * scale[:, None] ** 3
-        return rounding + below**3 / 3 + above**3 / 3
+        return rounding + clip_weight * (below**3 + above**3) / 3
 
     width = right - left
     mean = (integral(right) - integral(left)) / width.clamp_min(1e-300)
     # A bin trimmed to one value (constant data, or the zero bin) costs the error of that value.
     rounded = (left / scale[:, None]).round() * scale[:, None]
     at_point = torch.minimum(torch.maximum(rounded, bottom[:, None]), top[:, None]) - left
-    return torch.where(width > 0, mean.clamp_min(0.0), at_point.square())
+    is_outside = (left < bottom[:, None]) | (left > top[:, None])
+    of_point = at_point.square() * torch.where(is_outside, clip_weight, 1.0)
+    return torch.where(width > 0, mean.clamp_min(0.0), of_point)
 
 
 def candidate_ranges(extrema: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,16 +178,21 @@ class StepErrors:
 
 
 def step_errors(
-    counts: Tensor, extrema: Tensor, num_bits: int, candidates: tuple[Tensor, Tensor] | None = None
+    counts: Tensor,
+    extrema: Tensor,
+    num_bits: int,
+    candidates: tuple[Tensor, Tensor] | None = None,
+    clip_weight: float = 1.0,
 ) -> StepErrors:
     """E[k][r] of method.md section 4 from counts [T, HISTOGRAM_BINS] i64 and extrema [T, 2] f32.
 
-    Args: candidates: (low, high) [R] f64 each; by default those of `candidate_ranges`.
+    Args: candidates: (low, high) [R] f64 each; by default those of `candidate_ranges`; clip_weight: see
+        `bin_errors`.
     """
     low, high = candidate_ranges(extrema) if candidates is None else candidates
     bounds = (float(extrema[:, 0].min()), float(extrema[:, 1].max()))
     occupied = _occupied(counts.sum(0))
-    errors = bin_errors(low, high, num_bits, bounds, occupied)
+    errors = bin_errors(low, high, num_bits, bounds, occupied, clip_weight)
     density = counts[:, occupied].double() / counts.sum(1, keepdim=True).clamp_min(1)
     return StepErrors(low, high, density @ errors.t())
 
@@ -190,11 +203,12 @@ def _occupied(counts: Tensor) -> Tensor:
 
 
 def best_range(
-    counts: Tensor, extrema: Tensor, num_bits: int, start: tuple[float, float]
+    counts: Tensor, extrema: Tensor, num_bits: int, start: tuple[float, float], clip_weight: float = 1.0
 ) -> tuple[float, float]:
     """Refine a range by local search on the histogram of the steps that share it.
 
-    Args: counts [HISTOGRAM_BINS], weighted sum over the steps; extrema [2]; start: the best candidate.
+    Args: counts [HISTOGRAM_BINS], weighted sum over the steps; extrema [2]; start: the best candidate;
+        clip_weight: see `bin_errors`.
     """
     bounds = (float(extrema[0]), float(extrema[1]))
     occupied = _occupied(counts)
@@ -206,7 +220,7 @@ def best_range(
         grid = torch.cartesian_prod(low * factor, high * factor) if high > 0 and low < 0 else None
         lows = grid[:, 0] if grid is not None else low * factor
         highs = grid[:, 1] if grid is not None else high * factor
-        error = bin_errors(lows, highs, num_bits, bounds, occupied) @ density
+        error = bin_errors(lows, highs, num_bits, bounds, occupied, clip_weight) @ density
         best = int(error.argmin())
         low, high = float(lows[best]), float(highs[best])
         spread /= 4

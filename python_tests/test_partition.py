@@ -246,6 +246,14 @@ def test_fit_ranges_minmax_covers_all_that_the_group_saw() -> None:
     assert bool((clipped.scale < quantizer.scale).all()), "outliers are worth clipping, or this says nothing"
 
 
+def test_fit_ranges_clips_less_where_clipping_counts_more() -> None:
+    rows = [extremes(-1.0, 2.0), extremes(-3.0, 1.0)]
+    widest, weighted, plain = (
+        fit(rows, [0, 0], 1, [1, 1], method).scale for method in ("minmax", "clip_weighted", "mse")
+    )
+    assert float(plain) < float(weighted) <= float(widest)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_dynamic_programming_with_minmax_equals_brute_force(groups: int) -> None:
     rows = [extremes(-a, b) for a, b in ((1, 2), (1, 3), (4, 1), (0.2, 0.1), (0.3, 0.1), (2, 2))]

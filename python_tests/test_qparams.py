@@ -119,7 +119,9 @@ def test_histogram_edges_agree_with_the_observer() -> None:
     assert torch.equal(low, -high.flip(0))
 
 
-def direct_error(low: float, high: float, bits: int, left: float, right: float) -> tuple[float, float]:
+def direct_error(
+    low: float, high: float, bits: int, left: float, right: float, clip_weight: float = 1.0
+) -> tuple[float, float]:
     """Mean squared error of uniform data in [left, right] by the midpoint rule, and a bound on the rule."""
     scale, zero_point = qparams.range_to_qparams(torch.tensor([low]), torch.tensor([high]), bits)
     quant_min, quant_max = reference.signed_range(bits)
@@ -127,21 +129,25 @@ def direct_error(low: float, high: float, bits: int, left: float, right: float) 
     x = left + (right - left) * (torch.arange(points, dtype=torch.float64) + 0.5) / points
     q = ((x / scale.double()).round() + zero_point).clamp(quant_min, quant_max)
     error = (q - zero_point) * scale.double() - x
+    bottom, top = ((end - zero_point) * scale.double() for end in (quant_min, quant_max))
+    error *= torch.where((x < bottom) | (x > top), clip_weight**0.5, 1.0)
     # The integrand is Lipschitz with 2 max|error|: the rule errs by at most that times a quarter of a step.
-    return float(error.square().mean()), float(error.abs().max()) * (right - left) / points / 2
+    slack = float(error.abs().max()) * clip_weight**0.5 * (right - left) / points / 2
+    return float(error.square().mean()), slack
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_bin_errors_equal_a_direct_sum(bits: int) -> None:
+@pytest.mark.parametrize("clip_weight", [1.0, 7.0])
+def test_bin_errors_equal_a_direct_sum(bits: int, clip_weight: float) -> None:
     ranges = [(-1.0, 1.0), (-0.3, 2.0), (0.0, 1.5), (-2.0, 0.0)]
     edges = qparams.histogram_edges()
     # Far inside, wider than a step, across a clip and far outside, on both sides of zero.
     bins = reference.histogram_bin(torch.tensor([0.01, 0.26, 1.01, 1.51, 7.9, -0.02, -0.301, -1.97, -5.0]))
     lows, highs = (torch.tensor(side, dtype=torch.float64) for side in zip(*ranges, strict=True))
-    actual = qparams.bin_errors(lows, highs, bits, (-100.0, 100.0), bins)
+    actual = qparams.bin_errors(lows, highs, bits, (-100.0, 100.0), bins, clip_weight)
     for r, b in itertools.product(range(len(ranges)), range(len(bins))):
         left, right = (float(edge[bins[b]]) for edge in edges)
-        wanted, slack = direct_error(*ranges[r], bits, left, right)
+        wanted, slack = direct_error(*ranges[r], bits, left, right, clip_weight)
         assert float(actual[r, b]) == pytest.approx(wanted, abs=slack, rel=1e-9)
 
 
@@ -152,6 +158,8 @@ def test_bin_errors_of_constant_data_count_the_one_value() -> None:
     actual = qparams.bin_errors(low, high, 2, (0.7, 0.7), bins)
     # Steps of 1/3: 0.7 goes to 2/3; and clipping at 0.5 leaves 0.2. Scales are float32.
     assert actual[:, 0].tolist() == pytest.approx([(0.7 - 2 / 3) ** 2, 0.2**2], rel=1e-5)
+    weighted = qparams.bin_errors(low, high, 2, (0.7, 0.7), bins, clip_weight=7.0)
+    assert weighted[:, 0].tolist() == pytest.approx([(0.7 - 2 / 3) ** 2, 7 * 0.2**2], rel=1e-5)
 
 
 def test_bin_errors_trim_the_outermost_bin_to_the_extrema() -> None:
