@@ -118,8 +118,7 @@ def test_lora_inference(folder: Path, settings: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")
     model = load(folder, settings)
     before = run(model)
-    # PEFT reads the rank of a convolution's weight, which in packed 4-bit codes is that of a matrix.
-    targets = [*ATTENTION, *(["conv1"] if "weight_bits" not in settings else [])]
+    targets = [*ATTENTION, "conv1"]
     model.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False))
     changed = run(model)
     assert changed.isfinite().all()

@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 _KEPT = ("_reversed_padding_repeated_twice",)
 
 
+class BlockPlan:
+    """What a fused block derived from its layers; they share it, so that any of them can call it outdated."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies derive their own."""
+        return {"value": None}
+
+
 class CodedLayer(nn.Module):
     """A Conv2d or Linear whose weight is float until it becomes codes (`_become_integer`)."""
 
@@ -45,7 +56,7 @@ class CodedLayer(nn.Module):
         self.weight_shape = self.weight.shape
         self.is_frozen = False
         self._packed: Packed | None = None
-        self.plan: Any = None  # what the fused block around this layer derived from its layers and norms
+        self.plan = BlockPlan()  # of the fused block around this layer
 
     @property
     def quantizers(self) -> list[Any]:
@@ -80,6 +91,19 @@ class CodedLayer(nn.Module):
         self.drop_packed()
         self.is_frozen = True
 
+    def quantize_values(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored codes and scales [S, O] f32 of weight values [O, C, *] f32, each rounded to nearest."""
+        raise AssertionError("a subclass says how it finds scales")
+
+    def requantize(self, weight: Tensor) -> None:
+        """Take over other weight values [O, C, *] f32, with the bits that the layer has."""
+        self.store(*self.quantize_values(weight))
+
+    def store(self, stored: Tensor, scale: Tensor) -> None:
+        """Exchange codes and scales; the parameter and the buffer stay the objects that offloading knows."""
+        self.weight.data, self.weight_scale.data = stored, scale
+        self.drop_packed()
+
     def packed(self, device: torch.device) -> Packed:
         """The layer as the kernels of a device want it, derived at first use."""
         packed: Packed = derived(self, "kept_packed")
@@ -96,7 +120,7 @@ class CodedLayer(nn.Module):
 
     def drop_packed(self) -> None:
         """Forget what was derived from the codes: they, or the device, are about to change."""
-        self._packed = self.plan = None
+        self._packed = self.plan.value = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow .to(): the packed copy is rebuilt on the new device when needed, scales stay float32."""
@@ -113,7 +137,7 @@ class CodedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the packed copy behind: it is derived from the codes."""
-        return {**self.__dict__, "_packed": None, "plan": None}
+        return {**self.__dict__, "_packed": None}
 
 
 class CodedConv2d(CodedLayer, nn.Conv2d):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..quantizers.activation import Mode
+from .adapters import BASE
+from .coded import BlockPlan
 from .layers import QuantLayer
 from .packed import Packed
 from .tracing import derived
@@ -50,11 +52,12 @@ class FusedBlock:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
+        self.forward = type(block).forward  # torch.compile reads no attributes of classes allowed in graphs
         self._links: list[tuple[dict[str, Any], str, nn.Module]] = []  # (owner's children, name, child)
         self._modules: list[nn.Module] = [block]
         self._parts: list[FusedBlock] = []  # of blocks inside, run without their `__call__`
         self._quantizers: list[Any] = []
-        self.anchor: QuantLayer | None = None  # keeps the plan: it hears of moves, copies and loading
+        self._kept: BlockPlan | None = None  # shared with the layers, who hear of moves, copies and loading
         self.inspect()
 
     # ---- what subclasses define ----
@@ -83,9 +86,9 @@ class FusedBlock:
             if not child.is_frozen:
                 raise NotFusable(f"{name} is not frozen")
             self._quantizers += child.quantizers
-            self.anchor = self.anchor or child
+            self._kept = child.plan = self._kept or child.plan
         elif issubclass(kind, QuantLayer):
-            raise NotFusable(f"{name} is not quantized")
+            raise NotFusable(f"{name} {_adapter(child) or 'is not quantized'}")
         elif type(child) is not kind:
             raise NotFusable(f"{name} is {_article(child)}, known is {kind.__name__}")
         assert child is not None
@@ -132,7 +135,7 @@ class FusedBlock:
         """Why the fused path would not be taken now, empty when it would."""
         for owner, name, child in self._links:
             if owner.get(name) is not child:
-                return f"{name} was replaced"
+                return f"{name} {_adapter(owner.get(name)) or 'was replaced'}"
         for module in self._modules:
             kind = type(module).__name__
             if module.training:
@@ -159,16 +162,21 @@ class FusedBlock:
 
     @property
     def kept_plan(self) -> Any:
-        """The plan, made at first use and after the anchor forgot it."""
-        assert self.anchor is not None
-        plan = self.anchor.plan
+        """The plan, made at first use and after a layer called it outdated."""
+        assert self._kept is not None
+        plan = self._kept.value
         if plan is None:
-            plan = self.anchor.plan = self.make_plan()
+            plan = self._kept.value = self.make_plan()
         return plan
 
     def per_layer(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the block's class."""
-        return type(self.block).forward(self.block, *args, **kwargs)
+        return self.forward(self.block, *args, **kwargs)
+
+
+def _adapter(child: nn.Module | None) -> str:
+    """What to say of a layer that PEFT has wrapped, active or folded in or not; empty for others."""
+    return "has an adapter" if child is not None and BASE in child._modules else ""
 
 
 def _article(child: nn.Module | None) -> str:

@@ -81,6 +81,10 @@ class QuantLayer(CodedLayer):
             self.bias_shift = None
         self._become_integer(self.weight_quantizer.store(codes))
 
+    def quantize_values(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scales = self.weight_quantizer.quantize(weight)
+        return self.weight_quantizer.store(codes), scales
+
     def _become_integer(self, stored: Tensor) -> None:
         self._codes = self._fake_weight = None
         super()._become_integer(stored)

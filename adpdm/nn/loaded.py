@@ -42,14 +42,20 @@ class LoadedLayer(CodedLayer):
 
     def fill(self, weight: Tensor, device: torch.device) -> None:
         """Quantize a weight [O, C, *] float where it is, and keep codes and scales on `device`."""
+        stored, self.weight_scale = self._quantized(weight, device)
+        self._become_integer(stored)
+
+    def quantize_values(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return self._quantized(weight, weight.device)
+
+    def _quantized(self, weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         shape, dtype = self.weight_quantizer.stored_shape(weight.shape)
         stored = torch.empty(shape, dtype=dtype, device=device)
         scale = torch.empty(1, weight.shape[0], device=device)
         for rows in row_chunks(weight):
             codes, scale[0, rows] = quantize_rows(weight[rows], self.weight_quantizer.num_bits)
             stored[rows] = self.weight_quantizer.store(codes)
-        self.weight_scale = scale
-        self._become_integer(stored)
+        return stored, scale
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] or [*, K] float to the result of the layer, of the same dtype.
