@@ -208,8 +208,8 @@ class AdpdmQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether gradients pass, for adapters: through all but layers with calibrated ranges."""
-        return not self.quantization_config.is_calibrated
+        """Whether gradients pass, for adapters: straight through all layers, within calibrated ranges."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -260,6 +260,9 @@ def start_calibrated(model: nn.Module) -> None:
     # The layout it was calibrated in: another one would round the float layers differently.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     attach_step_hook(model)
+    model.requires_grad_(
+        False
+    )  # as `quantize` leaves it: inputs with gradients keep blocks from running fused
     fuse_blocks(model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from loaded_models import inputs, load, random, relative, run
 from lora_models import (
     EVERY_KIND,
+    EVERY_LAYER,
     FOUR_BITS,
     adapt,
     deltas,
@@ -271,19 +273,46 @@ def test_fused_blocks_take_the_codes_that_fusing_made(models: Any, target: str) 
     assert torch.equal(run(fresh), fused)
 
 
-# ---- training, graphs --------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["w4", "w4a8"])
-def test_gradients_reach_all_adapters_and_nothing_else(models: Any, name: str) -> None:
-    model = copy.deepcopy(models[name]).train()
-    adapt(model)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_gradients_reach_all_adapters_and_nothing_else(model: Any, training: bool) -> None:
+    model.train(training)
+    adapt(model, targets=[*EVERY_LAYER, "time_emb_proj"])
     codes = state_of(model)
     model(**inputs()).sample.square().sum().backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in key), key
         assert parameter.grad is None or parameter.grad.norm() > 0
     assert same(state_of(model), codes)
+
+
+@pytest.mark.parametrize("target", ["time_emb_proj", "to_q"])
+def test_gradients_of_few_adapters_pass_the_blocks_behind_them(models: Any, target: str) -> None:
+    model, gradients = copy.deepcopy(models["calibrated w8a8"]).eval(), []
+    adapt(model, targets=[target])
+    for manager in (nullcontext(), unfused(model)):
+        with manager:
+            model.zero_grad()
+            (model(**inputs()).sample * random(2, 4, 8, 8, seed=2)).sum().backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if "lora_" in key})
+    assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[1])
+
+
+@pytest.mark.parametrize("kind", ["calibrated w8a8", "w8a8"])
+def test_adapters_learn(models: Any, kind: str) -> None:
+    model, target = copy.deepcopy(models[kind]).train(), run(tiny_conditional_unet(seed=1))
+    adapt(model, init_lora_weights=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.Adam(trained, lr=1e-2), []
+    for _ in range(6):
+        loss = (model(**inputs()).sample - target).square().mean()
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
 
 
 # ---- saving ------------------------------------------------------------------------------------------------

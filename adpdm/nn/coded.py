@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
 from .. import ops
 from ..quantizers.weight import WeightQuantizer
@@ -70,6 +72,25 @@ class CodedLayer(nn.Module):
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The product of the layer's kind."""
+        raise AssertionError("a subclass says how it multiplies")
+
+    def integer(self, x: Tensor) -> Tensor:
+        """The layer in integers, without gradients."""
+        raise AssertionError("a subclass says where its ranges are from")
+
+    def gradient_mask(self, x: Tensor) -> Tensor | None:
+        """Where quantizing x lets a gradient pass, bool like x; None for everywhere."""
+        return None
+
+    def with_gradient(self, x: Tensor) -> Tensor:
+        """The layer in integers, whose gradient passes as if it were the float layer of its codes."""
+        if x.requires_grad and torch.is_grad_enabled():
+            result: Tensor = _StraightThrough.apply(x, self)
+            return result
+        return self.integer(x)
+
+    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """Gradient of an input of `shape` from that of the result, through the dequantized weight."""
         raise AssertionError("a subclass says how it multiplies")
 
     def codes(self) -> Tensor:
@@ -151,6 +172,11 @@ class CodedConv2d(CodedLayer, nn.Conv2d):
         output: Tensor = self._conv_forward(x, weight, bias)
         return output
 
+    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        weight = self.dequantized_weight().to(grad.dtype)
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        return conv2d_input(shape, weight, grad, *settings)  # type: ignore[no-any-return]
+
     @property
     def outputs(self) -> ops.ConvGeometry:
         assert not isinstance(self.padding, str)
@@ -165,9 +191,28 @@ class CodedLinear(CodedLayer, nn.Linear):  # type: ignore[misc]  # torch types t
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.linear(x, weight, bias)
 
+    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        return grad @ self.dequantized_weight().to(grad.dtype)
+
     @property
     def outputs(self) -> int:
         return self.out_features
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The integer layer forward; backward as if rounding were the identity, which within the range it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: CodedLayer) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        ctx.mask = layer.gradient_mask(x)  # now: the next step may have other ranges
+        return layer.integer(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = ctx.layer.input_gradient(grad, ctx.shape)
+        return grad if ctx.mask is None else grad * ctx.mask, None
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:

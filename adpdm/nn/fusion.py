@@ -114,8 +114,13 @@ class FusedBlock:
 
     # ---- running ----
 
-    def applies(self) -> bool:
-        """Whether the fused path computes what the block would; `reason` says why not."""
+    def applies(self, *inputs: Tensor | None) -> bool:
+        """Whether the fused path computes what the block would; `reason` says why not.
+
+        Where a gradient is wanted, of an input or a parameter, it is the layers that pass it on.
+        """
+        if torch.is_grad_enabled() and self._has_gradient(inputs):
+            return False
         for module in self._modules:
             state = module.__dict__
             if state["training"] or state["_forward_hooks"] or state["_forward_pre_hooks"]:
@@ -130,6 +135,10 @@ class FusedBlock:
             if quantizer.mode is not Mode.FLOAT:
                 return False
         return all(p.block.__dict__.get("forward") is p and p.applies() for p in self._parts)
+
+    def _has_gradient(self, inputs: Sequence[Tensor | None]) -> bool:
+        wanted = any(x is not None and x.requires_grad for x in inputs)
+        return wanted or any(parameter.requires_grad for parameter in self.block.parameters())
 
     def reason(self) -> str:
         """Why the fused path would not be taken now, empty when it would."""
