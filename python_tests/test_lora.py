@@ -29,7 +29,7 @@ from lora_models import (
 from torch import nn
 
 import adpdm
-from adpdm.nn import CodedLayer, adapters_of, describe_fusion, unfused
+from adpdm.nn import CodedLayer, adapters_of, describe_fusion, load_layer, unfused
 from adpdm.testing import ddim_scheduler, tiny_conditional_unet
 
 
@@ -374,6 +374,27 @@ def test_fusing_an_adapter_that_is_not_finite_is_refused(packed: Any) -> None:
     first.lora_B["default"].weight.data[0, 0] = before[next(k for k in before if "lora_B" in k)][0, 0]
     assert same(state_of(packed), before)
     assert not first.merged
+
+
+@pytest.mark.parametrize(
+    ("layer", "changes", "sentence"),
+    [
+        (nn.Conv2d(4, 8, 3, groups=2), {}, "fuse_lora on a convolution must find groups=1, got groups=2"),
+        (nn.Linear(4, 8, bias=False), {"lora_bias": True}, "need a layer with a bias .* got LoadedLinear"),
+    ],
+    ids=["groups", "no bias"],
+)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # PEFT says so as well, when adapters are made
+def test_fusing_what_a_layer_cannot_hold_is_refused(layer: Any, changes: Any, sentence: str) -> None:
+    model = nn.ModuleDict({"layer": layer})
+    load_layer(model, "layer", (4, 8)).fill(layer.weight.detach(), torch.device("cpu"))
+    peft.inject_adapter_in_model(lora(["layer"], **changes), model)
+    x = random(2, 4, 5, 5) if isinstance(layer, nn.Conv2d) else random(2, 4)
+    assert model["layer"](x).isfinite().all()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=sentence):
+        model["layer"].merge()
+    assert same(state_of(model), before)
 
 
 @pytest.mark.parametrize("verb", ["quantize", "dequantize", "save_tables"])
