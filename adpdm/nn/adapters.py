@@ -17,8 +17,8 @@ BASE = "base_layer"  # the name under which PEFT keeps the layer that it wraps
 def watch_adapters() -> None:
     """Look at every layer that PEFT wraps from now on; PEFT itself is neither imported nor changed.
 
-    PEFT asks the type of the wrapped layer alone and has no registry for new ones, so the only place from
-    which a quantized layer can be heard is torch's hook on modules that get children.
+    For LoRA, PEFT asks the type of the wrapped layer alone and has no registry for new ones. What is left to
+    hear of it is torch's hook on modules that get children.
     """
     register_module_module_registration_hook(_notice)
 
