@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .conditioning import decoder_of, read_call, read_conditioning, try_call
 from .config import Grouping, QuantConfig, SearchConfig, Selection
 from .demo import build_report, run_demo, save_image_grid
 from .doctor import REPORT_NAME, diagnose, render
@@ -131,12 +132,23 @@ def _compare(args: argparse.Namespace) -> EvaluationResult:
     config = EvaluationConfig(
         num_images=args.images, num_inference_steps=args.steps, seed=args.seed, batch_size=args.batch
     )
+    original, ours = find_denoiser(reference), find_denoiser(quantized)
+    files = [None if name is None else Path(name) for name in (args.call, args.constants)]
+    call = read_call(files[0], files[1], original)
+    given = {}
+    if args.conditioning is not None:
+        given = read_conditioning(Path(args.conditioning), original, args.images)
+    for denoiser in (original, ours):
+        shape = try_call(denoiser, reference.scheduler, args.steps, given, call)
     with _progress() as progress:
         return compare(
-            find_denoiser(reference),
-            find_denoiser(quantized),
+            original,
+            ours,
             reference.scheduler,
             config,
+            conditioning=given,
+            call=call,
+            decode=decoder_of(reference, shape),
             paths=(Path(args.original), Path(args.quantized)),
             progress=lambda done, total, what: progress(what, done, total),
         )
@@ -244,6 +256,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "report":
             sub.add_argument("--out", default="report.html")
         _add_sampling_options(sub)
+        if name == "evaluate":
+            _add_conditioning_options(sub)
+        else:  # its measurements of layers run the denoiser on images alone
+            sub.set_defaults(conditioning=None, call=None, constants=None)
 
     sub = command("demo", _demo, "Quantize the shipped model at several settings and write a report.")
     sub.add_argument("--model", default="models/ddpm-fashion-mnist-32")
@@ -284,6 +300,22 @@ def _add_sampling_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--steps", type=int, default=50)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--batch", type=int, default=8)
+
+
+def _add_conditioning_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--conditioning",
+        metavar="FILE.safetensors",
+        help="tensors by argument of the denoiser (a dot makes a dict), one row per image, repeated in turn",
+    )
+    sub.add_argument(
+        "--call",
+        metavar="FILE.json",
+        help="how the denoiser is called: sample_shape, timestep_factor, schedule, constants (DenoiserCall)",
+    )
+    sub.add_argument(
+        "--constants", metavar="FILE.safetensors", help="tensors that every call is given as they are"
+    )
 
 
 def _quant_config(args: argparse.Namespace) -> QuantConfig:

@@ -24,9 +24,12 @@ from .nn import (
     load_layer,
     loaded_layers,
     quant_layers,
+    refuse_adapters,
     runs_on_kernels,
     swap_layers,
     unfuse_blocks,
+    watch_adapters,
+    without_adapters,
 )
 from .quantizers.activation import ActivationQuantizer
 from .quantizers.weight import stored_in_int4
@@ -109,6 +112,7 @@ class AdpdmQuantizer(DiffusersQuantizer):
             start_calibrated(model)
         untyped: Any = model
         untyped.register_to_config(quantization_config=self.quantization_config)
+        let_save_adapters(model)
         return model
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
@@ -169,9 +173,16 @@ class AdpdmQuantizer(DiffusersQuantizer):
             mapped = value.data_ptr() == stored.data_ptr()
             _install(module, name, value.clone() if mapped else value)
 
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What save_pretrained writes: the model without adapters, but with those that were fused."""
+        return without_adapters(state_dict), {}
+
     def _dequantize(self, model: nn.Module) -> nn.Module:
         """Replace quantized layers by float ones in the model's dtype; nothing of adpdm remains."""
         untyped: Any = model
+        refuse_adapters("dequantize", model)
         dtype = untyped.dtype
         unfuse_blocks(model)
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, CodedLayer)]:
@@ -184,6 +195,7 @@ class AdpdmQuantizer(DiffusersQuantizer):
         kept = {key: value for key, value in untyped.config.items() if key != "quantization_config"}
         untyped._internal_dict = FrozenDict(kept)
         untyped.quantization_method = None
+        untyped.__dict__.pop("save_lora_adapter", None)
         return model
 
     @property
@@ -196,8 +208,8 @@ class AdpdmQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether gradients pass, for adapters: through all but layers with calibrated ranges."""
-        return not self.quantization_config.is_calibrated
+        """Whether gradients pass, for adapters: straight through all layers, within calibrated ranges."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -248,6 +260,9 @@ def start_calibrated(model: nn.Module) -> None:
     # The layout it was calibrated in: another one would round the float layers differently.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     attach_step_hook(model)
+    model.requires_grad_(
+        False
+    )  # as `quantize` leaves it: inputs with gradients keep blocks from running fused
     fuse_blocks(model)
 
 
@@ -332,6 +347,43 @@ def attach_config(model: nn.Module, config: AdpdmConfig) -> None:
     untyped.hf_quantizer = AdpdmQuantizer(config, pre_quantized=True)
     untyped.is_quantized, untyped.quantization_method = True, Method.ADPDM
     untyped.register_to_config(quantization_config=config)
+    let_save_adapters(model)
+
+
+class _SaveAdapter:
+    """`save_lora_adapter` of a quantized model; a class, so that it is copied and pickled with its model.
+
+    That of diffusers 0.42 first casts the model to the dtype None, which `to` refuses of quantized models.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: Any,
+        adapter_name: str = "default",
+        upcast_before_saving: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        untyped: Any = self.model
+        if upcast_before_saving:
+            raise ValueError(
+                "save_lora_adapter: a quantized model cannot be cast, so upcast_before_saving must be False; "
+                "adapters on quantized layers are float32 already unless loaded otherwise"
+            )
+        untyped.is_quantized = False
+        try:
+            type(untyped).save_lora_adapter(untyped, save_directory, adapter_name, **kwargs)
+        finally:
+            untyped.is_quantized = True
+
+
+def let_save_adapters(model: nn.Module) -> None:
+    """Give a quantized model that takes adapters a `save_lora_adapter` that works."""
+    untyped: Any = model
+    if hasattr(type(model), "save_lora_adapter"):
+        untyped.save_lora_adapter = _SaveAdapter(model)
 
 
 def register() -> None:
@@ -339,6 +391,7 @@ def register() -> None:
 
     PipelineQuantizationConfig(quant_backend=...) also looks among the configs of transformers, if installed.
     """
+    watch_adapters()
     auto.AUTO_QUANTIZER_MAPPING[Method.ADPDM.value] = AdpdmQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.ADPDM.value] = AdpdmConfig
     if is_transformers_available():

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _native
+from .nn import adapters_of
 from .pipeline import find_denoiser
 
 WARMUP_CALLS = 3  # lazy module loading and cuDNN's choices come to rest within two; one to spare
@@ -117,24 +118,58 @@ class _Captured:
         return pytree.tree_unflatten(fresh, self.outputs_spec)
 
 
+class _Parts:
+    """What a recording takes for granted of a denoiser: its modules, and which adapters act how much."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        parents = [m._modules for m in denoiser.modules() if m._modules]
+        self._children = [(children, tuple(children.values())) for children in parents]
+        self._adapters = list(adapters_of(denoiser).values())
+        self._settings = self._read()
+
+    def _read(self) -> list[Hashable]:
+        return [_settings(adapter) for adapter in self._adapters]
+
+    def are_as_recorded(self) -> bool:
+        """Whether nothing was exchanged, activated, rescaled or folded in since."""
+        return (
+            all(tuple(now.values()) == then for now, then in self._children)
+            and self._read() == self._settings
+        )
+
+
+def _settings(adapter: Any) -> Hashable:
+    """What of an adapter's layer is decided in Python, and where its tensors lie; their values may vary."""
+    scaling = getattr(adapter, "scaling", {})
+    return (
+        adapter.disable_adapters,
+        tuple(adapter.active_adapters),
+        tuple(adapter.merged_adapters),
+        tuple((name, id(x) if isinstance(x, Tensor) else x) for name, x in scaling.items()),
+        tuple(parameter.data_ptr() for parameter in adapter.parameters()),
+    )
+
+
 class GraphedForward:
     """Replacement of a denoiser's `forward` that captures each input shape once and replays it afterwards.
 
     The step hook runs outside the graph and writes the groups into the tensor that the captured kernels read:
     that is why one graph serves all timesteps. Nothing else of the call may vary but the values of tensors;
-    other arguments (flags, dictionaries) are part of the key.
+    other arguments (flags, dictionaries) are part of the key. When modules were exchanged, as PEFT does, or
+    adapters set otherwise, graphs are forgotten and captured anew.
     """
 
     def __init__(
         self,
-        forward: Callable[..., Any],
+        denoiser: nn.Module,
         make_recorder: Callable[[torch.device], Recorder] = recorder_of,
         max_graphs: int = MAX_GRAPHS,
     ) -> None:
-        self._forward = forward
+        self._denoiser, self._forward = denoiser, denoiser.forward
         self._make_recorder = make_recorder
         self._max_graphs = max_graphs
         self._captured: dict[Hashable, _Captured] = {}
+        self._parts = _Parts(denoiser)
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -144,6 +179,9 @@ class GraphedForward:
             raise RuntimeError(
                 "adpdm.graph: a captured denoiser has no gradients; call it in torch.no_grad()"
             )
+        if not self._parts.are_as_recorded():
+            self._captured.clear()
+            self._parts = _Parts(self._denoiser)
         # A number would be burnt into the graph: as a tensor it is an input like the others.
         time = torch.as_tensor(timestep).to(sample.device).reshape(-1)[:1].expand(sample.shape[0])
         leaves, spec = pytree.tree_flatten(((sample, time, *args), kwargs))
@@ -192,7 +230,8 @@ def capture(
     On a GPU, launching the few hundred kernels of a U-Net takes longer than running them at small batches; a
     replay is one launch (a CUDA graph). On a CPU, finding the next operator takes Python a third of the time
     of a small U-Net; a replay calls the same operators from C++. Works for any denoiser, quantized or not;
-    call `release` before moving or changing it, or before adding hooks to its parts.
+    adapters may come and go; call `release` before moving or changing it otherwise, or before adding hooks to
+    its parts.
 
     Args:
         pipe_or_denoiser: diffusers pipeline or denoiser on a CPU or CUDA device.
@@ -211,7 +250,7 @@ def capture(
     device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
     if make_recorder is recorder_of and device.type not in ("cpu", "cuda"):
         raise ValueError(f"adpdm.graph: wanted a denoiser on a CPU or CUDA device, got one on {device}")
-    graphed = GraphedForward(denoiser.forward, make_recorder, max_graphs)
+    graphed = GraphedForward(denoiser, make_recorder, max_graphs)
     denoiser.forward = graphed
     return graphed
 

@@ -25,6 +25,7 @@ from .nn import (
     describe_layers,
     fuse_blocks,
     quant_layers,
+    refuse_adapters,
     swap_layers,
     unfuse_blocks,
 )
@@ -201,6 +202,7 @@ def _check_denoiser(denoiser: nn.Module) -> None:
         raise ValueError(f"quantize: {type(denoiser).__name__} is quantized already; load the original again")
     if not isinstance(denoiser, ModelMixin):
         raise TypeError(f"quantize: wanted a diffusers model, got {type(denoiser).__name__}")
+    refuse_adapters("quantize", denoiser)
     device = next(denoiser.parameters()).device
     for name, parameter in denoiser.named_parameters():
         if parameter.dtype != torch.float32 or parameter.device.type not in CALIBRATION_DEVICES:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .diffusers_config import AdpdmConfig
 from .diffusers_quantizer import attach_config, build_frozen, start_calibrated
-from .nn import CodedLayer, QuantLayer
+from .nn import CodedLayer, QuantLayer, refuse_adapters
 from .pipeline import find_denoiser
 from .qparams import weight_codes
 from .quantizers.weight import WeightQuantizer
@@ -90,6 +90,7 @@ def load_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
     model: Any = find_denoiser(pipe_or_denoiser)
     if any(isinstance(m, CodedLayer) for m in model.modules()):
         raise ValueError(f"load_tables: {type(model).__name__} is quantized already; load the original again")
+    refuse_adapters("load_tables", model)
     about, tables = _read(path)
     if about["model"] != type(model).__name__:
         raise ValueError(f"load_tables: {path} is for a {about['model']}, got a {type(model).__name__}")

@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"diffusers_quantizer"},
     {"pipeline"},
     {"graph"},
-    {"testing", "demo", "tables", "doctor"},
+    {"testing", "demo", "tables", "doctor", "conditioning"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import adpdm
 from adpdm import QuantConfig, reference
-from adpdm.nn import QuantLayer
+from adpdm.nn import QuantLayer, quant_layers
 from adpdm.nn.layers import QuantConv2d, QuantLinear
 from adpdm.quantizers.activation import Mode
 from adpdm.step import StepState
@@ -409,11 +409,43 @@ def test_casting_a_model_keeps_scales_in_float32(dtype: torch.dtype, generator: 
     assert cast(torch.randn(1, 4, 5, 5, generator=generator).to(dtype)).dtype == dtype
 
 
-def test_training_through_integer_layers_is_refused() -> None:
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("grouping", ["shared", "uniform"])
+def test_gradients_pass_integer_layers_within_their_ranges(training: bool, grouping: Any) -> None:
     unet = tiny_unet()
-    config = QuantConfig(grouping="shared", num_groups=1, num_inference_steps=2, histogram_images=1)
+    groups = 1 if grouping == "shared" else 2
+    config = QuantConfig(grouping=grouping, num_groups=groups, num_inference_steps=2, histogram_images=1)
     adpdm.quantize(unet, config, scheduler=ddim_scheduler())
-    x = torch.zeros(1, 1, 8, 8, requires_grad=True)
-    unet(x, 500)  # in eval mode nobody asks for the gradient
-    with pytest.raises(ValueError, match="layers pass no gradient on, got an input that requires one"):
-        unet.train()(x, 500)
+    unet.train(training)
+    for layer in quant_layers(unet).values():
+        unet.adpdm_step.set_step(0)
+        # Twice the range, so that a part is clipped.
+        low, high = (float(end[int(layer.quantizers[0].group_index)]) for end in layer.quantizers[0].ranges())
+        shape = (2, layer.in_channels, 5, 5) if isinstance(layer, nn.Conv2d) else (3, layer.in_features)
+        x = (torch.rand(shape) * 2 - 0.5) * (high - low) + low
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        result = layer(ours)
+        layer.set_mode(Mode.FAKE)
+        wanted = layer.matmul(theirs)
+        layer.set_mode(Mode.FLOAT)
+        direction = torch.randn(wanted.shape)
+        (exact,) = torch.autograd.grad(wanted, theirs, direction)
+        unet.adpdm_step.set_step(1)  # what comes after the forward must not change its gradient
+        (got,) = torch.autograd.grad(result, ours, direction)
+        assert torch.allclose(got, exact, rtol=1e-4, atol=1e-5)
+        assert 0 < (exact == 0).float().mean() < 1
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_gradients_pass_a_whole_model(training: bool) -> None:
+    unet = tiny_unet()
+    original = copy.deepcopy(unet)
+    config = QuantConfig(grouping="shared", num_groups=1, num_inference_steps=2, histogram_images=4)
+    adpdm.quantize(unet, config, scheduler=ddim_scheduler())
+    unet.train(training)
+    gradients = []
+    for model in (unet, original):
+        x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        direction = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        gradients += torch.autograd.grad(model(x, 500).sample, x, direction)
+    assert torch.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), 0) > 0.98

@@ -2,6 +2,7 @@
 
 from . import blocks as blocks  # enters its fused forms
 from . import transformer_blocks as transformer_blocks
+from .adapters import adapters_of, refuse_adapters, watch_adapters, without_adapters
 from .coded import CodedLayer
 from .fusion import FusionInfo, describe_fusion, fuse_blocks, summarize_fusion, unfuse_blocks, unfused
 from .layers import QuantConv2d, QuantLayer, QuantLinear
@@ -27,6 +28,7 @@ __all__ = [
     "QuantConv2d",
     "QuantLayer",
     "QuantLinear",
+    "adapters_of",
     "describe_fusion",
     "describe_layers",
     "float_twin",
@@ -34,9 +36,12 @@ __all__ = [
     "load_layer",
     "loaded_layers",
     "quant_layers",
+    "refuse_adapters",
     "runs_on_kernels",
     "summarize_fusion",
     "swap_layers",
     "unfuse_blocks",
     "unfused",
+    "watch_adapters",
+    "without_adapters",
 ]

@@ -51,7 +51,7 @@ class FusedResnet(FusedBlock):
         return _ResnetPlan(first, pack_of(self.conv1), NormCodes(norm2, Activation.SILU), pack_of(self.conv2))
 
     def __call__(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not self.takes(temb) or not self.applies():
+        if args or kwargs or not self.takes(temb) or not self.applies(input_tensor, temb):
             return self.per_layer(input_tensor, temb, *args, **kwargs)  # type: ignore[no-any-return]
         return self.run([input_tensor], temb)
 
@@ -137,7 +137,7 @@ class _FusedUp(FusedBlock):
     def joined(resnet: nn.Module, hidden: Tensor, skip: Tensor, temb: Tensor | None) -> Tensor:
         """The residual block on the concatenation of two tensors."""
         fused = resnet.__dict__.get("forward")
-        if isinstance(fused, FusedResnet) and fused.takes(temb) and fused.applies():
+        if isinstance(fused, FusedResnet) and fused.takes(temb) and fused.applies(hidden, skip, temb):
             return fused.run([hidden, skip], temb)
         return resnet(torch.cat([hidden, skip], 1), temb)  # type: ignore[no-any-return]
 
@@ -273,7 +273,7 @@ class FusedUpsample(_Resample):
 
     def __call__(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         doubled = output_size is None or list(output_size) == [2 * n for n in hidden_states.shape[2:]]
-        if args or kwargs or not doubled or not self.applies():
+        if args or kwargs or not doubled or not self.applies(hidden_states):
             return self.per_layer(hidden_states, output_size, *args, **kwargs)  # type: ignore[no-any-return]
         return self.run(hidden_states)
 
@@ -288,6 +288,6 @@ class FusedDownsample(_Resample):
         return replace(own, padding_end=(1, 1)) if block.padding == 0 else own
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not self.applies():
+        if args or kwargs or not self.applies(hidden_states):
             return self.per_layer(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         return self.run(hidden_states)

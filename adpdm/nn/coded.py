@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
 from .. import ops
 from ..quantizers.weight import WeightQuantizer
@@ -17,6 +19,17 @@ if TYPE_CHECKING:
 
 # Of the underscored attributes of a convolution, the only one that is not nn.Module's own bookkeeping.
 _KEPT = ("_reversed_padding_repeated_twice",)
+
+
+class BlockPlan:
+    """What a fused block derived from its layers; they share it, so that any of them can call it outdated."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies derive their own."""
+        return {"value": None}
 
 
 class CodedLayer(nn.Module):
@@ -45,7 +58,7 @@ class CodedLayer(nn.Module):
         self.weight_shape = self.weight.shape
         self.is_frozen = False
         self._packed: Packed | None = None
-        self.plan: Any = None  # what the fused block around this layer derived from its layers and norms
+        self.plan = BlockPlan()  # of the fused block around this layer
 
     @property
     def quantizers(self) -> list[Any]:
@@ -59,6 +72,25 @@ class CodedLayer(nn.Module):
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The product of the layer's kind."""
+        raise AssertionError("a subclass says how it multiplies")
+
+    def integer(self, x: Tensor) -> Tensor:
+        """The layer in integers, without gradients."""
+        raise AssertionError("a subclass says where its ranges are from")
+
+    def gradient_mask(self, x: Tensor) -> Tensor | None:
+        """Where quantizing x lets a gradient pass, bool like x; None for everywhere."""
+        return None
+
+    def with_gradient(self, x: Tensor) -> Tensor:
+        """The layer in integers, whose gradient passes as if it were the float layer of its codes."""
+        if x.requires_grad and torch.is_grad_enabled():
+            result: Tensor = _StraightThrough.apply(x, self)
+            return result
+        return self.integer(x)
+
+    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """Gradient of an input of `shape` from that of the result, through the dequantized weight."""
         raise AssertionError("a subclass says how it multiplies")
 
     def codes(self) -> Tensor:
@@ -80,6 +112,19 @@ class CodedLayer(nn.Module):
         self.drop_packed()
         self.is_frozen = True
 
+    def quantize_values(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored codes and scales [S, O] f32 of weight values [O, C, *] f32, each rounded to nearest."""
+        raise AssertionError("a subclass says how it finds scales")
+
+    def requantize(self, weight: Tensor) -> None:
+        """Take over other weight values [O, C, *] f32, with the bits that the layer has."""
+        self.store(*self.quantize_values(weight))
+
+    def store(self, stored: Tensor, scale: Tensor) -> None:
+        """Exchange codes and scales; the parameter and the buffer stay the objects that offloading knows."""
+        self.weight.data, self.weight_scale.data = stored, scale
+        self.drop_packed()
+
     def packed(self, device: torch.device) -> Packed:
         """The layer as the kernels of a device want it, derived at first use."""
         packed: Packed = derived(self, "kept_packed")
@@ -96,7 +141,7 @@ class CodedLayer(nn.Module):
 
     def drop_packed(self) -> None:
         """Forget what was derived from the codes: they, or the device, are about to change."""
-        self._packed = self.plan = None
+        self._packed = self.plan.value = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow .to(): the packed copy is rebuilt on the new device when needed, scales stay float32."""
@@ -113,7 +158,7 @@ class CodedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the packed copy behind: it is derived from the codes."""
-        return {**self.__dict__, "_packed": None, "plan": None}
+        return {**self.__dict__, "_packed": None}
 
 
 class CodedConv2d(CodedLayer, nn.Conv2d):
@@ -126,6 +171,11 @@ class CodedConv2d(CodedLayer, nn.Conv2d):
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output: Tensor = self._conv_forward(x, weight, bias)
         return output
+
+    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        weight = self.dequantized_weight().to(grad.dtype)
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        return conv2d_input(shape, weight, grad, *settings)  # type: ignore[no-any-return]
 
     @property
     def outputs(self) -> ops.ConvGeometry:
@@ -141,9 +191,28 @@ class CodedLinear(CodedLayer, nn.Linear):  # type: ignore[misc]  # torch types t
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.linear(x, weight, bias)
 
+    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        return grad @ self.dequantized_weight().to(grad.dtype)
+
     @property
     def outputs(self) -> int:
         return self.out_features
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The integer layer forward; backward as if rounding were the identity, which within the range it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: CodedLayer) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        ctx.mask = layer.gradient_mask(x)  # now: the next step may have other ranges
+        return layer.integer(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = ctx.layer.input_gradient(grad, ctx.shape)
+        return grad if ctx.mask is None else grad * ctx.mask, None
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:

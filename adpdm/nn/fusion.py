@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..quantizers.activation import Mode
+from .adapters import BASE
+from .coded import BlockPlan
 from .layers import QuantLayer
 from .packed import Packed
 from .tracing import derived
@@ -50,11 +52,12 @@ class FusedBlock:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
+        self.forward = type(block).forward  # torch.compile reads no attributes of classes allowed in graphs
         self._links: list[tuple[dict[str, Any], str, nn.Module]] = []  # (owner's children, name, child)
         self._modules: list[nn.Module] = [block]
         self._parts: list[FusedBlock] = []  # of blocks inside, run without their `__call__`
         self._quantizers: list[Any] = []
-        self.anchor: QuantLayer | None = None  # keeps the plan: it hears of moves, copies and loading
+        self._kept: BlockPlan | None = None  # shared with the layers, who hear of moves, copies and loading
         self.inspect()
 
     # ---- what subclasses define ----
@@ -83,9 +86,9 @@ class FusedBlock:
             if not child.is_frozen:
                 raise NotFusable(f"{name} is not frozen")
             self._quantizers += child.quantizers
-            self.anchor = self.anchor or child
+            self._kept = child.plan = self._kept or child.plan
         elif issubclass(kind, QuantLayer):
-            raise NotFusable(f"{name} is not quantized")
+            raise NotFusable(f"{name} {_adapter(child) or 'is not quantized'}")
         elif type(child) is not kind:
             raise NotFusable(f"{name} is {_article(child)}, known is {kind.__name__}")
         assert child is not None
@@ -111,8 +114,13 @@ class FusedBlock:
 
     # ---- running ----
 
-    def applies(self) -> bool:
-        """Whether the fused path computes what the block would; `reason` says why not."""
+    def applies(self, *inputs: Tensor | None) -> bool:
+        """Whether the fused path computes what the block would; `reason` says why not.
+
+        Where a gradient is wanted, of an input or a parameter, it is the layers that pass it on.
+        """
+        if torch.is_grad_enabled() and self._has_gradient(inputs):
+            return False
         for module in self._modules:
             state = module.__dict__
             if state["training"] or state["_forward_hooks"] or state["_forward_pre_hooks"]:
@@ -128,11 +136,15 @@ class FusedBlock:
                 return False
         return all(p.block.__dict__.get("forward") is p and p.applies() for p in self._parts)
 
+    def _has_gradient(self, inputs: Sequence[Tensor | None]) -> bool:
+        wanted = any(x is not None and x.requires_grad for x in inputs)
+        return wanted or any(parameter.requires_grad for parameter in self.block.parameters())
+
     def reason(self) -> str:
         """Why the fused path would not be taken now, empty when it would."""
         for owner, name, child in self._links:
             if owner.get(name) is not child:
-                return f"{name} was replaced"
+                return f"{name} {_adapter(owner.get(name)) or 'was replaced'}"
         for module in self._modules:
             kind = type(module).__name__
             if module.training:
@@ -159,16 +171,21 @@ class FusedBlock:
 
     @property
     def kept_plan(self) -> Any:
-        """The plan, made at first use and after the anchor forgot it."""
-        assert self.anchor is not None
-        plan = self.anchor.plan
+        """The plan, made at first use and after a layer called it outdated."""
+        assert self._kept is not None
+        plan = self._kept.value
         if plan is None:
-            plan = self.anchor.plan = self.make_plan()
+            plan = self._kept.value = self.make_plan()
         return plan
 
     def per_layer(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the block's class."""
-        return type(self.block).forward(self.block, *args, **kwargs)
+        return self.forward(self.block, *args, **kwargs)
+
+
+def _adapter(child: nn.Module | None) -> str:
+    """What to say of a layer that PEFT has wrapped, active or folded in or not; empty for others."""
+    return "has an adapter" if child is not None and BASE in child._modules else ""
 
 
 def _article(child: nn.Module | None) -> str:

@@ -81,6 +81,10 @@ class QuantLayer(CodedLayer):
             self.bias_shift = None
         self._become_integer(self.weight_quantizer.store(codes))
 
+    def quantize_values(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scales = self.weight_quantizer.quantize(weight)
+        return self.weight_quantizer.store(codes), scales
+
     def _become_integer(self, stored: Tensor) -> None:
         self._codes = self._fake_weight = None
         super()._become_integer(stored)
@@ -92,14 +96,13 @@ class QuantLayer(CodedLayer):
 
     def integer(self, x: Tensor) -> Tensor:
         """The layer in integers, without anything fused."""
-        if self.training and x.requires_grad and torch.is_grad_enabled():
-            # Better no training than one whose gradients end here without a word.
-            raise ValueError(
-                f"{type(self).__name__}: integer layers pass no gradient on, got an input that requires one "
-                "in training mode; train adapters on the model in full precision, sample in eval mode"
-            )
         packed = self.packed(x.device)
         return packed(packed.quantize(self.split_input(x)), x.dtype)
+
+    def gradient_mask(self, x: Tensor) -> Tensor:
+        """Within the ranges of the current step: beyond them an input changes nothing."""
+        parts = zip(self.split_input(x), self.quantizers, strict=True)
+        return torch.cat([q.reaches(part) for part, q in parts], self.channel_dim)
 
     def fake_input(self, x: Tensor) -> Tensor:
         """Pass x through the activation quantizers in their current mode."""
@@ -196,7 +199,7 @@ class QuantConv2d(QuantLayer, CodedConv2d):
         return 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.integer(x) if self.runs_in_integers else self.matmul(x)
+        return self.with_gradient(x) if self.runs_in_integers else self.matmul(x)
 
 
 class QuantLinear(QuantLayer, CodedLinear):  # type: ignore[misc]  # torch types the bias as never None
@@ -222,4 +225,4 @@ class QuantLinear(QuantLayer, CodedLinear):  # type: ignore[misc]  # torch types
         return -1
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.integer(x) if self.runs_in_integers else self.matmul(x)
+        return self.with_gradient(x) if self.runs_in_integers else self.matmul(x)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input
 
 from .. import ops
 from ..qparams import CLIP_RATIOS, range_to_qparams, weight_codes, weight_scale_mse
@@ -42,14 +39,20 @@ class LoadedLayer(CodedLayer):
 
     def fill(self, weight: Tensor, device: torch.device) -> None:
         """Quantize a weight [O, C, *] float where it is, and keep codes and scales on `device`."""
+        stored, self.weight_scale = self._quantized(weight, device)
+        self._become_integer(stored)
+
+    def quantize_values(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return self._quantized(weight, weight.device)
+
+    def _quantized(self, weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         shape, dtype = self.weight_quantizer.stored_shape(weight.shape)
         stored = torch.empty(shape, dtype=dtype, device=device)
         scale = torch.empty(1, weight.shape[0], device=device)
         for rows in row_chunks(weight):
             codes, scale[0, rows] = quantize_rows(weight[rows], self.weight_quantizer.num_bits)
             stored[rows] = self.weight_quantizer.store(codes)
-        self.weight_scale = scale
-        self._become_integer(stored)
+        return stored, scale
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] or [*, K] float to the result of the layer, of the same dtype.
@@ -64,10 +67,7 @@ class LoadedLayer(CodedLayer):
             )
         if self.activation_bits is None:
             return self.multiply(x, self.dequantized_weight().to(x.dtype), self.bias)
-        if x.requires_grad and torch.is_grad_enabled():
-            result: Tensor = _StraightThrough.apply(x, self)
-            return result
-        return self.integer(x)
+        return self.with_gradient(x)
 
     def integer(self, x: Tensor) -> Tensor:
         """The layer in integers, with the range that x has in this call."""
@@ -80,10 +80,6 @@ class LoadedLayer(CodedLayer):
             return ops.linear([segment], packed.epilogue, packed.outputs, packed.weight_bits, x.dtype)
         return ops.conv2d([segment], packed.epilogue, packed.outputs, packed.weight_bits, x.dtype)
 
-    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """Gradient of an input of `shape` from that of the result, through the dequantized weight."""
-        raise AssertionError("a subclass says how it multiplies")
-
     def extra_repr(self) -> str:
         activations = "float" if self.activation_bits is None else f"{self.activation_bits} bits, measured"
         return f"{super().extra_repr()}, weight={self.weight_quantizer.num_bits} bits, input={activations}"
@@ -94,31 +90,9 @@ class LoadedConv2d(LoadedLayer, CodedConv2d):
 
     takes_channels_last = True
 
-    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        weight = self.dequantized_weight().to(grad.dtype)
-        settings = (self.stride, self.padding, self.dilation, self.groups)
-        return conv2d_input(shape, weight, grad, *settings)  # type: ignore[no-any-return]
-
 
 class LoadedLinear(LoadedLayer, CodedLinear):  # type: ignore[misc]  # torch types the bias as never None
     """Quantized twin of nn.Linear without calibration."""
-
-    def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        return grad @ self.dequantized_weight().to(grad.dtype)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The integer layer forward; backward as if rounding were the identity, which within the range it is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: LoadedLayer) -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        return layer.integer(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.input_gradient(grad, ctx.shape), None
 
 
 def quantize_rows(weight: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:

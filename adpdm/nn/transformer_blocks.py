@@ -95,9 +95,9 @@ class FusedAttention(FusedBlock):
         codes = None if norm is None else NormCodes(norm, Activation.NONE)
         return _AttentionPlan(codes, pack_of(self.out), self.projections)
 
-    def applies(self) -> bool:
+    def applies(self, *inputs: Tensor | None) -> bool:
         block: Any = self.block
-        return block.processor is self.processor and super().applies()
+        return block.processor is self.processor and super().applies(*inputs)
 
     def reason(self) -> str:
         block: Any = self.block
@@ -116,7 +116,7 @@ class FusedAttention(FusedBlock):
         # `temb` is for the spatial norm, which there is none of.
         known = kwargs.keys() <= {"temb"} and attention_mask is None
         shape_known = hidden_states.dim() == (3 if block.group_norm is None else 4)
-        if not known or not shape_known or not self.applies():
+        if not known or not shape_known or not self.applies(hidden_states, encoder_hidden_states):
             return self.per_layer(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         residual = hidden_states if block.residual_connection else None
         factor = 1.0 / block.rescale_output_factor
@@ -242,7 +242,8 @@ class FusedTransformer(FusedBlock):
         block: Any = self.block
         masked = attention_mask is not None or encoder_attention_mask is not None
         unknown = masked or cross_attention_kwargs or block._chunk_size is not None
-        if unknown or hidden_states.dim() != 3 or not self.applies():
+        unknown = unknown or not self.applies(hidden_states, encoder_hidden_states)
+        if unknown or hidden_states.dim() != 3:
             return self.per_layer(
                 hidden_states,
                 attention_mask,
@@ -310,7 +311,7 @@ class FusedTransformer2D(FusedBlock):
     ) -> Any:
         masked = attention_mask is not None or encoder_attention_mask is not None
         unknown = masked or bool(cross_attention_kwargs) or return_dict or grad_checkpointed(self.block)
-        if unknown or not self.applies():
+        if unknown or not self.applies(hidden_states, encoder_hidden_states):
             return self.per_layer(
                 hidden_states,
                 encoder_hidden_states,

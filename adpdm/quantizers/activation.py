@@ -109,6 +109,14 @@ class ActivationQuantizer(nn.Module):
         """Integer codes of x [*] under the current group: int8, same shape."""
         return ops.quantize(x, self.scale, self.zero_point, self.group_index, self.num_bits)
 
+    def reaches(self, x: Tensor) -> Tensor:
+        """Where x [*] float is within the current group's range, bool: where its gradient passes."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            bounds = signed_range(self.num_bits)
+            value = ops.fake_quantize(x, self.scale, self.zero_point.float(), self.group_index, *bounds)
+        return torch.autograd.grad(value, x, torch.ones_like(value))[0] != 0
+
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale and zero-point [G] f32, differentiable while learning."""
         if self._start is None or self.low_factor is None or self.high_factor is None:

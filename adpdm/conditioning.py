@@ -1,0 +1,176 @@
+"""Reads what a conditional denoiser is given besides images from files, for the command line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .evaluate.sampling import Trajectory, sample_shape
+from .trajectory import Conditioning, DenoiserCall, pick
+
+IMAGE_CHANNELS = (1, 3)
+CALL_KEYS = tuple(field.name for field in fields(DenoiserCall))
+
+
+def read_conditioning(path: Path, denoiser: nn.Module, num_images: int) -> Conditioning:
+    """Tensors by argument name, rows repeated in turn until there is one per image.
+
+    Args:
+        path: of a safetensors file; a dot in a name makes a dict (`added_cond_kwargs.text_embeds`). Floating
+            tensors are taken in the denoiser's dtype.
+
+    Raises:
+        ValueError: for another file, names that are no arguments, and numbers of rows that differ.
+    """
+    tensors = _tensors("--conditioning", path)
+    rows = {name: value.shape[0] if value.dim() else 0 for name, value in tensors.items()}
+    if len(set(rows.values())) != 1 or 0 in rows.values():
+        raise ValueError(
+            f"--conditioning {path}: tensors must have the same number of rows, one per image; got {rows}"
+        )
+    _demand_arguments("--conditioning", path, tensors, denoiser)
+    dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), torch.float32)
+    moved = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    images = torch.arange(num_images) % next(iter(rows.values()))
+    return pick(_nested(moved), images)
+
+
+def read_call(settings: Path | None, constants: Path | None, denoiser: nn.Module) -> DenoiserCall | None:
+    """How the denoiser is called: a JSON object of DenoiserCall's fields, and tensors for its `constants`.
+
+    Raises:
+        ValueError: for other files, keys or values, and constants that are no arguments.
+    """
+    if settings is None and constants is None:
+        return None
+    values = {} if settings is None else _call_settings(settings)
+    fixed = dict(values.get("constants", {}))
+    if settings is not None:
+        _demand_arguments("--call", settings, fixed, denoiser)
+    if constants is not None:
+        tensors = _tensors("--constants", constants)
+        _demand_arguments("--constants", constants, tensors, denoiser)
+        fixed.update(_nested(tensors))
+    return DenoiserCall(**{**values, "constants": fixed})
+
+
+def decoder_of(pipe: Any, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor] | None:
+    """From final samples to images by the pipeline's VAE; None where samples are images.
+
+    Raises:
+        ValueError: for samples that are neither images nor latents [C, H, W] of a VAE with a scaling factor.
+    """
+    vae = getattr(pipe, "vae", None)
+    factor = getattr(getattr(vae, "config", None), "scaling_factor", None)
+    if vae is None and len(shape) == 3 and shape[0] in IMAGE_CHANNELS:
+        return None
+    if vae is None or factor is None or len(shape) != 3:
+        raise ValueError(
+            f"samples of shape {shape} must be images with {IMAGE_CHANNELS} channels, or latents (C, H, W) "
+            f"of a pipeline with a VAE that has a scaling_factor; got {type(pipe).__name__} with "
+            f"{'no VAE' if vae is None else type(vae).__name__}: call adpdm.evaluate.compare with decode="
+        )
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+
+    def decode(samples: Tensor) -> Tensor:
+        latents = samples.to(vae.dtype) / factor + shift
+        # One at a time: a decoder needs more memory per image than a denoiser.
+        return torch.cat([vae.decode(latent).sample for latent in latents.split(1)])
+
+    return decode
+
+
+def try_call(
+    denoiser: nn.Module, scheduler: Any, steps: int, conditioning: Conditioning, call: DenoiserCall | None
+) -> tuple[int, ...]:
+    """Call a denoiser once, so that what does not fit is said before work starts; the shape of a sample.
+
+    Raises:
+        ValueError: if the call fails, with its reason and what it was given.
+    """
+    shape = (call.sample_shape if call else None) or sample_shape(denoiser)
+    device = next(denoiser.parameters()).device
+    try:
+        path = Trajectory(scheduler, steps, [0], shape, device, call)
+        with torch.no_grad():
+            path.predict(denoiser, path.model_input(0), 0, pick(conditioning, torch.arange(1)))
+    except Exception as error:
+        given = sorted(conditioning) + sorted(call.constants if call else {})
+        raise ValueError(
+            f"{type(denoiser).__name__} must work on samples {shape} with {given or 'nothing else'}, got "
+            f"{type(error).__name__}: {error}; its arguments are {_arguments(denoiser)}, which `adpdm "
+            "evaluate` takes from --conditioning, --call and --constants"
+        ) from error
+    return shape
+
+
+def _call_settings(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--call {path} must be a JSON file: {error}") from error
+    if not isinstance(values, dict) or set(values) - set(CALL_KEYS):
+        got = sorted(values) if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f"--call {path} must hold an object with keys of {CALL_KEYS}, got {got}")
+    shape = values.get("sample_shape")
+    if shape is not None:
+        if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
+            raise ValueError(
+                f"--call {path}: sample_shape must be a list of positive integers, got {shape!r}"
+            )
+        values["sample_shape"] = tuple(shape)
+    factor = values.get("timestep_factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
+        raise ValueError(f"--call {path}: timestep_factor must be a positive number, got {factor!r}")
+    for key in ("constants", "schedule"):
+        if not isinstance(values.get(key, {}), dict):
+            raise ValueError(f"--call {path}: {key} must be an object, got {values[key]!r}")
+    return values
+
+
+def _tensors(option: str, path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{option} {path} must be a safetensors file, found none")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{option} {path} must be a safetensors file: {error}") from error
+    if not tensors:
+        raise ValueError(f"{option} {path} must hold tensors, got none")
+    return tensors
+
+
+def _arguments(denoiser: nn.Module) -> list[str]:
+    """Of the denoiser's forward, without the sample and the timestep."""
+    names = list(inspect.signature(type(denoiser).forward).parameters)[2:]
+    return [name for name in names if name not in ("timestep", "return_dict")]
+
+
+def _demand_arguments(option: str, path: Path, values: dict[str, Any], denoiser: nn.Module) -> None:
+    known = _arguments(denoiser)
+    unknown = sorted(name for name in values if name.partition(".")[0] not in known)
+    if unknown:
+        raise ValueError(
+            f"{option} {path}: names must be arguments of {type(denoiser).__name__}, {known}; got {unknown}"
+        )
+
+
+def _nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Dotted names as dicts."""
+    result: dict[str, Any] = {}
+    for name, value in tensors.items():
+        outer, _, inner = name.partition(".")
+        if inner:
+            result.setdefault(outer, {})[inner] = value
+        else:
+            result[outer] = value
+    return result

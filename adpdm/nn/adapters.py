@@ -1,0 +1,84 @@
+"""Notices when PEFT wraps a quantized layer, so that the adapter learns what folding into codes means."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from .coded import CodedLayer
+
+BASE = "base_layer"  # the name under which PEFT keeps the layer that it wraps
+
+
+def watch_adapters() -> None:
+    """Look at every layer that PEFT wraps from now on; PEFT itself is neither imported nor changed.
+
+    For LoRA, PEFT asks the type of the wrapped layer alone and has no registry for new ones. What is left to
+    hear of it is torch's hook on modules that get children.
+    """
+    register_module_module_registration_hook(_notice)
+
+
+def _notice(owner: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Give a PEFT layer that wraps a quantized one the class that knows codes."""
+    if name != BASE or not isinstance(child, CodedLayer):
+        return
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is not None and isinstance(owner, peft.BaseTunerLayer):
+        from .peft_layers import adapted_class  # imports PEFT, which is there by now
+
+        owner.__class__ = adapted_class(owner)
+
+
+def adapters_of(model: nn.Module) -> dict[str, Any]:
+    """The layers of PEFT in a model, by name."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None:
+        return {}
+    return {name: m for name, m in model.named_modules() if isinstance(m, peft.BaseTunerLayer)}
+
+
+def refuse_adapters(verb: str, model: nn.Module) -> None:
+    """For what changes layers, which with adapters have other names and other work.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    found = list(adapters_of(model))
+    if found:
+        raise ValueError(
+            f"{verb}: wanted {type(model).__name__} without adapters, got them on {found[:5]}; call "
+            "unload_lora(), after fuse_lora() if they shall stay in effect"
+        )
+
+
+def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of a model under the names it has without adapters; said if there were any.
+
+    Raises:
+        ValueError: for modules that PEFT copies whole (`modules_to_save`), of which two would claim a name.
+    """
+    copied = [key for key in state if ".modules_to_save." in key]
+    if copied:
+        raise ValueError(
+            f"save_pretrained: wanted adapters that are LoRA alone, got modules_to_save as in {copied[0]!r}; "
+            "call unload_lora() first"
+        )
+    middle = f".{BASE}."
+    wrapped = {key.partition(middle)[0] + "." for key in state if middle in key}
+    if not wrapped:
+        return state
+    warnings.warn(
+        "save_pretrained: adapters are left out, unless fused; save_lora_adapter() or save_lora_weights() "
+        "writes them",
+        stacklevel=4,
+    )
+    return {
+        key.replace(middle, "."): value
+        for key, value in state.items()
+        if middle in key or not any(key.startswith(name) for name in wrapped)
+    }

@@ -1,0 +1,185 @@
+"""`adpdm evaluate` of conditional pipelines: a tiny DiT under classes, and what is refused before work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import save_file
+
+import adpdm
+from adpdm import DenoiserCall, cli
+from adpdm.conditioning import read_call, read_conditioning, try_call
+from adpdm.evaluate import EvaluationConfig, compare
+from adpdm.testing import CROSS_ATTENTION_DIM, ddim_scheduler, tiny_conditional_unet, tiny_pipeline
+
+LABELS = torch.tensor([1, 7, 9])
+SAMPLING = ["--images", "4", "--steps", "2", "--batch", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional pipeline of latents, float and quantized, and labels for three images."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        norm_num_groups=4,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8, scaling_factor=0.5)
+    pipe = DiTPipeline(transformer.eval(), vae, DDIMScheduler())
+    path = tmp_path_factory.mktemp("dit")
+    pipe.save_pretrained(path / "float")
+    settings = {"num_groups": 1, "grouping": "shared", "num_inference_steps": 2, "histogram_images": 1}
+    adpdm.quantize(pipe, adpdm.QuantConfig(**settings), conditioning={"class_labels": LABELS})
+    pipe.save_pretrained(path / "quantized")
+    save_file({"class_labels": LABELS}, path / "labels.safetensors")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_extractors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their networks take seconds to load."""
+    for name in ("load_lite0", "load_lpips"):
+        monkeypatch.setattr(f"adpdm.evaluate.comparison.{name}", lambda *_: None)
+
+
+def evaluate(folder: Path, *options: str) -> int:
+    return cli.main(
+        ["evaluate", str(folder / "float"), str(folder / "quantized"), *SAMPLING, *options, "--json"]
+    )
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return " ".join(captured.err.split())
+
+
+def test_evaluate_takes_conditioning_in_turn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(folder, "--conditioning", str(folder / "labels.safetensors")) == 0
+    got = json.loads(capsys.readouterr().out)
+    pipes = [adpdm.load_pipeline(folder / name) for name in ("float", "quantized")]
+    vae = pipes[0].vae
+    wanted = compare(
+        *(pipe.transformer for pipe in pipes),
+        pipes[0].scheduler,
+        EvaluationConfig(num_images=4, num_inference_steps=2, batch_size=2, timing_batch_sizes=()),
+        conditioning={"class_labels": torch.tensor([1, 7, 9, 1])},
+        decode=lambda z: torch.cat([vae.decode(row / 0.5).sample for row in z.split(1)]),
+    )
+    assert got["psnr_per_image_db"] == wanted.psnr_per_image_db.tolist()
+    assert 10 < got["psnr_db"] < 100
+
+
+def test_report_refuses_what_only_evaluate_can(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "quantized" / cli.REPORT_NAME).write_text("{}")
+    assert cli.main(["report", str(folder / "float"), str(folder / "quantized"), *SAMPLING]) == 1
+    assert "which `adpdm evaluate` takes from --conditioning" in error_of(capsys)
+
+
+def test_missing_conditioning_is_said_before_work_starts(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "compare", lambda *_, **__: pytest.fail("work started"))
+    assert evaluate(folder) == 1
+    error = error_of(capsys)
+    assert "DiTTransformer2DModel must work on samples (4, 8, 8) with nothing else, got" in error
+    assert "its arguments are ['class_labels', 'cross_attention_kwargs'], which `adpdm evaluate`" in error
+
+
+BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"labels": LABELS}, r"names must be arguments of DiT.*'class_labels'.*; got \['labels'\]"),
+    "sample": ({"hidden_states": LABELS}, r"got \['hidden_states'\]"),
+    "ragged": (
+        {"class_labels": LABELS, "cross_attention_kwargs.x": LABELS[:2].clone()},
+        "same number of rows",
+    ),
+    "scalar": ({"class_labels": LABELS[0]}, r"got \{'class_labels': 0\}"),
+    "empty": ({"class_labels": LABELS[:0]}, r"same number of rows, one per image"),
+    "none": ({}, "must hold tensors, got none"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_conditioning_that_does_not_fit_is_refused(folder: Path, tmp_path: Path, case: str) -> None:
+    tensors, sentence = BAD_TENSORS[case]
+    path = tmp_path / "bad.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=sentence):
+        read_conditioning(path, adpdm.load_pipeline(folder / "float").transformer, 4)
+
+
+def test_files_that_are_no_tensors_are_refused(folder: Path, tmp_path: Path) -> None:
+    denoiser = tiny_conditional_unet()
+    (tmp_path / "text").write_text("class_labels: 1")
+    with pytest.raises(ValueError, match=r"--conditioning .*text must be a safetensors file"):
+        read_conditioning(tmp_path / "text", denoiser, 4)
+    with pytest.raises(ValueError, match=r"--conditioning .*absent must be a safetensors file, found none"):
+        read_conditioning(tmp_path / "absent", denoiser, 4)
+    with pytest.raises(ValueError, match=r"--constants .*text must be a safetensors file"):
+        read_call(None, tmp_path / "text", denoiser)
+
+
+def test_dots_make_dicts_and_floats_the_dtype_of_the_denoiser(tmp_path: Path) -> None:
+    denoiser = tiny_conditional_unet()
+    text = torch.randn(2, 5, CROSS_ATTENTION_DIM).half()
+    tensors = {"encoder_hidden_states": text, "added_cond_kwargs.time_ids": torch.arange(2)}
+    save_file(tensors, tmp_path / "file")
+    given = read_conditioning(tmp_path / "file", denoiser, 3)
+    assert torch.equal(given["encoder_hidden_states"], text.float()[[0, 1, 0]])
+    assert given["added_cond_kwargs"]["time_ids"].tolist() == [0, 1, 0]
+
+
+def test_call_settings_are_read(tmp_path: Path) -> None:
+    denoiser = tiny_conditional_unet()
+    settings = {"sample_shape": [4, 16, 16], "timestep_factor": 0.5, "schedule": {"mu": 0.8}}
+    (tmp_path / "call").write_text(json.dumps({**settings, "constants": {"timestep_cond": None}}))
+    save_file({"added_cond_kwargs.ids": LABELS}, tmp_path / "constants")
+    call = read_call(tmp_path / "call", tmp_path / "constants", denoiser)
+    assert call is not None
+    assert (call.sample_shape, call.timestep_factor, call.schedule) == ((4, 16, 16), 0.5, {"mu": 0.8})
+    assert call.constants["timestep_cond"] is None
+    assert torch.equal(call.constants["added_cond_kwargs"]["ids"], LABELS)
+    assert read_call(None, None, denoiser) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ("[1]", "must hold an object with keys of .* got list"),
+        ("{", "must be a JSON file"),
+        ('{"shape": [4]}', r"got \['shape'\]"),
+        ('{"sample_shape": [4, 0]}', "sample_shape must be a list of positive integers"),
+        ('{"timestep_factor": true}', "timestep_factor must be a positive number, got True"),
+        ('{"schedule": 3}', "schedule must be an object, got 3"),
+        ('{"constants": {"ids": 1}}', r"names must be arguments of UNet2DConditionModel.* got \['ids'\]"),
+    ],
+)
+def test_call_settings_that_do_not_fit_are_refused(tmp_path: Path, values: str, sentence: str) -> None:
+    (tmp_path / "call").write_text(values)
+    with pytest.raises(ValueError, match=sentence):
+        read_call(tmp_path / "call", None, tiny_conditional_unet())
+
+
+def test_latents_without_a_decoder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tiny_pipeline(in_channels=4, out_channels=4)
+    pipe.save_pretrained(tmp_path)
+    assert cli.main(["evaluate", str(tmp_path), str(tmp_path), *SAMPLING]) == 1
+    assert "samples of shape (4, 8, 8) must be images with (1, 3) channels" in error_of(capsys)
+
+
+def test_trial_says_what_a_scheduler_lacks() -> None:
+    call = DenoiserCall(schedule={"mu": 0.8})
+    with pytest.raises(ValueError, match="must work on samples .* got TypeError: .*mu"):
+        try_call(tiny_conditional_unet(), ddim_scheduler(), 2, {}, call)
