@@ -29,7 +29,7 @@ from .quantizers import ActivationQuantizer
 from .quantizers.activation import Mode
 from .replay import Progress, Replay
 from .rounding import NEAREST_FROM_BITS, round_weights
-from .schedulers import in_channels_last, model_input
+from .schedulers import identity, in_channels_last, model_input
 from .search import WARN_BELOW_MAX_IMPORTANCE, Batch, GroupSearch, SearchOutcome
 from .step import StepState
 from .timesteps import TimestepSelector, fixed_visits, mmd_trace
@@ -396,8 +396,7 @@ class Calibration:
         ]:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        scheduler = self.sampler.scheduler
-        settings = [self.config.to_dict(), type(scheduler).__name__, dict(scheduler.config)]
+        settings = [self.config.to_dict(), identity(self.sampler.scheduler)]
         return json.dumps([*settings, digest.hexdigest()], default=str)
 
     def _given_tensors(self) -> list[tuple[Any, Tensor]]:

@@ -22,10 +22,21 @@ from .conditioning import decoder_of, read_call, read_conditioning, try_call
 from .config import Grouping, QuantConfig, SearchConfig, Selection
 from .demo import build_report, run_demo, save_image_grid
 from .doctor import REPORT_NAME, diagnose, render
-from .evaluate import EvaluationConfig, EvaluationResult, compare, generate
+from .evaluate import (
+    EvaluationConfig,
+    EvaluationResult,
+    FrechetResult,
+    SampleSettings,
+    compare,
+    generate,
+    sample_set,
+    set_distance,
+)
+from .evaluate.comparison import FRECHET_NAME
 from .info import gather_info, render_info
 from .nn import summarize_fusion
 from .pipeline import find_denoiser, load_pipeline, quantize
+from .trajectory import Conditioning, DenoiserCall
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 STATE_NAME = "adpdm_search.safetensors"
@@ -126,6 +137,56 @@ def _sample(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+def _dataset(args: argparse.Namespace) -> dict[str, Any]:
+    pipe = load_pipeline(args.model, local_files_only=True)
+    denoiser = find_denoiser(pipe)
+    given, call = _given(args, denoiser, args.images)
+    shape = try_call(denoiser, pipe.scheduler, args.steps, given, call)
+    settings = SampleSettings(args.images, args.steps, args.seed, args.batch)
+    with _progress() as progress:
+        made = sample_set(
+            denoiser,
+            pipe.scheduler,
+            Path(args.out),
+            settings,
+            conditioning=given,
+            call=call,
+            decode=decoder_of(pipe, shape),
+            progress=lambda done, total, what: progress(what, done, total),
+        )
+    left = len(made.missing())
+    _table(f"samples in {args.out}", {"images": str(args.images), "files that others still make": str(left)})
+    return {"out": args.out, "images": args.images, "missing_files": left}
+
+
+def _distance(args: argparse.Namespace) -> dict[str, Any]:
+    with _progress() as progress:
+        found = set_distance(
+            Path(args.first),
+            Path(args.second),
+            dimensions=args.dimensions,
+            progress=lambda done, total, what: progress(what, done, total),
+        )
+    rows = {FRECHET_NAME: _frechet_words(found.frechet)}
+    if found.psnr_db is not None:
+        rows["mean PSNR of images of one seed"] = f"{found.psnr_db:.2f} dB"
+    if found.lpips is not None:
+        rows["LPIPS (AlexNet)"] = f"{found.lpips:.4f}"
+    _table(f"{args.second} against {args.first}", rows)
+    return found.to_dict()
+
+
+def _given(
+    args: argparse.Namespace, denoiser: Any, num_images: int
+) -> tuple[Conditioning, DenoiserCall | None]:
+    """What the options of a conditional denoiser say."""
+    files = [None if name is None else Path(name) for name in (args.call, args.constants)]
+    call = read_call(files[0], files[1], denoiser)
+    if args.conditioning is None:
+        return {}, call
+    return read_conditioning(Path(args.conditioning), denoiser, num_images), call
+
+
 def _compare(args: argparse.Namespace) -> EvaluationResult:
     reference = load_pipeline(args.original, local_files_only=True)
     quantized = load_pipeline(args.quantized, local_files_only=True)
@@ -133,11 +194,7 @@ def _compare(args: argparse.Namespace) -> EvaluationResult:
         num_images=args.images, num_inference_steps=args.steps, seed=args.seed, batch_size=args.batch
     )
     original, ours = find_denoiser(reference), find_denoiser(quantized)
-    files = [None if name is None else Path(name) for name in (args.call, args.constants)]
-    call = read_call(files[0], files[1], original)
-    given = {}
-    if args.conditioning is not None:
-        given = read_conditioning(Path(args.conditioning), original, args.images)
+    given, call = _given(args, original, args.images)
     for denoiser in (original, ours):
         shape = try_call(denoiser, reference.scheduler, args.steps, given, call)
     with _progress() as progress:
@@ -168,11 +225,7 @@ def evaluation_rows(result: EvaluationResult) -> dict[str, str]:
         "LPIPS (AlexNet)": "-" if result.lpips is None else f"{result.lpips:.4f}",
     }
     if result.frechet is not None:
-        f = result.frechet
-        rows["Frechet distance (EfficientNet-Lite0)"] = (
-            f"{f.distance:.2f} [{f.low:.2f}, {f.high:.2f}], {f.num_images[0]} images, "
-            f"{f.dimensions} dimensions"
-        )
+        rows[FRECHET_NAME] = _frechet_words(result.frechet)
     for timing in result.timings:
         rows[f"time per step, batch {timing.batch_size}"] = (
             f"{timing.quantized_seconds * 1e3:.1f} ms against {timing.reference_seconds * 1e3:.1f} ms, "
@@ -185,6 +238,12 @@ def evaluation_rows(result: EvaluationResult) -> dict[str, str]:
         rows.setdefault("not measured", "")
         rows["not measured"] += sentence + " "
     return rows
+
+
+def _frechet_words(f: FrechetResult) -> str:
+    return (
+        f"{f.distance:.2f} [{f.low:.2f}, {f.high:.2f}], {f.num_images[0]} images, {f.dimensions} dimensions"
+    )
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
@@ -246,6 +305,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="samples.png")
     _add_sampling_options(sub)
 
+    sub = command(
+        "dataset", _dataset, "Sample a large set of images into a folder; goes on where it was interrupted."
+    )
+    sub.add_argument("model")
+    sub.add_argument("--out", required=True, help="folder; processes of torchrun share it and the work")
+    _add_sampling_options(sub, images=10_000, batch=64)
+    _add_conditioning_options(sub)
+
+    sub = command("distance", _distance, "Measure how far two sets of images are apart.")
+    sub.add_argument("first", help="folder of `adpdm dataset`, or a file .npy of images [N, H, W, C] u8")
+    sub.add_argument("second")
+    sub.add_argument("--dimensions", type=int, default=32, help="principal components of the features")
+
     for name, run, text in (
         ("evaluate", _evaluate, "Measure a quantized model against its original on the same seeds."),
         ("report", _report, "Evaluate and write a self-contained HTML report."),
@@ -295,11 +367,11 @@ def _add_quantize_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--offline", action="store_true", help="never ask the model hub")
 
 
-def _add_sampling_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--images", type=int, default=16)
+def _add_sampling_options(sub: argparse.ArgumentParser, images: int = 16, batch: int = 8) -> None:
+    sub.add_argument("--images", type=int, default=images)
     sub.add_argument("--steps", type=int, default=50)
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--batch", type=int, default=8)
+    sub.add_argument("--batch", type=int, default=batch)
 
 
 def _add_conditioning_options(sub: argparse.ArgumentParser) -> None:

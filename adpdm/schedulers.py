@@ -30,3 +30,12 @@ def used_output(scheduler: Any, output: Tensor, channels: int) -> Tensor:
 def in_channels_last(sample: Tensor) -> Tensor:
     """Images [N, C, H, W] as convolutions want them; other samples as they are."""
     return sample.contiguous(memory_format=torch.channels_last) if sample.dim() == 4 else sample
+
+
+def identity(scheduler: Any) -> str:
+    """Class and settings in words, the same in every process.
+
+    Names with an underscore are left out: they say how a config was made, in an order that differs.
+    """
+    settings = sorted((k, v) for k, v in dict(scheduler.config).items() if not k.startswith("_"))
+    return f"{type(scheduler).__name__} {settings}"

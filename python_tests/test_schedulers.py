@@ -15,7 +15,7 @@ from torch import Tensor
 import adpdm
 from adpdm import QuantConfig, SearchConfig
 from adpdm.nn import quant_layers
-from adpdm.schedulers import model_input
+from adpdm.schedulers import identity, model_input
 from adpdm.testing import ONE_BLOCK, tiny_unet
 from adpdm.trajectory import Sampler
 
@@ -182,3 +182,13 @@ def test_noise_objective_is_refused_where_no_noise_is_predicted(
     settings = config(search=SearchConfig(objective="noise"))
     with pytest.raises(ValueError, match=message):
         adpdm.quantize(tiny_unet(**ONE_BLOCK), settings, scheduler=make_scheduler(name, changes))
+
+
+def test_identity_is_that_of_the_settings_not_of_how_they_were_given(tmp_path: Path) -> None:
+    made = diffusers.DDIMScheduler()
+    made.save_pretrained(tmp_path)
+    stored = diffusers.DDIMScheduler.from_pretrained(tmp_path)
+    stored.register_to_config(_use_default_values=["beta_start", "beta_end"])  # a set's order, in any order
+    assert identity(stored) == identity(made)
+    assert identity(diffusers.DDIMScheduler(clip_sample=False)) != identity(made)
+    assert identity(diffusers.DDPMScheduler()) != identity(made)

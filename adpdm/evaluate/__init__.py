@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from adpdm.evaluate.comparison import EvaluationConfig, EvaluationResult, compare, file_bytes
+from adpdm.evaluate.distance import SetDistance, set_distance
 from adpdm.evaluate.extractors import INSTALL_SENTENCE, fetch_extractors, load_lite0, load_lpips
 from adpdm.evaluate.frechet import FrechetResult, frechet_distance
 from adpdm.evaluate.layers import layer_sqnr
 from adpdm.evaluate.metrics import PEAK_TO_PEAK, pooled_sqnr, psnr, psnr_per_image, sqnr, sqnr_per_image
+from adpdm.evaluate.sample_set import SampleSet, SampleSettings, sample_set
 from adpdm.evaluate.sampling import GenerationResult, generate, image_seeds
 from adpdm.evaluate.timing import PairTiming, time_pair
 
@@ -18,6 +20,9 @@ __all__ = [
     "FrechetResult",
     "GenerationResult",
     "PairTiming",
+    "SampleSet",
+    "SampleSettings",
+    "SetDistance",
     "compare",
     "fetch_extractors",
     "file_bytes",
@@ -30,6 +35,8 @@ __all__ = [
     "pooled_sqnr",
     "psnr",
     "psnr_per_image",
+    "sample_set",
+    "set_distance",
     "sqnr",
     "sqnr_per_image",
     "time_pair",

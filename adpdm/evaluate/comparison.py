@@ -25,6 +25,7 @@ from adpdm.evaluate.sampling import (
     rows_of,
     sample_shape,
     shape_of_call,
+    to_uint8,
 )
 from adpdm.evaluate.timing import PairTiming, time_pair
 from adpdm.trajectory import Conditioning, DenoiserCall, pick
@@ -173,8 +174,8 @@ def compare(
         timings=timings,
         reference_bytes=sizes[0],
         quantized_bytes=sizes[1],
-        reference_images=_to_uint8(images[0][: config.kept_images]),
-        quantized_images=_to_uint8(images[1][: config.kept_images]),
+        reference_images=to_uint8(images[0][: config.kept_images]),
+        quantized_images=to_uint8(images[1][: config.kept_images]),
         **features,
     )
 
@@ -344,16 +345,6 @@ def _measure_times(
         timings.append(time_pair(calls[0], calls[1], size, pair.device, config.timing_pairs))
         progress(number + 1, len(config.timing_batch_sizes), "timing")
     return tuple(timings)
-
-
-def _to_uint8(
-    images: Tensor,  # [K, C, H, W] float in [-1, 1]
-) -> np.ndarray:
-    """[K, H, W, C] uint8."""
-    pixels: np.ndarray = (
-        ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    )
-    return pixels
 
 
 def _plain(value: Any) -> Any:

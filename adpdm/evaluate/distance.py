@@ -1,0 +1,131 @@
+"""How far two sets of images are apart: Frechet distance, and errors image by image where seeds are equal."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adpdm.evaluate.extractors import INSTALL_SENTENCE, load_lite0, load_lpips
+from adpdm.evaluate.frechet import MIN_IMAGES, FrechetResult, frechet_distance
+from adpdm.evaluate.metrics import psnr_per_image
+from adpdm.evaluate.sample_set import SampleSet
+from adpdm.evaluate.sampling import Progress, batches
+
+MOST_DB = 60.0  # of one image: more than 8-bit pixels can tell apart
+
+
+@dataclass(frozen=True)
+class SetDistance:
+    """Two sets of images.
+
+    Args:
+        frechet: on EfficientNet-Lite0 features, not FID.
+        psnr_db, lpips: mean over images of the same seed; None for sets that are not paired, and where the
+            network of LPIPS is missing.
+    """
+
+    frechet: FrechetResult
+    num_images: tuple[int, int]
+    psnr_db: float | None
+    lpips: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def set_distance(
+    first: Path,
+    second: Path,
+    *,
+    dimensions: int = 32,
+    resamples: int = 200,
+    batch_size: int = 64,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> SetDistance:
+    """Measure two folders of `sample_set`, or files .npy of images [N, H, W, C] u8.
+
+    Args:
+        dimensions, resamples: as of `frechet_distance`.
+        cache_dir: where the LPIPS weights lie; None is the platform's cache.
+
+    Raises:
+        ValueError: for other files, for images of different shapes and for too few.
+        ImportError: without EfficientNet-Lite0.
+    """
+    a, b = _images(first), _images(second)
+    if a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < MIN_IMAGES:
+        raise ValueError(
+            f"wanted at least {MIN_IMAGES} images of one shape [H, W, C] in both sets, got {a.shape} and "
+            f"{b.shape}"
+        )
+    lite0 = load_lite0()
+    if lite0 is None:
+        raise ImportError(f"the Frechet distance needs EfficientNet-Lite0: {INSTALL_SENTENCE}")
+    report = progress or _no_progress
+    is_paired = _noise(first) == _noise(second) is not None and len(a) == len(b)
+    sets = []
+    for images, name in ((a, "first"), (b, "second")):
+        parts = []
+        for rows in batches(len(images), batch_size):
+            parts.append(lite0.features(_as_float(images[rows])))
+            report(rows.stop, len(images), f"features of the {name} set")
+        sets.append(np.concatenate(parts))
+    frechet = frechet_distance(
+        sets[0], sets[1], dimensions=dimensions, resamples=resamples, is_paired=is_paired
+    )
+    psnr_db = lpips = None
+    if is_paired:
+        psnr_db, lpips = _paired(a, b, batch_size, cache_dir, report)
+    return SetDistance(frechet, (len(a), len(b)), psnr_db, lpips)
+
+
+def _paired(
+    a: np.ndarray, b: np.ndarray, batch_size: int, cache_dir: Path | None, progress: Progress
+) -> tuple[float, float | None]:
+    """PSNR and LPIPS, means over images; equal images, whose PSNR is infinite, count as MOST_DB."""
+    network = load_lpips(cache_dir)
+    decibels, distances = [], []
+    for rows in batches(len(a), batch_size):
+        x, y = _as_float(a[rows]), _as_float(b[rows])
+        decibels.append(np.minimum(psnr_per_image(x, y), MOST_DB))
+        if network is not None:
+            distances.append(network.distance(x, y).double().numpy())
+        progress(rows.stop, len(a), "images in pairs")
+    lpips = float(np.concatenate(distances).mean()) if distances else None
+    return float(np.concatenate(decibels).mean()), lpips
+
+
+def _images(path: Path) -> np.ndarray:
+    """[N, H, W, C] u8."""
+    if path.is_dir():
+        return SampleSet.open(path).images()
+    if path.suffix != ".npy" or not path.is_file():
+        raise ValueError(f"wanted a folder of `adpdm dataset` or a file .npy of images, got {path}")
+    images: np.ndarray = np.load(path, allow_pickle=False)
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(f"{path} must hold images [N, H, W, C] u8, got {images.shape} {images.dtype}")
+    return images
+
+
+def _noise(path: Path) -> tuple[int, ...] | None:
+    """What makes image i of two sets start from the same noise; None for a file."""
+    if not path.is_dir():
+        return None
+    settings = SampleSet.open(path).manifest["settings"]
+    return int(settings["seed"]), int(settings["num_inference_steps"])
+
+
+def _as_float(images: np.ndarray) -> Tensor:
+    """[N, C, H, W] f32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _no_progress(done: int, total: int, what: str) -> None:
+    """Tells nobody."""

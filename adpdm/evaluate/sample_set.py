@@ -1,0 +1,202 @@
+"""Large sets of samples on disk: resumable, shared by processes, the same bytes however many of them work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from adpdm.evaluate.sampling import Progress, generate, to_uint8
+from adpdm.schedulers import identity
+from adpdm.trajectory import Conditioning, DenoiserCall, pick
+
+MANIFEST_NAME = "samples.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What the images of a set depend on besides the model.
+
+    Args:
+        num_images: of the whole set; a set may grow, its full files stay.
+        chunk_size: images per file and per call of the denoiser. Rounding of a denoiser may depend on the
+            batch, so it is fixed for a set, whatever the number of processes.
+    """
+
+    num_images: int
+    num_inference_steps: int = 50
+    seed: int = 0
+    chunk_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_inference_steps", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"SampleSettings: {name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """A folder that `sample_set` fills."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> SampleSet:
+        """The set in a folder, complete or not.
+
+        Raises:
+            ValueError: for a folder without a manifest of this format.
+        """
+        file = folder / MANIFEST_NAME
+        try:
+            manifest = json.loads(file.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder} must be a folder that `adpdm dataset` wrote: {error}") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise ValueError(f"{file} must have format {FORMAT}, got {manifest!r:.80}")
+        return cls(folder, manifest)
+
+    @property
+    def num_images(self) -> int:
+        return int(self.manifest["settings"]["num_images"])
+
+    def chunk(self, number: int) -> Path:
+        return self.folder / f"images-{number:06d}.npy"
+
+    def sizes(self) -> list[int]:
+        """Images of every chunk."""
+        size = int(self.manifest["settings"]["chunk_size"])
+        return [min(size, self.num_images - first) for first in range(0, self.num_images, size)]
+
+    def missing(self) -> list[int]:
+        """Chunks that are not there, or hold too few images, as the last one of a set that grew."""
+        return [n for n, size in enumerate(self.sizes()) if not self._holds(n, size)]
+
+    def _holds(self, number: int, size: int) -> bool:
+        file = self.chunk(number)
+        return file.is_file() and len(np.load(file, mmap_mode="r")) >= size
+
+    def images(self) -> np.ndarray:
+        """All images, [N, H, W, C] u8.
+
+        Raises:
+            ValueError: if some are missing.
+        """
+        missing = self.missing()
+        if missing:
+            raise ValueError(
+                f"{self.folder} must hold {self.num_images} images, {len(missing)} of its "
+                f"{len(self.sizes())} files are missing; the command that began it goes on where it was"
+            )
+        return np.concatenate([np.load(self.chunk(n))[:size] for n, size in enumerate(self.sizes())])
+
+
+def sample_set(
+    denoiser: nn.Module,
+    scheduler: Any,
+    folder: Path,
+    settings: SampleSettings,
+    *,
+    conditioning: Conditioning | None = None,
+    call: DenoiserCall | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    progress: Progress | None = None,
+) -> SampleSet:
+    """Sample images 0 .. num_images - 1 of a seed into a folder, those that are not there yet.
+
+    Under torchrun every process makes its share of the files, in a folder that all of them see; image i is
+    the same for any number of processes and after any interruption, on the same kind of machine.
+
+    Args:
+        denoiser: on the device of this process.
+        conditioning: tensors with the same number of rows each; image i uses row i modulo that number.
+        call: what else the denoiser is given, as for `adpdm.quantize`.
+        decode: from samples [B, *] to images [B, C, H, W] in [-1, 1]; None where samples are images.
+        progress: called with (done, total, what) over the files of this process.
+
+    Returns: the set, which other processes may still be filling.
+
+    Raises:
+        ValueError: for a folder with samples of another model, scheduler or setting.
+    """
+    result = _begin(folder, settings, _fingerprint(denoiser, scheduler, conditioning))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    mine = [n for n in result.missing() if n % world == rank]
+    sizes = result.sizes()
+    for done, number in enumerate(mine):
+        first = number * settings.chunk_size
+        samples = generate(
+            denoiser,
+            scheduler,
+            sizes[number],
+            settings.num_inference_steps,
+            settings.seed,
+            settings.chunk_size,
+            conditioning=_rows(conditioning or {}, first, sizes[number]),
+            call=call,
+            first=first,
+        ).samples
+        _write(result.chunk(number), to_uint8(samples if decode is None else decode(samples)))
+        if progress is not None:
+            progress(done + 1, len(mine), "files of samples")
+    return result
+
+
+def _begin(folder: Path, settings: SampleSettings, fingerprint: str) -> SampleSet:
+    """Write the manifest, or check it against what is there already."""
+    manifest = {"format": FORMAT, "fingerprint": fingerprint, "settings": asdict(settings)}
+    if not (folder / MANIFEST_NAME).exists():
+        if folder.exists() and any(folder.glob("images-*.npy")):
+            raise ValueError(f"{folder} must be a new folder or one with {MANIFEST_NAME}, got images without")
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        found = SampleSet.open(folder).manifest
+        fixed = {**found, "settings": {**found["settings"], "num_images": settings.num_images}}
+        if fixed != manifest:
+            raise ValueError(
+                f"{folder} holds samples of another model, scheduler, conditioning or setting "
+                f"({found['settings']}); wanted {asdict(settings)}: give another folder"
+            )
+        if found["settings"]["num_images"] >= settings.num_images:
+            return SampleSet(folder, manifest)
+    # All processes write the same bytes.
+    temporary = folder / f"{MANIFEST_NAME}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(manifest, indent=1))
+    os.replace(temporary, folder / MANIFEST_NAME)
+    return SampleSet(folder, manifest)
+
+
+def _fingerprint(denoiser: nn.Module, scheduler: Any, conditioning: Conditioning | None) -> str:
+    """sha256 over weights, scheduler and conditioning."""
+    digest = hashlib.sha256(identity(scheduler).encode())
+    given = [(keystr(path), x) for path, x in tree_flatten_with_path(conditioning or {})[0]]
+    for name, tensor in [*denoiser.state_dict().items(), *given]:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _rows(conditioning: Conditioning, first: int, count: int) -> Conditioning:
+    """Rows of images first .. first + count - 1."""
+    flat = tree_flatten_with_path(conditioning)[0]
+    if not flat:
+        return {}
+    return pick(conditioning, torch.arange(first, first + count) % len(flat[0][1]))
+
+
+def _write(file: Path, images: np.ndarray) -> None:
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as out:
+        np.save(out, images)
+    os.replace(temporary, file)

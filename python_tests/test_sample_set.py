@@ -1,0 +1,217 @@
+"""Large sets of samples: resuming, processes that share the work, growth, what is refused, distances."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import adpdm.evaluate.distance
+from adpdm.cli import main
+from adpdm.evaluate import SampleSet, SampleSettings, generate, sample_set, set_distance
+from adpdm.evaluate.sampling import to_uint8
+from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_conditional_unet, tiny_pipeline, tiny_unet
+
+SETTINGS = SampleSettings(num_images=7, num_inference_steps=2, seed=5, chunk_size=3)
+# What torchrun does for two processes, without its half minute of start-up.
+SHARE = """
+import sys
+from pathlib import Path
+from adpdm.evaluate import SampleSettings, sample_set
+from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_unet
+settings = SampleSettings(num_images=7, num_inference_steps=2, seed=5, chunk_size=3)
+sample_set(tiny_unet(**ONE_BLOCK), ddim_scheduler(), Path(sys.argv[1]), settings)
+"""
+
+
+def make(folder: Path, settings: SampleSettings = SETTINGS, seed: int = 0, **options: Any) -> SampleSet:
+    return sample_set(tiny_unet(seed, **ONE_BLOCK), ddim_scheduler(), folder, settings, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_set_holds_the_images_of_generate(tmp_path: Path) -> None:
+    found = make(tmp_path / "set")
+    wanted = generate(tiny_unet(**ONE_BLOCK), ddim_scheduler(), 7, 2, seed=5, batch_size=3).samples
+    assert np.array_equal(found.images(), to_uint8(wanted))
+    assert sorted(contents(tmp_path / "set")) == [
+        "images-000000.npy",
+        "images-000001.npy",
+        "images-000002.npy",
+        "samples.json",
+    ]
+
+
+def test_an_interrupted_set_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    make(tmp_path / "whole")
+
+    def stop(done: int, total: int, what: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "parts", progress=stop)
+    begun = SampleSet.open(tmp_path / "parts")
+    assert begun.missing() == [1, 2]
+    with pytest.raises(ValueError, match="2 of its 3 files are missing"):
+        begun.images()
+    calls: list[tuple[int, int]] = []
+    make(tmp_path / "parts", progress=lambda done, total, what: calls.append((done, total)))
+    assert calls == [(1, 2), (2, 2)]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_two_processes_fill_one_set_with_the_same_bytes(tmp_path: Path) -> None:
+    make(tmp_path / "alone")
+    shared = tmp_path / "shared"
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARE, str(shared)],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    assert contents(shared) == contents(tmp_path / "alone")
+
+
+def test_each_process_makes_its_share_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert make(tmp_path / "set").missing() == [0, 2]
+
+
+def test_a_set_grows_and_keeps_its_full_files(tmp_path: Path) -> None:
+    make(tmp_path / "set")
+    before = contents(tmp_path / "set")
+    larger = SampleSettings(num_images=10, num_inference_steps=2, seed=5, chunk_size=3)
+    images = make(tmp_path / "set", larger).images()
+    after = contents(tmp_path / "set")
+    assert all(after[f"images-00000{n}.npy"] == before[f"images-00000{n}.npy"] for n in (0, 1))
+    wanted = generate(tiny_unet(**ONE_BLOCK), ddim_scheduler(), 10, 2, seed=5, batch_size=3).samples
+    assert np.array_equal(images, to_uint8(wanted))
+    assert np.array_equal(make(tmp_path / "set").images(), images[:7])  # a smaller wish changes nothing
+    assert contents(tmp_path / "set") == after
+
+
+@pytest.mark.parametrize(
+    ("settings", "seed"),
+    [
+        (SampleSettings(num_images=7, num_inference_steps=3, seed=5, chunk_size=3), 0),
+        (SampleSettings(num_images=7, num_inference_steps=2, seed=6, chunk_size=3), 0),
+        (SampleSettings(num_images=7, num_inference_steps=2, seed=5, chunk_size=4), 0),
+        (SETTINGS, 1),
+    ],
+)
+def test_samples_of_another_model_or_setting_are_left_alone(
+    tmp_path: Path, settings: SampleSettings, seed: int
+) -> None:
+    make(tmp_path / "set")
+    before = contents(tmp_path / "set")
+    with pytest.raises(
+        ValueError, match="holds samples of another model, scheduler, conditioning or setting"
+    ):
+        make(tmp_path / "set", settings, seed)
+    assert contents(tmp_path / "set") == before
+
+
+def test_conditioning_rows_go_to_images_in_turn(tmp_path: Path) -> None:
+    unet, texts = tiny_conditional_unet(), torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    found = sample_set(
+        unet, ddim_scheduler(), tmp_path, SETTINGS, conditioning={"encoder_hidden_states": texts}
+    ).images()
+    rows = texts[torch.arange(7) % 2]
+    wanted = generate(
+        unet, ddim_scheduler(), 7, 2, seed=5, batch_size=3, conditioning={"encoder_hidden_states": rows}
+    ).samples
+    assert np.array_equal(found, to_uint8(wanted))
+
+
+def test_folders_without_a_manifest_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be a folder that `adpdm dataset` wrote"):
+        SampleSet.open(tmp_path)
+    (tmp_path / "images-000000.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="got images without"):
+        make(tmp_path)
+    (tmp_path / "samples.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="must have format 1"):
+        make(tmp_path)
+
+
+class Features:
+    """Stands for EfficientNet-Lite0: mean and spread of every image."""
+
+    def features(self, images: torch.Tensor) -> np.ndarray:
+        flat = images.flatten(1)
+        return torch.stack([flat.mean(1), flat.std(1)], 1).numpy()
+
+
+@pytest.fixture
+def networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adpdm.evaluate.distance, "load_lite0", Features)
+    monkeypatch.setattr(adpdm.evaluate.distance, "load_lpips", lambda cache_dir: None)
+
+
+def write_set(folder: Path, images: np.ndarray, seed: int = 0) -> Path:
+    folder.mkdir()
+    settings = {"num_images": len(images), "num_inference_steps": 2, "seed": seed, "chunk_size": 100}
+    (folder / "samples.json").write_text(json.dumps({"format": 1, "fingerprint": "", "settings": settings}))
+    np.save(folder / "images-000000.npy", images)
+    return folder
+
+
+@pytest.mark.usefixtures("networks")
+def test_sets_of_one_seed_are_compared_image_by_image(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 200, (20, 4, 4, 1), dtype=np.uint8)
+    first = write_set(tmp_path / "a", images)
+    same = set_distance(first, write_set(tmp_path / "b", images))
+    assert same.frechet.distance == pytest.approx(0, abs=1e-9)
+    assert same.psnr_db == 60.0
+    shifted = set_distance(first, write_set(tmp_path / "c", images + 5))
+    # Means move by 5 / 127.5 and spreads by nothing; every pixel is off by 5 of 255.
+    assert shifted.frechet.distance == pytest.approx((5 / 127.5) ** 2, rel=1e-3)
+    assert shifted.psnr_db == pytest.approx(20 * np.log10(255 / 5), abs=1e-3)
+    assert shifted.lpips is None
+    other = set_distance(first, write_set(tmp_path / "d", images, seed=1))
+    assert other.psnr_db is None
+    np.save(tmp_path / "real.npy", images)
+    assert set_distance(first, tmp_path / "real.npy").psnr_db is None
+
+
+@pytest.mark.usefixtures("networks")
+def test_sets_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    first = write_set(tmp_path / "a", np.zeros((20, 4, 4, 1), np.uint8))
+    np.save(tmp_path / "shape.npy", np.zeros((20, 8, 8, 1), np.uint8))
+    np.save(tmp_path / "float.npy", np.zeros((20, 4, 4, 1), np.float32))
+    np.save(tmp_path / "few.npy", np.zeros((3, 4, 4, 1), np.uint8))
+    for name, sentence in (
+        ("shape.npy", "images of one shape"),
+        ("few.npy", "wanted at least 16 images"),
+        ("float.npy", r"must hold images \[N, H, W, C\] u8"),
+        ("nothing.npy", "wanted a folder of `adpdm dataset` or a file .npy"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            set_distance(first, tmp_path / name)
+
+
+@pytest.mark.usefixtures("networks")
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_pipeline(**ONE_BLOCK).save_pretrained(tmp_path / "model")
+    for name, seed in (("a", "0"), ("b", "1")):
+        words = ["--images", "18", "--steps", "2", "--batch", "9", "--seed", seed]
+        assert main(["dataset", str(tmp_path / "model"), "--out", str(tmp_path / name), *words]) == 0
+    capsys.readouterr()
+    assert main(["distance", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_images"] == [18, 18]
+    assert found["frechet"]["distance"] > 0
+    words = ["--images", "18", "--steps", "3", "--batch", "9"]
+    assert main(["dataset", str(tmp_path / "model"), "--out", str(tmp_path / "a"), *words]) == 1
