@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PLAIN: dict[str, Any] = {
+    "range_method": "mse",
     "weight_rounding": "nearest",
     "raised_layers": 0.0,
     "weigh_steps": False,
@@ -78,7 +79,8 @@ IMAGES = tuple(
 _MEASURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("min-max ranges", {**PLAIN, "range_method": "minmax"}),
     ("+ least-squares ranges", PLAIN),
-    ("+ steps weighed by sensitivity", {**PLAIN, "weigh_steps": True}),
+    ("+ clipped values weighted", {**PLAIN, "range_method": "clip_weighted"}),
+    ("+ steps weighed by sensitivity", {**PLAIN, "range_method": "clip_weighted", "weigh_steps": True}),
     ("+ bias correction", {"weight_rounding": "nearest", "raised_layers": 0.0}),
     ("+ learned rounding", {"raised_layers": 0.0}),
     ("+ raised layers", {}),
@@ -86,7 +88,7 @@ _MEASURES: tuple[tuple[str, dict[str, Any]], ...] = (
 MEASURES = tuple(
     Method(f"{name}, {grouping}", {**settings, "grouping": grouping}, {})
     for name, settings in _MEASURES
-    for grouping in ("shared", "uniform", "dp")
+    for grouping in ("shared", "dp")
 )
 FAMILIES: dict[str, tuple[Method, ...]] = {
     "strategies": STRATEGIES,
