@@ -5,6 +5,7 @@ from __future__ import annotations
 from adpdm.evaluate.comparison import EvaluationConfig, EvaluationResult, compare, file_bytes
 from adpdm.evaluate.extractors import INSTALL_SENTENCE, fetch_extractors, load_lite0, load_lpips
 from adpdm.evaluate.frechet import FrechetResult, frechet_distance
+from adpdm.evaluate.guidance import GuidedDenoiser
 from adpdm.evaluate.layers import layer_sqnr
 from adpdm.evaluate.metrics import PEAK_TO_PEAK, pooled_sqnr, psnr, psnr_per_image, sqnr, sqnr_per_image
 from adpdm.evaluate.sampling import GenerationResult, generate, image_seeds
@@ -17,6 +18,7 @@ __all__ = [
     "EvaluationResult",
     "FrechetResult",
     "GenerationResult",
+    "GuidedDenoiser",
     "PairTiming",
     "compare",
     "fetch_extractors",

@@ -36,14 +36,15 @@ class GenerationResult:
     seconds_per_step: np.ndarray
 
 
-def image_seeds(seed: int, num_images: int) -> list[int]:
-    """Returns one 32-bit seed per image, unrelated for different `seed`.
+def image_seeds(seed: int, num_images: int, first: int = 0) -> list[int]:
+    """Returns one 32-bit seed per image, unrelated for different `seed`, from image `first` on.
 
     `pipe(batch_size=n, generator=[torch.Generator().manual_seed(s) for s in image_seeds(seed, n)])` draws the
     same images. They are hashed, not counted up, because images 1..n of seed 0 would be images 0..n-1 of
     seed 1, and 32 bits because torch's CPU generator ignores the rest.
     """
-    return [int(np.random.SeedSequence((seed, i)).generate_state(1)[0]) for i in range(num_images)]
+    numbers = range(first, first + num_images)
+    return [int(np.random.SeedSequence((seed, i)).generate_state(1)[0]) for i in numbers]
 
 
 class Trajectory:
@@ -147,6 +148,7 @@ def generate(
     *,
     conditioning: Conditioning | None = None,
     call: DenoiserCall | None = None,
+    first: int = 0,
     on_step: StepObserver | None = None,
     progress: Progress | None = None,
 ) -> GenerationResult:
@@ -159,6 +161,7 @@ def generate(
         shape: of one sample, (C, H, W); None takes it from `call`, or from the denoiser's config.
         conditioning: keyword tensors with one row per image, such as encoder_hidden_states, or dicts of them.
         call: what else the denoiser is given, as for `adpdm.quantize`.
+        first: number of the first image: images `first` .. `first + num_images - 1` of the seed are sampled.
         on_step: sees (step_index, timestep, model input [B, *], noise_pred) of every step.
 
     Returns:
@@ -167,7 +170,7 @@ def generate(
     if num_images < 1:
         raise ValueError(f"generate: num_images must be at least 1, got {num_images}")
     shape, device = shape or shape_of_call(call) or sample_shape(denoiser), device_of(denoiser)
-    seeds, slices = image_seeds(seed, num_images), list(batches(num_images, batch_size))
+    seeds, slices = image_seeds(seed, num_images, first), list(batches(num_images, batch_size))
     samples, seconds, timesteps = [], [], np.zeros(0)
     for number, rows in enumerate(slices):
         path = Trajectory(scheduler, num_inference_steps, seeds[rows], shape, device, call)
