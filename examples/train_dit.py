@@ -11,8 +11,11 @@ for classifier-free guidance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diffusers import DiTTransformer2DModel
-from training import Recipe, arguments, train
+from training import Recipe, argument_parser, parse, train
+from training_data import FASHION_MNIST
 
 NUM_CLASSES = 10
 
@@ -36,9 +39,9 @@ def make_transformer() -> DiTTransformer2DModel:
     return transformer
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     recipe = Recipe(make_transformer, "transformer", learning_rate=1e-3, num_classes=NUM_CLASSES)
-    train(recipe, arguments(__doc__).parse_args())
+    train(recipe, parse(argument_parser(__doc__, FASHION_MNIST), __file__, words))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ Interrupt it whenever you like: the same command continues from the last state f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diffusers import UNet2DModel
-from training import Recipe, arguments, train
+from training import Recipe, argument_parser, parse, train
+from training_data import FASHION_MNIST
 
 
 def make_unet() -> UNet2DModel:
@@ -30,8 +33,11 @@ def make_unet() -> UNet2DModel:
     )
 
 
-def main() -> None:
-    train(Recipe(make_unet, "unet", learning_rate=4e-4), arguments(__doc__).parse_args())
+def main(words: Sequence[str] | None = None) -> None:
+    train(
+        Recipe(make_unet, "unet", learning_rate=4e-4),
+        parse(argument_parser(__doc__, FASHION_MNIST), __file__, words),
+    )
 
 
 if __name__ == "__main__":

@@ -1,26 +1,29 @@
-"""What the training scripts share: data, loss, moving average, a resumable and time-bounded loop."""
+"""What the training scripts share: recipe, loss curve, moving average, a resumable and time-bounded loop."""
 
 from __future__ import annotations
 
 import argparse
-import gzip
+import json
+import math
 import os
+import shlex
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor
+from training_data import FASHION_MNIST, ImageData
 
-EMA_DECAY = 0.9995  # half-life of 1400 steps: long enough to average out the noise of batch 64
 GRADIENT_CLIP = 1.0
 NUM_TRAIN_TIMESTEPS = 1000
-WARMUP_STEPS = 200
+CURVE_STEPS = 50  # steps whose mean loss makes a row of loss.csv and a line of progress
+CURVE_FILE, RECORD_FILE = "loss.csv", "training.json"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Recipe:
         make: a denoiser with random weights.
         folder: of the denoiser below the output folder, as its pipeline calls it.
         num_classes: of the labels it is given; None for an unconditional one.
+        data: what --data holds.
+        flips: mirror half of the images left to right.
+        ema_decay: of the moving average that is saved; 0.9995 has a half-life of 1400 steps, long enough to
+            average out the noise of batch 64.
     """
 
     make: Callable[[], Any]
@@ -39,57 +46,100 @@ class Recipe:
     batch_size: int = 64
     num_classes: int | None = None
     label_dropout: float = 0.1  # share of the images that train the unconditional half of guidance
+    data: ImageData = FASHION_MNIST
+    flips: bool = False
+    ema_decay: float = 0.9995
+    warmup_steps: int = 200
 
 
-def load_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor]:
-    """60 000 training images, zero-padded to 32x32, [60000, 1, 32, 32] u8, and their labels [60000] i64."""
-    pixels = _read(folder / "train-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28)
-    labels = _read(folder / "train-labels-idx1-ubyte.gz", 8)
-    return F.pad(torch.from_numpy(pixels), (2, 2, 2, 2)), torch.from_numpy(labels).long()
+class LossCurve:
+    """Mean losses of CURVE_STEPS steps each, [(images seen, mean loss)], and the sum since the last."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.rows: list[tuple[int, float]] = []
+        self.total = torch.zeros((), dtype=torch.float64, device=device)  # read once per row: reading waits
+        self.count = 0
 
-def _read(path: Path, header: int) -> np.ndarray:
-    if not path.exists():
-        raise SystemExit(f"wanted {path}, which does not exist; the head of this script says where to get it")
-    with gzip.open(path) as file:
-        return np.frombuffer(file.read(), np.uint8, offset=header).copy()
+    def add(self, loss: Tensor) -> None:
+        """Add the loss [] of one step."""
+        self.total += loss.detach()
+        self.count += 1
+
+    def close_row(self, seen: int) -> float:
+        """Append the mean since the last row and return it."""
+        mean = self.total.item() / self.count
+        self.rows.append((seen, mean))
+        self.total.zero_()
+        self.count = 0
+        return mean
+
+    def state(self) -> dict[str, Any]:
+        """What `load` takes, of plain types."""
+        return {"rows": self.rows, "total": self.total.item(), "count": self.count}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.rows = [(seen, loss) for seen, loss in state["rows"]]
+        self.total.fill_(state["total"])
+        self.count = state["count"]
+
+    def csv(self) -> str:
+        """The rows under a head; losses with the digits that a float32 has."""
+        return "images,loss\n" + "".join(f"{seen},{loss:.9g}\n" for seen, loss in self.rows)
 
 
 class Trainer:
-    """Everything that must survive an interruption: weights, EMA, optimizer, counters, generator."""
+    """Everything that must survive an interruption: weights, EMA, optimizer, counters, curve, generator.
 
-    def __init__(self, recipe: Recipe, out: Path, init: Path | None, seed: int) -> None:
-        self.recipe, self.out = recipe, out
-        self.step, self.seen, self.loss = 0, 0, float("nan")
-        self.generator = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)
+    The generator is of the CPU wherever the model is, so that a seed means the same batches and noise.
+    """
+
+    def __init__(self, recipe: Recipe, args: argparse.Namespace) -> None:
+        self.recipe, self.out, self.seed = recipe, args.out, args.seed
+        self.device = torch.device(args.device)
+        self.step, self.seen = 0, 0
+        self.generator = torch.Generator().manual_seed(args.seed)
+        torch.manual_seed(args.seed)
         self.denoiser = recipe.make()
-        if init is not None:
-            self.denoiser = type(self.denoiser).from_pretrained(init)
-        self.denoiser = self.denoiser.float().train().to(memory_format=torch.channels_last)
+        if args.init is not None:
+            self.denoiser = type(self.denoiser).from_pretrained(args.init)
+        self.denoiser = self.denoiser.float().train().to(self.device, memory_format=torch.channels_last)
         self.ema = {name: value.detach().clone() for name, value in self.denoiser.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             self.denoiser.parameters(), lr=recipe.learning_rate, weight_decay=0.0
         )
         self.scheduler = DDPMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, beta_schedule="linear")
+        self.curve = LossCurve(self.device)
         if self.state_path.exists():
             self._load()
+        self.commands = self._commands(args)
 
     @property
     def state_path(self) -> Path:
         return self.out / "state.pt"
 
     def _load(self) -> None:
-        state = torch.load(self.state_path, weights_only=True)
+        state = torch.load(self.state_path, map_location="cpu", weights_only=True)
+        got = {name: value.shape for name, value in state["denoiser"].items()}
+        if got != {name: value.shape for name, value in self.denoiser.state_dict().items()}:
+            raise SystemExit(
+                f"{self.state_path} is the state of another model; continue with the same options, "
+                "or choose another --out"
+            )
         self.denoiser.load_state_dict(state["denoiser"])
-        self.ema = state["ema"]
+        self.ema = {name: value.to(self.device) for name, value in state["ema"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.step, self.seen = state["step"], state["seen"]
+        if "curve" in state:  # states of before 2026-11-28 have none: their curve begins where they go on
+            self.curve.load(state["curve"])
         print(f"continuing at {self.seen} images (step {self.step})", flush=True)
 
     def save(self) -> None:
-        """Write the state, then the EMA model in float16, the state under a temporary name first."""
+        """Write the state, then the EMA model in float16, the curve and the record of the training.
+
+        The state is written under a temporary name first; the rest follows from it.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
         state = {
             "denoiser": self.denoiser.state_dict(),
@@ -98,6 +148,7 @@ class Trainer:
             "generator": self.generator.get_state(),
             "step": self.step,
             "seen": self.seen,
+            "curve": self.curve.state(),
         }
         temporary = self.state_path.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -106,18 +157,50 @@ class Trainer:
         model.load_state_dict(self.ema)
         model.half().save_pretrained(self.out / self.recipe.folder)
         self.scheduler.save_pretrained(self.out / "scheduler")
+        replace_text(self.out / CURVE_FILE, self.curve.csv())
+        replace_text(self.out / RECORD_FILE, json.dumps(self._record(), indent=2) + "\n")
+
+    def _commands(self, args: argparse.Namespace) -> list[dict[str, Any]]:
+        """The commands that trained and where each began; one that is repeated to continue stands once."""
+        record = self.out / RECORD_FILE
+        before = json.loads(record.read_text())["commands"] if self.seen and record.exists() else []
+        if before and (before[-1]["command"] == args.command or self.seen >= args.images):
+            return list(before)
+        return [*before, {"from_images": self.seen, "command": args.command}]
+
+    def _record(self) -> dict[str, Any]:
+        """How the model came to be, for its card."""
+        recipe = self.recipe
+        return {
+            "data": recipe.data.name,
+            "num_classes": recipe.num_classes,
+            "images": self.seen,
+            "steps": self.step,
+            "batch_size": recipe.batch_size,
+            "learning_rate": recipe.learning_rate,
+            "warmup_steps": recipe.warmup_steps,
+            "ema_decay": recipe.ema_decay,
+            "flips": recipe.flips,
+            "seed": self.seed,
+            "device": self.device.type,
+            "commands": self.commands,
+        }
 
     def train_step(
-        self, forward: Callable[..., Any], images: Tensor, labels: Tensor, learning_rate: float
+        self,
+        forward: Callable[..., Any],
+        images: Tensor,  # [N, C, H, W] u8 on the device
+        labels: Tensor,  # [N] i64 on the CPU
+        learning_rate: float,
     ) -> None:
-        """One optimizer step on a random batch of images [N, C, H, W] u8 with labels [N] i64."""
-        batch, generator = self.recipe.batch_size, self.generator
+        """One optimizer step on a random batch."""
+        batch, generator, device = self.recipe.batch_size, self.generator, self.device
         index = torch.randint(0, len(images), (batch,), generator=generator)
-        clean = images[index].float() / 127.5 - 1
-        noise = torch.randn(clean.shape, generator=generator)
-        timestep = torch.randint(0, NUM_TRAIN_TIMESTEPS, (batch,), generator=generator)
+        clean = self._flipped(images[index.to(device)].float() / 127.5 - 1)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        timestep = torch.randint(0, NUM_TRAIN_TIMESTEPS, (batch,), generator=generator).to(device)
         noisy = self.scheduler.add_noise(clean, noise, timestep).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             noise_pred = forward(noisy, timestep, **self._condition(labels[index])).sample
         loss = F.mse_loss(noise_pred.float(), noise)
         for group in self.optimizer.param_groups:
@@ -127,38 +210,67 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), GRADIENT_CLIP)
         self.optimizer.step()
         self.step, self.seen = self.step + 1, self.seen + batch
-        self.loss = loss.item() if self.loss != self.loss else 0.99 * self.loss + 0.01 * loss.item()
+        self.curve.add(loss)
         self._update_ema()
 
-    def _condition(self, labels: Tensor) -> dict[str, Tensor]:
+    def _flipped(
+        self,
+        images: Tensor,  # [B, C, H, W]
+    ) -> Tensor:
+        """The images, half of them mirrored where the recipe says so."""
+        if not self.recipe.flips:
+            return images
+        mirrored = torch.rand((len(images), 1, 1, 1), generator=self.generator) < 0.5
+        return torch.where(mirrored.to(self.device), images.flip(3), images)
+
+    def _condition(
+        self,
+        labels: Tensor,  # [B] i64 on the CPU
+    ) -> dict[str, Tensor]:
         """Class labels, some of them replaced by the class that stands for none."""
         if self.recipe.num_classes is None:
             return {}
         dropped = torch.rand(labels.shape, generator=self.generator) < self.recipe.label_dropout
-        return {"class_labels": labels.masked_fill(dropped, self.recipe.num_classes)}
+        return {"class_labels": labels.masked_fill(dropped, self.recipe.num_classes).to(self.device)}
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
         weights = self.denoiser.state_dict()
         floating = [name for name, value in self.ema.items() if value.is_floating_point()]
         torch._foreach_lerp_([self.ema[n] for n in floating], [weights[n] for n in floating], 1 - decay)
 
 
-def learning_rate(base: float, seen: int, step: int, total: int, decay: int) -> float:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def command_line(script: str, words: Sequence[str]) -> str:
+    """A command as a shell takes it, absolute paths shortened to their last part: a card tells no folders."""
+    short = []
+    for word in words:
+        name, equals, value = word.rpartition("=")
+        short.append(name + equals + (Path(value).name if value.startswith("/") else value))
+    return shlex.join(["python", f"examples/{Path(script).name}", *short])
+
+
+def learning_rate(recipe: Recipe, seen: int, step: int, total: int, decay: int) -> float:
     """Warm up, stay constant, then fall linearly to 2 % over the last `decay` images."""
-    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    warmup = min(1.0, (step + 1) / recipe.warmup_steps)
     remaining = max(0.0, min(1.0, (total - seen) / max(decay, 1)))
-    return base * warmup * max(0.02, remaining)
+    return recipe.learning_rate * warmup * max(0.02, remaining)
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
+def argument_parser(description: str | None, data: ImageData) -> argparse.ArgumentParser:
     """The options of every training script."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=raw)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train-images-idx3-ubyte.gz")
+    parser.add_argument("--data", type=Path, required=True, help=data.wanted)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for denoiser, scheduler/ and state.pt"
+        "--out", type=Path, required=True, help="folder for denoiser, scheduler/, state.pt and loss.csv"
     )
     parser.add_argument("--init", type=Path, help="folder of a denoiser to start from")
     parser.add_argument("--images", type=int, default=2_000_000, help="images to train on in total")
@@ -166,27 +278,56 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop and save after this time")
     parser.add_argument("--save-every", type=int, default=250, help="steps between state files")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser (needs g++)")
     return parser
 
 
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Refuse a device that this machine does not have."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
+
+
+def parse(parser: argparse.ArgumentParser, script: str, words: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command, `command` with them; `words` of None are those of the process."""
+    words = sys.argv[1:] if words is None else words
+    args = parser.parse_args(words)
+    check_device(parser, args.device)
+    if args.save_every < 1:
+        parser.error(f"--save-every must be at least 1, got {args.save_every}")
+    args.command = command_line(script, words)
+    return args
+
+
 def train(recipe: Recipe, args: argparse.Namespace) -> None:
     """Train until the images or the minutes are used up; an interrupted run continues from its last state."""
-    images, labels = load_fashion_mnist(args.data)
-    trainer = Trainer(recipe, args.out, args.init, args.seed)
+    images, labels = recipe.data.load(args.data)
+    trainer = Trainer(recipe, args)
+    images = images.to(trainer.device)
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
     forward = torch.compile(trainer.denoiser) if args.compile else trainer.denoiser
     start, first = time.monotonic(), trainer.seen
     while trainer.seen < args.images and time.monotonic() - start < 60 * args.minutes:
-        rate = learning_rate(recipe.learning_rate, trainer.seen, trainer.step, args.images, args.decay_images)
+        rate = learning_rate(recipe, trainer.seen, trainer.step, args.images, args.decay_images)
         trainer.train_step(forward, images, labels, rate)
-        if trainer.step % 50 == 0:
+        if trainer.step % CURVE_STEPS == 0:
             speed = (trainer.seen - first) / (time.monotonic() - start)
-            left = (args.images - trainer.seen) / speed / 60
-            print(
-                f"images {trainer.seen}/{args.images} loss {trainer.loss:.4f} "
-                f"{speed:.0f} images/s, {left:.0f} min left",
-                flush=True,
-            )
+            _report(trainer, args, speed)
         if trainer.step % args.save_every == 0:
             trainer.save()
     trainer.save()
+
+
+def _report(trainer: Trainer, args: argparse.Namespace, images_per_second: float) -> None:
+    """Close a row of the curve and tell it, the speed and the time left."""
+    loss = trainer.curve.close_row(trainer.seen)
+    if not math.isfinite(loss):
+        raise SystemExit(
+            f"the loss is {loss} at {trainer.seen} images; {trainer.state_path} is of the last save before"
+        )
+    print(
+        f"images {trainer.seen}/{args.images} loss {loss:.4f} {images_per_second:.0f} images/s, "
+        f"{(args.images - trainer.seen) / images_per_second / 60:.0f} min left",
+        flush=True,
+    )

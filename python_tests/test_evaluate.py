@@ -102,6 +102,13 @@ def test_generate_is_independent_of_batch_size(scheduler):
     assert not torch.equal(runs[0].samples, other.samples)
 
 
+def test_generate_goes_on_where_another_call_ended():
+    whole = evaluate.generate(Denoiser(0.3, 0.1), DDIMScheduler(), 5, 4, 7, shape=SHAPE)
+    rest = evaluate.generate(Denoiser(0.3, 0.1), DDIMScheduler(), 3, 4, 7, shape=SHAPE, first=2)
+    assert torch.equal(rest.samples, whole.samples[2:])
+    assert evaluate.image_seeds(7, 3, first=2) == evaluate.image_seeds(7, 5)[2:]
+
+
 def test_generate_follows_the_schedulers_clip_setting():
     # eps = 0 makes x0 = x / sqrt(alpha_bar), far outside [-1, 1] at the noisy end
     inputs = {}

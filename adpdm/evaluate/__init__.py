@@ -6,6 +6,7 @@ from adpdm.evaluate.comparison import EvaluationConfig, EvaluationResult, compar
 from adpdm.evaluate.distance import SetDistance, set_distance
 from adpdm.evaluate.extractors import INSTALL_SENTENCE, fetch_extractors, load_lite0, load_lpips
 from adpdm.evaluate.frechet import FrechetResult, frechet_distance
+from adpdm.evaluate.guidance import GuidedDenoiser
 from adpdm.evaluate.layers import layer_sqnr
 from adpdm.evaluate.metrics import PEAK_TO_PEAK, pooled_sqnr, psnr, psnr_per_image, sqnr, sqnr_per_image
 from adpdm.evaluate.sample_set import SampleSet, SampleSettings, sample_set
@@ -19,6 +20,7 @@ __all__ = [
     "EvaluationResult",
     "FrechetResult",
     "GenerationResult",
+    "GuidedDenoiser",
     "PairTiming",
     "SampleSet",
     "SampleSettings",

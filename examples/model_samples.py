@@ -1,0 +1,188 @@
+"""Samples of a trained model folder, one seed per image, kept batch by batch, and how good they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
+from torch import Tensor
+
+from adpdm.evaluate import GuidedDenoiser, frechet_distance, generate
+from adpdm.evaluate.frechet import FrechetResult
+
+KINDS: dict[str, Any] = {"unet": UNet2DModel, "transformer": DiTTransformer2DModel}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a training script wrote.
+
+    Args:
+        part: "unet" or "transformer", the folder of the denoiser.
+        num_classes: of the labels that the denoiser takes; None for an unconditional one.
+        record: of training.json.
+    """
+
+    folder: Path
+    part: str
+    denoiser: Any
+    scheduler: DDIMScheduler
+    num_classes: int | None
+    record: dict[str, Any]
+
+
+def load_model(folder: Path, device: str) -> TrainedModel:
+    """The denoiser in float32, with a DDIM sampler of the noise schedule it was trained with.
+
+    Raises:
+        ValueError: the folder is not what a training script writes.
+    """
+    parts = [part for part in KINDS if (folder / part / WEIGHTS).is_file()]
+    if len(parts) != 1 or not (folder / "scheduler").is_dir() or not (folder / "training.json").is_file():
+        raise ValueError(
+            f"{folder} must hold unet/ or transformer/, scheduler/ and training.json, "
+            "as the training scripts write them"
+        )
+    record = json.loads((folder / "training.json").read_text())
+    denoiser = KINDS[parts[0]].from_pretrained(folder / parts[0], torch_dtype=torch.float32)
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    denoiser = denoiser.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return TrainedModel(folder, parts[0], denoiser, scheduler, record["num_classes"], record)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled.
+
+    Args:
+        guidance: scale of classifier-free guidance; 1 for none.
+        batch_size: of the files as well.
+    """
+
+    steps: int = 50
+    seed: int = 0
+    guidance: float = 1.0
+    batch_size: int = 50
+
+
+class Samples:
+    """Images 0, 1, ... of a model and a seed in files of a batch; image i is of class i modulo the classes.
+
+    Args:
+        cache: folder for the files; those of other weights or settings are left alone.
+    """
+
+    def __init__(self, model: TrainedModel, sampling: Sampling, cache: Path) -> None:
+        self.model, self.sampling = model, sampling
+        weights = (model.folder / model.part / WEIGHTS).read_bytes()
+        key = hashlib.sha256(weights + repr((sampling, model.denoiser.device.type)).encode())
+        self.folder = cache / key.hexdigest()[:16]
+        self.denoiser = model.denoiser
+        if model.num_classes is not None and sampling.guidance != 1.0:
+            self.denoiser = GuidedDenoiser(model.denoiser, sampling.guidance, model.num_classes)
+
+    def images(self, count: int) -> np.ndarray:
+        """The first `count` images, [N, H, W, C] u8; samples those that are not there yet, tells progress."""
+        size = self.sampling.batch_size
+        parts, start, made = [], time.monotonic(), 0
+        for batch in range(-(-count // size)):
+            path = self.folder / f"{batch:05d}.npy"
+            if not path.is_file():
+                self._make(batch, path)
+                made += size
+                done = min((batch + 1) * size, count)
+                left = (count - done) * (time.monotonic() - start) / made
+                print(f"sampled {done}/{count}, {left / 60:.0f} min left", flush=True)
+            parts.append(np.load(path))
+        return np.concatenate(parts)[:count]
+
+    def _make(self, batch: int, path: Path) -> None:
+        """Sample one batch and write it under a temporary name first."""
+        settings = self.sampling
+        result = generate(
+            self.denoiser,
+            self.model.scheduler,
+            settings.batch_size,
+            settings.steps,
+            settings.seed,
+            settings.batch_size,
+            conditioning=self._labels(batch * settings.batch_size),
+            first=batch * settings.batch_size,
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.save(file, to_uint8(result.samples))
+        os.replace(temporary, path)
+
+    def _labels(self, first: int) -> dict[str, Tensor]:
+        """Classes [B] of a batch's images."""
+        if self.model.num_classes is None:
+            return {}
+        numbers = torch.arange(first, first + self.sampling.batch_size, device=self.model.denoiser.device)
+        return {"class_labels": numbers % self.model.num_classes}
+
+
+def to_uint8(
+    samples: Tensor,  # [N, C, H, W] float in [-1, 1]
+) -> np.ndarray:
+    """[N, H, W, C] u8."""
+    pixels: np.ndarray = ((samples + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return pixels
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Frechet distances on EfficientNet-Lite0 features, not FID.
+
+    Args:
+        samples: of sampled images to training images.
+        floor: of as many other training images to the same ones: what a perfect model would have.
+    """
+
+    samples: FrechetResult
+    floor: FrechetResult
+
+
+def measure(
+    lite0: Any,
+    sampled: np.ndarray,  # [N, H, W, C] u8
+    real: Tensor,  # [M, C, H, W] u8
+    seed: int,
+) -> Quality:
+    """Frechet distances of N samples, and of N training images, to N others; M is at least 2 N."""
+    count = len(sampled)
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
+    first, second = real[order[:count]], real[order[count : 2 * count]]
+    sets = (first, second, torch.from_numpy(sampled).permute(0, 3, 1, 2))
+    features = [
+        _features(lite0, images, name) for images, name in zip(sets, ("1/3", "2/3", "3/3"), strict=True)
+    ]
+    return Quality(
+        frechet_distance(features[0], features[2], seed=seed),
+        frechet_distance(features[0], features[1], seed=seed),
+    )
+
+
+def _features(
+    lite0: Any,
+    images: Tensor,  # [N, C, H, W] u8
+    name: str,
+    batch_size: int = 100,
+) -> np.ndarray:
+    """[N, 1280] f32; tells progress."""
+    parts = []
+    for batch in images.split(batch_size):
+        parts.append(lite0.features(batch.float() / 127.5 - 1))
+        if len(parts) % 10 == 0:
+            print(f"features of set {name}: {len(parts) * batch_size}/{len(images)}", flush=True)
+    return np.concatenate(parts)

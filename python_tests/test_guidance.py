@@ -1,0 +1,75 @@
+"""Classifier-free guidance as a denoiser: its formula, its one call, and quantized models under it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adpdm
+from adpdm import QuantConfig
+from adpdm.evaluate import EvaluationConfig, GuidedDenoiser, compare, generate
+
+NULL = 10
+
+
+class Labelled(nn.Module):
+    """Predicts the sample times the label, and counts its images."""
+
+    def __init__(self, as_tuple: bool) -> None:
+        super().__init__()
+        self.as_tuple, self.batches = as_tuple, []
+        self.config = SimpleNamespace(in_channels=1, sample_size=2)
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> object:
+        assert timestep.shape == class_labels.shape == sample.shape[:1]
+        self.batches.append(len(sample))
+        output = sample * class_labels.view(-1, 1, 1, 1)
+        return (output,) if self.as_tuple else SimpleNamespace(sample=output)
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_guidance_extrapolates_from_none_to_the_class(as_tuple: bool) -> None:
+    denoiser = Labelled(as_tuple)
+    sample = torch.ones(2, 1, 2, 2)
+    labels, timestep = torch.tensor([1, 4]), torch.tensor([7, 7])
+    for scale, wanted in ((1.0, [1, 4]), (0.0, [10, 10]), (3.0, [-17, -8])):  # none + scale (class - none)
+        (result,) = GuidedDenoiser(denoiser, scale, NULL)(sample, timestep, labels)
+        assert result[:, 0, 0, 0].tolist() == wanted
+    assert denoiser.batches == [4, 4, 4]
+
+
+def test_guided_transformer_samples_and_is_compared_when_quantized() -> None:
+    """Calibrated with the class for none as well; the table's row follows the timestep under guidance."""
+    torch.manual_seed(0)
+    denoiser = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=1,
+        out_channels=1,
+        num_layers=1,
+        norm_num_groups=4,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=NULL,
+    ).eval()
+    for parameter in denoiser.parameters():  # those that start at zero hide the class
+        nn.init.normal_(parameter, std=0.2)
+    original = diffusers.DiTTransformer2DModel.from_config(denoiser.config).eval()
+    original.load_state_dict(denoiser.state_dict())
+    scheduler, given = diffusers.DDIMScheduler(), torch.tensor([1, 7, NULL])
+    settings = QuantConfig(num_groups=2, num_inference_steps=4, histogram_images=3, grouping="dp")
+    adpdm.quantize(denoiser, settings, scheduler=scheduler, conditioning={"class_labels": given})
+    config = EvaluationConfig(
+        num_images=3, num_inference_steps=4, use_extractors=False, timing_batch_sizes=()
+    )
+    labels = {"class_labels": torch.tensor([0, 3, 9])}
+    pair = [GuidedDenoiser(x, 2.0, NULL) for x in (original, denoiser)]
+    result = compare(pair[0], pair[1], scheduler, config, conditioning=labels)
+    assert result.psnr_db > 30  # of 8 bits
+    plain = generate(original, scheduler, 3, 4, conditioning=labels).samples
+    guided = generate(pair[0], scheduler, 3, 4, conditioning=labels).samples
+    assert (guided - plain).abs().max() > 0.01
