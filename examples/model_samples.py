@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor
 
-from adpdm.evaluate import GuidedDenoiser, frechet_distance, generate
+from adpdm.evaluate import GuidedDenoiser, SampleSettings, frechet_distance, sample_set
 from adpdm.evaluate.frechet import FrechetResult
 
 KINDS: dict[str, Any] = {"unet": UNet2DModel, "transformer": DiTTransformer2DModel}
@@ -92,52 +91,21 @@ class Samples:
 
     def images(self, count: int) -> np.ndarray:
         """The first `count` images, [N, H, W, C] u8; samples those that are not there yet, tells progress."""
-        size = self.sampling.batch_size
-        parts, start, made = [], time.monotonic(), 0
-        for batch in range(-(-count // size)):
-            path = self.folder / f"{batch:05d}.npy"
-            if not path.is_file():
-                self._make(batch, path)
-                made += size
-                done = min((batch + 1) * size, count)
-                left = (count - done) * (time.monotonic() - start) / made
-                print(f"sampled {done}/{count}, {left / 60:.0f} min left", flush=True)
-            parts.append(np.load(path))
-        return np.concatenate(parts)[:count]
+        labels = {}
+        if self.model.num_classes is not None:
+            labels["class_labels"] = torch.arange(self.model.num_classes, device=self.model.denoiser.device)
+        start = time.monotonic()
 
-    def _make(self, batch: int, path: Path) -> None:
-        """Sample one batch and write it under a temporary name first."""
-        settings = self.sampling
-        result = generate(
-            self.denoiser,
-            self.model.scheduler,
-            settings.batch_size,
-            settings.steps,
-            settings.seed,
-            settings.batch_size,
-            conditioning=self._labels(batch * settings.batch_size),
-            first=batch * settings.batch_size,
+        def tell(done: int, total: int, what: str) -> None:
+            left = (total - done) * (time.monotonic() - start) / done / 60
+            print(f"{what}: {done}/{total}, {left:.0f} min left", flush=True)
+
+        settings = SampleSettings(count, self.sampling.steps, self.sampling.seed, self.sampling.batch_size)
+        scheduler = self.model.scheduler
+        found = sample_set(
+            self.denoiser, scheduler, self.folder, settings, conditioning=labels, progress=tell
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.save(file, to_uint8(result.samples))
-        os.replace(temporary, path)
-
-    def _labels(self, first: int) -> dict[str, Tensor]:
-        """Classes [B] of a batch's images."""
-        if self.model.num_classes is None:
-            return {}
-        numbers = torch.arange(first, first + self.sampling.batch_size, device=self.model.denoiser.device)
-        return {"class_labels": numbers % self.model.num_classes}
-
-
-def to_uint8(
-    samples: Tensor,  # [N, C, H, W] float in [-1, 1]
-) -> np.ndarray:
-    """[N, H, W, C] u8."""
-    pixels: np.ndarray = ((samples + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return pixels
+        return found.images()
 
 
 @dataclass(frozen=True)

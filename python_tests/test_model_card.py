@@ -145,7 +145,7 @@ def test_samples_are_those_of_their_seeds_and_go_on(
     script: ModuleType, transformer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Images by number whatever the batches; a missing file alone is made again."""
-    from model_samples import to_uint8
+    from adpdm.evaluate.sampling import to_uint8
 
     run(script, transformer_folder, "--images", "6", "--guidance", "3")
     files = sorted(Path(f"{transformer_folder}.samples").rglob("*.npy"))
@@ -153,15 +153,15 @@ def test_samples_are_those_of_their_seeds_and_go_on(
     transformer = DiTTransformer2DModel.from_pretrained(transformer_folder / "transformer").eval()
     denoiser = GuidedDenoiser(transformer, 3.0, CLASSES)
     scheduler = DDIMScheduler.from_pretrained(transformer_folder / "scheduler")
-    labels = {"class_labels": torch.arange(8) % CLASSES}
-    wanted = to_uint8(generate(denoiser, scheduler, 8, 2, 5, 8, conditioning=labels).samples)
-    assert [file.name for file in files] == ["00000.npy", "00001.npy"]
-    assert np.abs(stored.astype(int) - wanted).max() <= 1  # a batch of 8 may round differently
+    labels = {"class_labels": torch.arange(6) % CLASSES}
+    wanted = to_uint8(generate(denoiser, scheduler, 6, 2, 5, 6, conditioning=labels).samples)
+    assert [file.name for file in files] == ["images-000000.npy", "images-000001.npy"]
+    assert np.abs(stored.astype(int) - wanted).max() <= 1  # a batch of 6 may round differently
     grid, bytes_of_second = (transformer_folder / "grid.png").read_bytes(), files[1].read_bytes()
     files[1].unlink()
     capsys.readouterr()
     run(script, transformer_folder, "--images", "6", "--guidance", "3")
-    assert capsys.readouterr().out.count("sampled") == 1
+    assert "files of samples: 1/1" in capsys.readouterr().out
     assert files[1].read_bytes() == bytes_of_second
     assert (transformer_folder / "grid.png").read_bytes() == grid
 
@@ -174,7 +174,7 @@ def test_other_weights_or_settings_have_other_samples(script: ModuleType, unet_f
     unet.half().save_pretrained(unet_folder / "unet")
     run(script, unet_folder, "--images", "4")
     first, second, third = (
-        np.load(file) for file in sorted(Path(f"{unet_folder}.samples").glob("*/00000.npy"))
+        np.load(file) for file in sorted(Path(f"{unet_folder}.samples").glob("*/images-000000.npy"))
     )
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, third)
@@ -266,7 +266,7 @@ def test_interrupted_card_says_that_it_continues(
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_samples, "generate", interrupt)
+    monkeypatch.setattr(model_samples, "sample_set", interrupt)
     with pytest.raises(SystemExit, match="130"):
         run(script, unet_folder)
     assert capsys.readouterr().err == "interrupted; the same command continues\n"

@@ -192,7 +192,8 @@ def _rows(conditioning: Conditioning, first: int, count: int) -> Conditioning:
     flat = tree_flatten_with_path(conditioning)[0]
     if not flat:
         return {}
-    return pick(conditioning, torch.arange(first, first + count) % len(flat[0][1]))
+    rows = flat[0][1]
+    return pick(conditioning, torch.arange(first, first + count, device=rows.device) % len(rows))
 
 
 def _write(file: Path, images: np.ndarray) -> None:
