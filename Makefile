@@ -1,4 +1,4 @@
-# The commands of a working day: demo, test, lint, sanitize, package, docs, mutants, bench, gpu, clean. Needs python3 >= 3.10, g++ and make;
+# The commands of a working day: demo, test, lint, sanitize, package, docs, mutants, bench, accuracy, gpu, clean. Needs python3 >= 3.10, g++ and make;
 # fetches the rest from PyPI into $(VENV) and googletest from the system's packages.
 #
 #   VENV=.venv            environment to create and use
@@ -25,7 +25,7 @@ EXTRACTORS := build/.extractors
 # adpdm/__init__.py holds the version; the other Python files of an editable install need no new one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt adpdm/__init__.py $(wildcard tools/*.py csrc/*/*)
 
-.PHONY: demo test test-cpp test-python lint sanitize package docs mutants bench gpu clean googletest
+.PHONY: demo test test-cpp test-python lint sanitize package docs mutants bench accuracy gpu clean googletest
 
 demo: export ADPDM_WERROR := 0
 demo: $(INSTALLED) $(EXTRACTORS)
@@ -81,6 +81,13 @@ mutants: $(DEPENDENCIES) googletest
 bench: $(INSTALLED)
 	@ls benchmarks/bench_*.py > /dev/null || { echo "bench: wanted benchmarks/bench_*.py, found none"; exit 1; }
 	@set -e; for script in benchmarks/bench_*.py; do echo "python $$script"; python $$script; done
+
+# The tables of docs/accuracy.md, hours on two cores; a second call continues.
+#   ACCURACY_FLAGS="--seeds 0 1 2 --bits w6a6"
+accuracy: $(INSTALLED) $(EXTRACTORS)
+	python benchmarks/accuracy.py --out runs/accuracy \
+	  --models dit-fashion-mnist-32 ddpm-fashion-mnist-32 $(ACCURACY_FLAGS)
+	python benchmarks/accuracy_tables.py runs/accuracy
 
 # Everything that needs an NVIDIA GPU; a second call continues. Fetches nothing: PYTHON has a CUDA build of torch.
 gpu:

@@ -1,6 +1,6 @@
 """How much groups of timesteps can gain on a model: error of quantized layer inputs against one range.
 
-python benchmarks/group_gain.py --json gain.json
+python benchmarks/group_gain.py --model dit-fashion-mnist-32 --json gain.json
 
 Needs no search and no samples of the quantized model, so it tells in seconds whether groups suit a model.
 The gain of a range for every step is the most that any grouping reaches with ranges that fit the histograms.
@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diffusers.utils import logging
+from subjects import Subject, find_subject
 
 import adpdm
-
-MODEL = Path(__file__).resolve().parents[1] / "models" / "ddpm-fashion-mnist-32"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Row:
     range_change: float  # widest over narrowest range of a step, median
 
 
-def measure(model: Path, bits: int, weigh_steps: bool, groups: int, seed: int) -> Row:
+def measure(subject: Subject, bits: int, weigh_steps: bool, groups: int, seed: int) -> Row:
     """Calibrate with the `dp` partition and nothing that does not depend on groups."""
     config = adpdm.QuantConfig(
         activation_bits=bits,
@@ -45,7 +44,9 @@ def measure(model: Path, bits: int, weigh_steps: bool, groups: int, seed: int) -
         raised_layers=0.0,
         correct_bias=False,
     )
-    trace = adpdm.quantize(adpdm.load_pipeline(model), config).trace
+    denoiser = subject.denoiser()
+    given = subject.conditioning(denoiser)
+    trace = adpdm.quantize(denoiser, config, scheduler=subject.scheduler(), conditioning=given).trace
     widths = [[high - low for low, high in row["observed"]] for row in trace.quantizers]
     change = statistics.median(max(w) / max(min(w), 1e-30) for w in widths)
     return Row(bits, "by sensitivity" if weigh_steps else "alike", *trace.summarize_gain(), change)
@@ -55,17 +56,21 @@ def main() -> None:
     """Print one line per setting; write them as JSON where asked."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--model", default="ddpm-fashion-mnist-32", help="name in models/, or a folder")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4], help="of the activations")
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
+    try:
+        subject = find_subject(args.model)
+    except ValueError as error:
+        parser.error(str(error))
     logging.disable_progress_bar()
     rows = []
     for weigh_steps in (True, False):
         for bits in args.bits:
-            row = measure(args.model, bits, weigh_steps, args.groups, args.seed)
+            row = measure(subject, bits, weigh_steps, args.groups, args.seed)
             rows.append(row)
             print(
                 f"A{bits}, steps {row.steps}: median {row.median_db:5.2f} dB, largest {row.largest_db:.2f}; "
