@@ -47,6 +47,7 @@ def draw(path: Path, rows: Sequence[Measured]) -> None:
     left.set_xlabel("PSNR to full precision in dB, mean and range over calibration seeds")
     left.grid(axis="x", alpha=0.3)
     left.legend(frameon=False, ncols=len(bits), loc="upper center", bbox_to_anchor=(0.5, 1.14), fontsize=8)
+    right.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)  # more lines than the usual ten colours
     shown = [r for r in rows if r.bits == BITS_OF_TRAJECTORY]
     for row in shown:
         right.plot(row.noise_sqnr_db, label=row.method, linewidth=1)
