@@ -130,7 +130,9 @@ def test_trace_tells_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = mmd_trace(samples, [row["step_index"] for row in trace.rounds])
     assert trace.mmd == pytest.approx(wanted, abs=1e-4)
     assert list(trace.group_gain) == [row["name"] for row in trace.quantizers]
-    assert all(0 < row["gain_db"] <= row["limit_db"] for row in trace.group_gain.values())
+    gains = [(row["gain_db"], row["limit_db"]) for row in trace.group_gain.values()]
+    assert all(0 <= gain < limit + 1e-9 for gain, limit in gains), gains  # 0: steps in the middle differ
+    assert sum(gain > 0.05 for gain, _ in gains) > len(gains) / 2
     assert len(trace.quantizers) == quantizers
     for row in trace.quantizers:
         assert len(row["observed"]) == len(row["group_index"]) == STEPS
@@ -158,7 +160,8 @@ def test_shared_ranges_gain_nothing_and_those_per_step_all_there_is(monkeypatch:
     assert all(row["gain_db"] == 0 < row["limit_db"] for row in shared.group_gain.values())
     per_step = Recorded(monkeypatch, config(grouping="per_step")).report.trace
     median, _, limit = per_step.summarize_gain()
-    assert median == limit > 0
+    assert median == pytest.approx(limit, rel=1e-9)
+    assert limit > 0
 
 
 def test_undecided_search_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +290,7 @@ def test_search_with_a_smaller_loss_but_worse_samples_is_put_back(monkeypatch: p
     errors = iter([1e-3, 2e-3])  # of the start, after the search
     monkeypatch.setattr(Calibration, "_sample_error", lambda calibration: next(errors))
     search = SearchConfig(num_steps=60, refit_steps=20, batch_size=4)
-    settings = config(search=search, activation_bits=4)
+    settings = config(search=search, activation_bits=4, range_method="mse")  # leaves the search something
     unet = tiny_unet(**ONE_BLOCK)
     trace = adpdm.quantize(unet, settings, scheduler=ddim_scheduler()).trace
     assert trace.outcome is not None
@@ -320,7 +323,7 @@ def test_search_that_helps_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = iter([2e-3, 1e-3])  # no search of seconds makes better samples of a random model for certain
     monkeypatch.setattr(Calibration, "_sample_error", lambda calibration: next(errors))
     search = SearchConfig(num_steps=60, refit_steps=20, batch_size=4)
-    settings = config(search=search, activation_bits=4)
+    settings = config(search=search, activation_bits=4, range_method="mse")  # leaves the search something
     unet = tiny_unet(**ONE_BLOCK)
     trace = adpdm.quantize(unet, settings, scheduler=ddim_scheduler()).trace
     assert trace.outcome is not None

@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from adpdm import evaluate
 from adpdm.evaluate import __main__ as command
 from adpdm.evaluate import extractors
-from adpdm.evaluate.comparison import _to_uint8
+from adpdm.evaluate.sampling import to_uint8
 
 SHAPE = (1, 4, 4)
 
@@ -190,7 +190,7 @@ def test_compare_equals_two_separate_runs():
     a, b = (evaluate.generate(Denoiser(g), scheduler, 5, 4, shape=SHAPE).samples for g in (0.3, 0.4))
     assert result.psnr_db == evaluate.psnr(a, b)
     assert result.psnr_per_image_db.tolist() == evaluate.psnr_per_image(a, b).tolist()
-    assert np.array_equal(result.reference_images, _to_uint8(a))
+    assert np.array_equal(result.reference_images, to_uint8(a))
     assert result.reference_images.shape == (5, 4, 4, 1)
 
 
