@@ -300,6 +300,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="folder to write, must be new or empty")
     _add_quantize_options(sub)
 
+    _add_sampling_commands(command)
+
+    sub = command("demo", _demo, "Quantize the shipped model at several settings and write a report.")
+    sub.add_argument("--model", default="models/ddpm-fashion-mnist-32")
+    sub.add_argument("--out", default="adpdm-demo")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--quick", action="store_true", help="a smaller search and fewer images, for tests")
+
+    command("info", _info, "Show version, CPU features, chosen kernels and what was built.")
+
+    sub = command(
+        "doctor", _doctor, "Say which kernels and threads run here, how a model's layers run, and why."
+    )
+    sub.add_argument("model", nargs="?", help="folder of a saved pipeline to look at as well")
+    return parser
+
+
+def _add_sampling_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command("sample", _sample, "Generate a grid of images.")
     sub.add_argument("model")
     sub.add_argument("--out", default="samples.png")
@@ -332,20 +350,6 @@ def _parser() -> argparse.ArgumentParser:
             _add_conditioning_options(sub)
         else:  # its measurements of layers run the denoiser on images alone
             sub.set_defaults(conditioning=None, call=None, constants=None)
-
-    sub = command("demo", _demo, "Quantize the shipped model at several settings and write a report.")
-    sub.add_argument("--model", default="models/ddpm-fashion-mnist-32")
-    sub.add_argument("--out", default="adpdm-demo")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--quick", action="store_true", help="a smaller search and fewer images, for tests")
-
-    command("info", _info, "Show version, CPU features, chosen kernels and what was built.")
-
-    sub = command(
-        "doctor", _doctor, "Say which kernels and threads run here, how a model's layers run, and why."
-    )
-    sub.add_argument("model", nargs="?", help="folder of a saved pipeline to look at as well")
-    return parser
 
 
 def _add_quantize_options(sub: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 CROSS_ATTENTION_DIM = 8  # D of the text-like conditioning of `tiny_conditional_unet`
 NUM_TRAIN_TIMESTEPS = 1000
@@ -56,6 +56,26 @@ def tiny_conditional_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel
     }
     unet: UNet2DConditionModel = _seeded(UNet2DConditionModel, {**settings, **changes}, seed)
     return unet
+
+
+def tiny_transformer(seed: int = 0, **changes: Any) -> DiTTransformer2DModel:
+    """A class-conditional denoiser of [N, 1, 8, 8] with adaptive norms, under class_labels [N].
+
+    Its class "none" is the last, `num_embeds_ada_norm`, 3 by default; see `tiny_unet`.
+    """
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "patch_size": 4,
+        "in_channels": 1,
+        "out_channels": 1,
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "norm_num_groups": 4,
+        "num_embeds_ada_norm": 3,
+    }
+    transformer: DiTTransformer2DModel = _seeded(DiTTransformer2DModel, {**settings, **changes}, seed)
+    return transformer
 
 
 def ddim_scheduler() -> DDIMScheduler:

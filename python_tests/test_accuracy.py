@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DiTTransformer2DModel
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +20,7 @@ import accuracy_tables  # noqa: E402
 import subjects  # noqa: E402
 from accuracy_methods import FAMILIES, Method  # noqa: E402
 
-from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_unet  # noqa: E402
+from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_transformer, tiny_unet  # noqa: E402
 
 SHORT: dict[str, Any] = {"num_groups": 2, "histogram_images": 2, "calibration_images": 2, "round_size": 2}
 METHODS = (
@@ -107,18 +105,7 @@ def test_seed_and_checkpoint_are_part_of_a_file_name(tmp_path: Path, unet_folder
 
 
 def test_transformers_are_sampled_under_every_class_in_turn(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        sample_size=8,
-        patch_size=4,
-        in_channels=1,
-        out_channels=1,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        norm_num_groups=4,
-        num_embeds_ada_norm=3,
-    )
+    model = tiny_transformer()
     model.save_pretrained(tmp_path / "transformer")
     ddim_scheduler().save_pretrained(tmp_path / "scheduler")
     subject = subjects.find_subject(str(tmp_path))

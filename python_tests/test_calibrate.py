@@ -1,10 +1,9 @@
-"""Calibration: what the search is fed, what is recorded, and how it resumes."""
+"""Calibration: what the search is fed and what is recorded."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 import adpdm
-from adpdm import QuantConfig, SearchConfig, calibrate, reference
+from adpdm import QuantConfig, SearchConfig, reference
 from adpdm.bias import BIAS_STEPS
 from adpdm.calibrate import Calibration, step_weights
 from adpdm.nn import QuantLayer
@@ -470,36 +469,3 @@ def test_layer_that_runs_twice_gets_the_mean_shift_not_the_sum(monkeypatch: pyte
     assert len(shifts) == 2 * BIAS_STEPS
     wanted = bias + torch.stack(shifts).mean(0).float()
     assert torch.equal(unet.mid_block.resnets[0].conv1.bias, wanted)
-
-
-# ---- resuming ----------------------------------------------------------------------------------------------
-
-
-def test_foreign_state_file_is_refused(tmp_path: Path) -> None:
-    state = tmp_path / "state.safetensors"
-    adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
-    with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
-        adpdm.quantize(tiny_unet(**ONE_BLOCK), config(seed=1), scheduler=ddim_scheduler(), state_file=state)
-    with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
-        adpdm.quantize(tiny_unet(1, **ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
-
-
-def test_truncated_state_file_is_refused(tmp_path: Path) -> None:
-    state = tmp_path / "state.safetensors"
-    state.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
-    with pytest.raises(ValueError, match=r"state.safetensors is no search state.*remove it"):
-        adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
-
-
-def test_state_file_is_replaced_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = tmp_path / "below" / "state.safetensors"
-
-    def broken(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(calibrate, "save_file", broken)
-        with pytest.raises(OSError, match="disk full"):
-            adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
-    assert not state.exists()

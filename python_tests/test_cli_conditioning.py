@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from safetensors.torch import save_file
 
 import adpdm
 from adpdm import DenoiserCall, cli
 from adpdm.conditioning import read_call, read_conditioning, try_call
 from adpdm.evaluate import EvaluationConfig, compare
-from adpdm.testing import CROSS_ATTENTION_DIM, ddim_scheduler, tiny_conditional_unet, tiny_pipeline
+from adpdm.testing import (
+    CROSS_ATTENTION_DIM,
+    ddim_scheduler,
+    tiny_conditional_unet,
+    tiny_pipeline,
+    tiny_transformer,
+)
 
 LABELS = torch.tensor([1, 7, 9])
 SAMPLING = ["--images", "4", "--steps", "2", "--batch", "2"]
@@ -25,17 +31,7 @@ SAMPLING = ["--images", "4", "--steps", "2", "--batch", "2"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class-conditional pipeline of latents, float and quantized, and labels for three images."""
     torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        norm_num_groups=4,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-    )
+    transformer = tiny_transformer(in_channels=4, out_channels=8, patch_size=2, num_embeds_ada_norm=10)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8, scaling_factor=0.5)
     pipe = DiTPipeline(transformer.eval(), vae, DDIMScheduler())
     path = tmp_path_factory.mktemp("dit")

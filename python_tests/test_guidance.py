@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import adpdm
 from adpdm import QuantConfig
 from adpdm.evaluate import EvaluationConfig, GuidedDenoiser, compare, generate
+from adpdm.testing import tiny_transformer
 
 NULL = 10
 
@@ -45,17 +46,7 @@ def test_guidance_extrapolates_from_none_to_the_class(as_tuple: bool) -> None:
 def test_guided_transformer_samples_and_is_compared_when_quantized() -> None:
     """Calibrated with the class for none as well; the table's row follows the timestep under guidance."""
     torch.manual_seed(0)
-    denoiser = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=1,
-        out_channels=1,
-        num_layers=1,
-        norm_num_groups=4,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=NULL,
-    ).eval()
+    denoiser = tiny_transformer(patch_size=2, num_embeds_ada_norm=NULL)
     for parameter in denoiser.parameters():  # those that start at zero hide the class
         nn.init.normal_(parameter, std=0.2)
     original = diffusers.DiTTransformer2DModel.from_config(denoiser.config).eval()

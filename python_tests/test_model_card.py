@@ -16,6 +16,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, UNet2
 from PIL import Image
 
 from adpdm.evaluate import GuidedDenoiser, generate
+from adpdm.testing import tiny_transformer
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 3
@@ -77,17 +78,7 @@ def unet_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def transformer_folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        sample_size=8,
-        patch_size=4,
-        in_channels=1,
-        out_channels=1,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        norm_num_groups=4,
-        num_embeds_ada_norm=CLASSES,
-    )
+    transformer = tiny_transformer(num_embeds_ada_norm=CLASSES)
     for parameter in transformer.parameters():  # those that start at zero hide the class
         torch.nn.init.normal_(parameter, std=0.3)
     record = {"data": "Fashion-MNIST", "num_classes": CLASSES, "flips": False}

@@ -1,0 +1,57 @@
+"""The file that a search saves itself to: foreign, damaged and half-written ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import adpdm
+from adpdm import QuantConfig, SearchConfig, calibrate
+from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_unet
+
+
+def config(**changes: Any) -> QuantConfig:
+    """Two rounds of a search."""
+    search = SearchConfig(num_steps=4, refit_steps=1, batch_size=2)
+    return QuantConfig(
+        num_groups=2,
+        num_inference_steps=4,
+        calibration_images=4,
+        round_size=2,
+        histogram_images=2,
+        search=search,
+        **changes,
+    )
+
+
+def test_foreign_state_file_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
+    with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
+        adpdm.quantize(tiny_unet(**ONE_BLOCK), config(seed=1), scheduler=ddim_scheduler(), state_file=state)
+    with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
+        adpdm.quantize(tiny_unet(1, **ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
+
+
+def test_truncated_state_file_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    with pytest.raises(ValueError, match=r"state.safetensors is no search state.*remove it"):
+        adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
+
+
+def test_state_file_is_replaced_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tmp_path / "below" / "state.safetensors"
+
+    def broken(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "save_file", broken)
+        with pytest.raises(OSError, match="disk full"):
+            adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
+    assert not state.exists()
