@@ -54,6 +54,7 @@ class CalibrationTrace:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     visits: list[int] = field(default_factory=list)
     step_weights: list[float] = field(default_factory=list)
+    equalization: dict[str, float] = field(default_factory=dict)  # largest over smallest factor, by layer
     rounding: dict[str, float] = field(default_factory=dict)  # squared error over that of nearest, by layer
     sensitivity: dict[str, dict[str, float]] = field(default_factory=dict)  # by layer, see precision.py
     mmd: list[float] = field(default_factory=list)  # after every round

@@ -9,6 +9,7 @@ Grouping = Literal["shared", "uniform", "per_step", "dp", "search"]
 Selection = Literal["srm", "uniform", "normal", "random"]
 TimestepPolicy = Literal["nearest", "error"]
 RangeMethod = Literal["clip_weighted", "mse", "minmax"]
+Equalization = Literal["auto", "on", "off"]
 Rounding = Literal["nearest", "gptq"]
 Objective = Literal["teacher", "noise"]
 
@@ -75,6 +76,9 @@ class QuantConfig:
             that was seen (`minmax`); the latter two are the baselines of the literature.
         weight_rounding: weights to `nearest`, or so that the layer's outputs on its own quantized inputs are
             nearest (`gptq`); those of 8 bits always to nearest.
+        equalization: even out the channels of inputs by factors that fold into what is before (equalize.py):
+            `auto` where inputs have fewer than 8 bits and no more than weights, `on`, or `off`. Layers that
+            changed take no adapters.
         raised_layers: share of the multiply-accumulates that may have 8-bit activations, and share of the
             weights that may have 8 bits, in the layers where fewer bits were measured to cost most.
         weigh_steps: let a step's error count by what it was measured to do to the final sample; otherwise all
@@ -100,6 +104,7 @@ class QuantConfig:
     grouping: Grouping = "search"
     range_method: RangeMethod = "clip_weighted"
     weight_rounding: Rounding = "gptq"
+    equalization: Equalization = "auto"
     raised_layers: float = 0.05
     weigh_steps: bool = True
     shared_groups: bool = False
@@ -136,6 +141,7 @@ class QuantConfig:
         _one_of("grouping", self.grouping, get_args(Grouping))
         _one_of("range_method", self.range_method, get_args(RangeMethod))
         _one_of("weight_rounding", self.weight_rounding, get_args(Rounding))
+        _one_of("equalization", self.equalization, get_args(Equalization))
         _one_of("selection", self.selection, get_args(Selection))
         _one_of("timestep_policy", self.timestep_policy, get_args(TimestepPolicy))
         _one_of("input_output_bits", self.input_output_bits, (8, None))

@@ -20,7 +20,7 @@ ActivationScales = Literal["dynamic", "static"]
 CALIBRATED_FORMAT = 2  # 1 had a step for every training timestep, which noise levels do not fit into
 UNCALIBRATED_FORMAT = 3  # layers without scales for activations; readers of 2 refuse it by its number
 MAX_STEPS = 10_000  # calibrated timesteps: ten times the training steps of any model known to us
-CALIBRATED_KEYS = {"quant_config", "num_steps"}
+CALIBRATED_KEYS = {"quant_config", "num_steps", "equalized"}
 CHOICE_KEYS = {"weight_bits", "activation_bits", "activation_scales", "modules_to_not_convert"}
 COMMON_KEYS = {"quant_method", "format_version", "layers"}
 CALIBRATED_LAYER_KEYS = {"name", "weight_bits", "activation_bits", "split"}
@@ -67,6 +67,7 @@ class AdpdmConfig(QuantizationConfigMixin):
         layers: list[Row] | None = None,
         quant_config: dict[str, Any] | None = None,
         num_steps: int | None = None,
+        equalized: Sequence[str] = (),
         format_version: int | None = None,
         quant_method: str = Method.ADPDM.value,
         **unknown: Any,
@@ -74,11 +75,12 @@ class AdpdmConfig(QuantizationConfigMixin):
         if quant_method != Method.ADPDM.value:
             raise ValueError(f"quantization_config: quant_method must be 'adpdm', got {quant_method!r}")
         self.quant_method = Method.ADPDM  # type: ignore[assignment]
-        calibrated = quant_config is not None or num_steps is not None
+        calibrated = quant_config is not None or num_steps is not None or bool(equalized)
         _check_version(format_version, calibrated, calibrated or layers is not None)
         if unknown:
             raise ValueError(f"quantization_config: unknown keys {sorted(unknown, key=str)}")
         self.quant_config, self.num_steps = quant_config, num_steps
+        self.equalized = _checked_names(equalized)
         self.weight_bits, self.activation_bits = weight_bits, activation_bits
         self.activation_scales: ActivationScales = activation_scales
         self.modules_to_not_convert = modules_to_not_convert
@@ -159,7 +161,9 @@ class AdpdmConfig(QuantizationConfigMixin):
             "layers": copy.deepcopy(self.layers),
         }
         if self.is_calibrated:
-            return {**common, "quant_config": copy.deepcopy(self.quant_config), "num_steps": self.num_steps}
+            found = {"quant_config": copy.deepcopy(self.quant_config), "num_steps": self.num_steps}
+            equalized = {"equalized": list(self.equalized)} if self.equalized else {}
+            return {**common, **found, **equalized}
         return {
             **common,
             "weight_bits": self.weight_bits,
@@ -246,6 +250,13 @@ def _checked_layers(layers: Any, keys: set[str]) -> list[Row] | None:
             raise ValueError(f"adpdm checkpoint: each layer needs a name of its own, got {name!r}")
         names.add(name)
     return list(layers)
+
+
+def _checked_names(names: Any) -> tuple[str, ...]:
+    """Names of equalized modules."""
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"quantization_config: equalized must be a list of names, got {names!r}")
+    return tuple(names)
 
 
 def _bits(name: str, value: object, also: str = "") -> None:

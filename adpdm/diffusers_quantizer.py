@@ -23,6 +23,7 @@ from .nn import (
     fuse_blocks,
     load_layer,
     loaded_layers,
+    mark_equalized,
     quant_layers,
     refuse_adapters,
     runs_on_kernels,
@@ -188,6 +189,7 @@ class AdpdmQuantizer(DiffusersQuantizer):
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, CodedLayer)]:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, float_twin(layer, dtype))
+        mark_equalized(model, self.quantization_config.equalized)  # of which the float model is still made
         if hasattr(model, "adpdm_step"):
             detach_step_hook(model)
             del model.adpdm_step
@@ -319,10 +321,14 @@ def build_frozen(model: nn.Module, config: AdpdmConfig) -> None:
     swap_layers(model, infos, settings.groups_per_layer(num_steps), make_step)
     for twin in quant_layers(model).values():
         twin.prepare_frozen()
+    mark_equalized(model, config.equalized)
 
 
-def mark_quantized(model: nn.Module, config: QuantConfig, layers: Sequence[LayerInfo]) -> None:
+def mark_quantized(
+    model: nn.Module, config: QuantConfig, layers: Sequence[LayerInfo], equalized: Sequence[str]
+) -> None:
     """Tell diffusers that this model is quantized, so that save_pretrained writes all it needs."""
+    mark_equalized(model, equalized)
     step = model.get_submodule("adpdm_step")
     assert isinstance(step, StepState)
     rows = [
@@ -336,6 +342,7 @@ def mark_quantized(model: nn.Module, config: QuantConfig, layers: Sequence[Layer
             layers=rows,
             quant_config=config.to_dict(),
             num_steps=step.timesteps.numel(),
+            equalized=equalized,
             format_version=CALIBRATED_FORMAT,
         ),
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .calibrate import Calibration, CalibrationTrace, silent
 from .config import QuantConfig
 from .diffusers_quantizer import mark_quantized
+from .equalize import Equalization, equalize, is_wanted
 from .nn import (
     CodedLayer,
     Coverage,
@@ -135,7 +136,7 @@ def _quantize(
 ) -> QuantizationReport:
     denoiser.eval().requires_grad_(False)
     layers = describe_layers(denoiser, config, lambda: _trace_forward(sampler))
-
+    equalized = _equalize(sampler, layers, config, progress)
     num_groups = config.groups_per_layer(len(sampler.timesteps))
 
     def make_step(num_slots: int) -> StepState:
@@ -149,13 +150,27 @@ def _quantize(
     path = None if state_file is None else Path(state_file)
     quant = quant_layers(denoiser)
     trace = Calibration(sampler, quant, step, config, progress, path).run()
+    if equalized.seconds:
+        trace.seconds = {"equalization": equalized.seconds, **trace.seconds}
+    trace.equalization = equalized.spread
+    trace.warnings += [equalized.warning] if equalized.warning else []
     layers = [replace(x, bits=quant[x.name].bits) if x.name in quant else x for x in layers]
     freeze(denoiser)
-    mark_quantized(denoiser, config, layers)
+    mark_quantized(denoiser, config, layers, equalized.changed)
     timesteps = [float(t) for t in sampler.timesteps]
     return QuantizationReport(
         config, layers, Coverage.of(layers), trace, timesteps, describe_fusion(denoiser)
     )
+
+
+def _equalize(
+    sampler: Sampler, layers: list[LayerInfo], config: QuantConfig, progress: Progress
+) -> Equalization:
+    """Even out the inputs of the layers that become integer, where the config wants it."""
+    if not is_wanted(config):
+        return Equalization()
+    chosen = {layer.name for layer in layers if layer.bits is not None}
+    return equalize(sampler, chosen, config, lambda: _trace_forward(sampler), progress)
 
 
 class _Before:
@@ -165,7 +180,11 @@ class _Before:
         modules = dict(denoiser.named_modules())
         self.layers = {n: m for n, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)}
         self.training = [(m, m.training) for m in modules.values()]
-        self.parameters = [(p, p.requires_grad, p.stride()) for p in denoiser.parameters()]
+        self.parameters = [
+            (module, name, p, p.requires_grad, p.stride())
+            for module in modules.values()
+            for name, p in module.named_parameters(recurse=False)
+        ]
         self.hooks = set(denoiser._forward_pre_hooks)
 
     def restore(self, denoiser: nn.Module) -> None:
@@ -176,7 +195,8 @@ class _Before:
             setattr(denoiser.get_submodule(parent), child, layer)
         for module, training in self.training:
             module.training = training
-        for parameter, requires_grad, stride in self.parameters:
+        for module, name, parameter, requires_grad, stride in self.parameters:
+            setattr(module, name, parameter)  # equalization has put others in
             parameter.requires_grad_(requires_grad)
             if parameter.stride() != stride:
                 before = parameter.data.new_empty_strided(parameter.shape, stride)

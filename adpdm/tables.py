@@ -49,6 +49,11 @@ def save_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
             f"save_tables: wanted a model that adpdm.quantize made, got {type(model).__name__}; models "
             "quantized while loading have no tables, their AdpdmConfig says it all"
         )
+    if config.equalized:
+        raise ValueError(
+            "save_tables: equalization changed weights of layers that are not quantized, so tables do not "
+            "give the model again; use save_pretrained, or quantize with equalization='off'"
+        )
     assert config.quant_config is not None
     rounding, rows = config.quant_config["weight_rounding"], config.layers or []
     if rounding != "nearest" and any(row["weight_bits"] < NEAREST_FROM_BITS for row in rows):

@@ -132,6 +132,13 @@ class Sampler:
         self.timesteps = ascending.flip(0)  # [T] f32
         self.step_of_call: list[int] = (len(ascending) - 1 - positions).tolist()
 
+    def with_steps(self, num_inference_steps: int) -> Sampler:
+        """The same with another number of steps, unless the call says itself at which steps it samples."""
+        if self.call.schedule:
+            return self
+        settings = (self.scheduler, self.sample_shape, num_inference_steps, self.conditioning, self.call)
+        return Sampler(self.denoiser, *settings)
+
     @property
     def device(self) -> torch.device:
         """Where images are generated: with the parameters of the denoiser."""

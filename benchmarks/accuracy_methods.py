@@ -8,6 +8,7 @@ from typing import Any
 
 PLAIN: dict[str, Any] = {
     "range_method": "mse",
+    "equalization": "off",
     "weight_rounding": "nearest",
     "raised_layers": 0.0,
     "weigh_steps": False,
@@ -81,9 +82,15 @@ _MEASURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("+ least-squares ranges", PLAIN),
     ("+ clipped values weighted", {**PLAIN, "range_method": "clip_weighted"}),
     ("+ steps weighed by sensitivity", {**PLAIN, "range_method": "clip_weighted", "weigh_steps": True}),
-    ("+ bias correction", {"weight_rounding": "nearest", "raised_layers": 0.0}),
-    ("+ learned rounding", {"raised_layers": 0.0}),
-    ("+ raised layers", {}),
+    ("+ bias correction", {"weight_rounding": "nearest", "raised_layers": 0.0, "equalization": "off"}),
+    ("+ learned rounding", {"raised_layers": 0.0, "equalization": "off"}),
+    ("+ raised layers", {"equalization": "off"}),
+    ("+ equalization", {}),
+)
+EQUALIZATIONS = tuple(
+    _ours(f"{grouping}, equalization {mode}", grouping=grouping, equalization=mode)
+    for mode in ("off", "on")
+    for grouping in ("shared", "dp")
 )
 MEASURES = tuple(
     Method(f"{name}, {grouping}", {**settings, "grouping": grouping}, {})
@@ -97,6 +104,7 @@ FAMILIES: dict[str, tuple[Method, ...]] = {
     "selections": SELECTIONS,
     "images": IMAGES,
     "measures": MEASURES,
+    "equalization": EQUALIZATIONS,
 }
 
 

@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"nn"},
     {"search", "timesteps", "partition", "trajectory", "io", "report"},
     {"replay", "evaluate"},
-    {"rounding", "precision", "bias"},
+    {"rounding", "precision", "bias", "equalize"},
     {"calibrate"},
     {"diffusers_config"},
     {"diffusers_quantizer"},

@@ -2,7 +2,7 @@
 
 from . import blocks as blocks  # enters its fused forms
 from . import transformer_blocks as transformer_blocks
-from .adapters import adapters_of, refuse_adapters, watch_adapters, without_adapters
+from .adapters import adapters_of, mark_equalized, refuse_adapters, watch_adapters, without_adapters
 from .coded import CodedLayer
 from .fusion import FusionInfo, describe_fusion, fuse_blocks, summarize_fusion, unfuse_blocks, unfused
 from .layers import QuantConv2d, QuantLayer, QuantLinear
@@ -35,6 +35,7 @@ __all__ = [
     "fuse_blocks",
     "load_layer",
     "loaded_layers",
+    "mark_equalized",
     "quant_layers",
     "refuse_adapters",
     "runs_on_kernels",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from .coded import CodedLayer
 
+EQUALIZED = "adpdm_equalized"  # attribute of modules
 BASE = "base_layer"  # the name under which PEFT keeps the layer that it wraps
 
 
@@ -23,12 +25,33 @@ def watch_adapters() -> None:
     register_module_module_registration_hook(_notice)
 
 
+def mark_equalized(model: nn.Module, names: Iterable[str]) -> None:
+    """Remember of modules that their weights, and what flows between them, are no longer the float model's.
+
+    Raises:
+        ValueError: for a name that the model does not have.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ValueError(
+                f"adpdm checkpoint: equalized must name modules of {type(model).__name__}, got {name!r}"
+            )
+        setattr(modules[name], EQUALIZED, True)
+
+
 def _notice(owner: nn.Module, name: str, child: nn.Module | None) -> None:
     """Give a PEFT layer that wraps a quantized one the class that knows codes."""
-    if name != BASE or not isinstance(child, CodedLayer):
+    peft = sys.modules.get("peft.tuners.tuners_utils") if name == BASE else None
+    if peft is None or not isinstance(owner, peft.BaseTunerLayer):
         return
-    peft = sys.modules.get("peft.tuners.tuners_utils")
-    if peft is not None and isinstance(owner, peft.BaseTunerLayer):
+    if getattr(child, EQUALIZED, False):
+        raise ValueError(
+            "adpdm: adapters are made for the channels of the float model, which equalization has changed in "
+            "some of the layers they name; quantize with equalization='off', which at 8-bit activations is "
+            "the default"
+        )
+    if isinstance(child, CodedLayer):
         from .peft_layers import adapted_class  # imports PEFT, which is there by now
 
         owner.__class__ = adapted_class(owner)
