@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from .conditioning import decoder_of, read_call, read_conditioning, try_call
-from .config import Grouping, QuantConfig, SearchConfig, Selection
+from .config import Equalization, Grouping, QuantConfig, SearchConfig, Selection
 from .demo import build_report, run_demo, save_image_grid
 from .doctor import REPORT_NAME, diagnose, render
 from .evaluate import (
@@ -359,6 +359,12 @@ def _add_quantize_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--grouping", default=default.grouping, choices=get_args(Grouping))
     sub.add_argument("--selection", default=default.selection, choices=get_args(Selection))
     sub.add_argument(
+        "--equalization",
+        default=default.equalization,
+        choices=get_args(Equalization),
+        help="of channels; layers that it changes take no LoRA",
+    )
+    sub.add_argument(
         "--steps", type=int, default=default.num_inference_steps, help="sampler steps to calibrate for"
     )
     sub.add_argument("--images", type=int, default=default.calibration_images, help="calibration images")
@@ -404,6 +410,7 @@ def _quant_config(args: argparse.Namespace) -> QuantConfig:
         num_groups=args.groups,
         grouping=args.grouping,
         selection=args.selection,
+        equalization=args.equalization,
         num_inference_steps=args.steps,
         calibration_images=args.images,
         modules_to_not_convert=tuple(args.exclude),

@@ -4,7 +4,7 @@ One scale serves all channels of an input, so that large channels decide how coa
 Dividing channel c of an input by f_c and multiplying the weight's column c by it changes nothing in float.
 The division folds into what made the input: the weights of a norm, the rows of a linear layer that makes
 the scale and shift of an adaptive norm, or the rows that make the values of an attention.
-Source: SmoothQuant (Xiao et al. 2023), which folds into norms; the choice of f is ours, method.md section 7.
+Source: SmoothQuant (Xiao et al. 2023), which folds into norms; our choice of f: docs/method.md section 5.
 """
 
 from __future__ import annotations
