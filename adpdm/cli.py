@@ -165,9 +165,12 @@ def _distance(args: argparse.Namespace) -> dict[str, Any]:
             Path(args.first),
             Path(args.second),
             dimensions=args.dimensions,
+            inception=None if args.inception is None else Path(args.inception),
             progress=lambda done, total, what: progress(what, done, total),
         )
     rows = {FRECHET_NAME: _frechet_words(found.frechet)}
+    if found.fid is not None:
+        rows["FID"] = f"{found.fid:.3f}, {found.num_images[0]} and {found.num_images[1]} images"
     if found.psnr_db is not None:
         rows["mean PSNR of images of one seed"] = f"{found.psnr_db:.2f} dB"
     if found.lpips is not None:
@@ -335,6 +338,9 @@ def _add_sampling_commands(command: Callable[..., argparse.ArgumentParser]) -> N
     sub.add_argument("first", help="folder of `adpdm dataset`, or a file .npy of images [N, H, W, C] u8")
     sub.add_argument("second")
     sub.add_argument("--dimensions", type=int, default=32, help="principal components of the features")
+    sub.add_argument(
+        "--inception", metavar="FILE", help="inception-2015-12-05.pt (TorchScript), to measure FID as well"
+    )
 
     for name, run, text in (
         ("evaluate", _evaluate, "Measure a quantized model against its original on the same seeds."),

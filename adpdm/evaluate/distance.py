@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adpdm.evaluate.extractors import INSTALL_SENTENCE, load_lite0, load_lpips
 from adpdm.evaluate.frechet import MIN_IMAGES, FrechetResult, frechet_distance
+from adpdm.evaluate.inception import Inception, fid
 from adpdm.evaluate.metrics import psnr_per_image
 from adpdm.evaluate.sample_set import SampleSet
 from adpdm.evaluate.sampling import Progress, batches
@@ -27,12 +28,14 @@ class SetDistance:
         frechet: on EfficientNet-Lite0 features, not FID.
         psnr_db, lpips: mean over images of the same seed; None for sets that are not paired, and where the
             network of LPIPS is missing.
+        fid: where its network was given.
     """
 
     frechet: FrechetResult
     num_images: tuple[int, int]
     psnr_db: float | None
     lpips: float | None
+    fid: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -47,6 +50,7 @@ def set_distance(
     resamples: int = 200,
     batch_size: int = 64,
     cache_dir: Path | None = None,
+    inception: Path | None = None,
     progress: Progress | None = None,
 ) -> SetDistance:
     """Measure two folders of `sample_set`, or files .npy of images [N, H, W, C] u8.
@@ -54,6 +58,7 @@ def set_distance(
     Args:
         dimensions, resamples: as of `frechet_distance`.
         cache_dir: where the LPIPS weights lie; None is the platform's cache.
+        inception: file of the network of FID, see `Inception`; None measures no FID.
 
     Raises:
         ValueError: for other files, for images of different shapes and for too few.
@@ -68,6 +73,7 @@ def set_distance(
     lite0 = load_lite0()
     if lite0 is None:
         raise ImportError(f"the Frechet distance needs EfficientNet-Lite0: {INSTALL_SENTENCE}")
+    network = None if inception is None else Inception(inception)
     report = progress or _no_progress
     is_paired = _noise(first) == _noise(second) is not None and len(a) == len(b)
     sets = []
@@ -83,7 +89,17 @@ def set_distance(
     psnr_db = lpips = None
     if is_paired:
         psnr_db, lpips = _paired(a, b, batch_size, cache_dir, report)
-    return SetDistance(frechet, (len(a), len(b)), psnr_db, lpips)
+    found = None if network is None else _fid(network, a, b, batch_size, report)
+    return SetDistance(frechet, (len(a), len(b)), psnr_db, lpips, found)
+
+
+def _fid(network: Inception, a: np.ndarray, b: np.ndarray, batch_size: int, progress: Progress) -> float:
+    """FID of two sets of images [N, H, W, C] u8."""
+    sets = [
+        network.features(images, batch_size, f"Inception, {name} set", progress)
+        for images, name in ((a, "first"), (b, "second"))
+    ]
+    return fid(*sets)
 
 
 def _paired(

@@ -60,11 +60,11 @@ def frechet_distance(
         raise ValueError(f"frechet_distance: paired sets must be equally long, {got}")
     kept = max(1, min(dimensions, count // IMAGES_PER_DIMENSION, first.shape[1]))
     a, b, explained = _project(first.astype(np.float64), second.astype(np.float64), kept)
-    distance = _distance(a, b)
+    distance = gaussian_distance(a, b)
     rng, draws = np.random.default_rng(seed), np.zeros(resamples)
     for r in range(resamples):
         rows = rng.integers(len(a), size=len(a))
-        draws[r] = _distance(a[rows], b[rows if is_paired else rng.integers(len(b), size=len(b))])
+        draws[r] = gaussian_distance(a[rows], b[rows if is_paired else rng.integers(len(b), size=len(b))])
     low, high = np.quantile(draws, (0.025, 0.975)) - draws.mean() if resamples else (0.0, 0.0)
     return FrechetResult(
         distance,
@@ -87,7 +87,7 @@ def _project(first: np.ndarray, second: np.ndarray, kept: int) -> tuple[np.ndarr
     return (first - centre) @ basis, (second - centre) @ basis, explained
 
 
-def _distance(a: np.ndarray, b: np.ndarray) -> float:
+def gaussian_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Frechet distance of two Gaussians fitted to [N, D] and [M, D] float64."""
     shift = a.mean(0) - b.mean(0)
     cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
