@@ -157,6 +157,7 @@ def igemm_arguments(
         *_segment_tensors(segments[0]),
         [] if len(segments) == 1 else _segment_tensors(segments[1]),
         e.bias,
+        e.row_scale,
         e.row_bias,
         e.residual,
         [] if q is None else [q.scale, q.zero_point, q.group_index],

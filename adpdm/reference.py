@@ -232,6 +232,8 @@ class Activation(IntEnum):
     NONE = 0
     SILU = 1  # y * sigmoid(y)
     GEGLU = 2  # outputs are pairs (value, gate): value * gelu(gate), half as many results
+    GELU = 3  # y * Phi(y)
+    GELU_TANH = 4  # its approximation by tanh
 
 
 @dataclass(frozen=True)
@@ -248,10 +250,12 @@ class OutputQuantizer:
 class Epilogue:
     """What becomes of the result y [M, O] f32 of an integer layer; the order is that of the fields.
 
-    y + bias[o] + row_bias[image, o] + residual[m, o], times output_scale, the activation, the quantizer.
+    (y + bias[o]) * row_scale[image, o] + row_bias[image, o] + residual[m, o], times output_scale, the
+    activation, the quantizer.
     """
 
     bias: Tensor | None = None  # [O] f32
+    row_scale: Tensor | None = None  # [images, O] f32: gate of an adaptive norm
     row_bias: Tensor | None = None  # [images, O] f32: time embedding
     residual: Tensor | None = None  # the shape of the result, f32|bf16|f16; not with GEGLU
     output_scale: float = 1.0
@@ -321,6 +325,8 @@ def activate(y: Tensor, activation: Activation) -> Tensor:
     if activation is Activation.GEGLU:
         value, gate = y[..., 0::2].double(), y[..., 1::2].double()
         return (value * F.gelu(gate)).float()
+    if activation in (Activation.GELU, Activation.GELU_TANH):
+        return F.gelu(y.double(), approximate="none" if activation is Activation.GELU else "tanh").float()
     return y
 
 
@@ -329,8 +335,11 @@ def finish(y: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> Tensor:
 
     The residual has its channels last here. Every step rounds to float32.
     """
+    rows = (-1, *[1] * (y.dim() - 2), y.shape[-1])
+    if epilogue.row_scale is not None:
+        y = y * epilogue.row_scale.reshape(rows)
     if epilogue.row_bias is not None:
-        y = y + epilogue.row_bias.reshape(-1, *[1] * (y.dim() - 2), y.shape[-1])
+        y = y + epilogue.row_bias.reshape(rows)
     if epilogue.residual is not None:
         y = y + epilogue.residual.float()
     y = activate(y * epilogue.output_scale, epilogue.activation)
@@ -361,9 +370,10 @@ def linear(
     y = _segment_sum(
         accumulators, scales, zero_points, group_indices, weight_scales, weight_sums, epilogue.bias
     )
-    if epilogue.row_bias is None:
+    rows = epilogue.row_bias if epilogue.row_scale is None else epilogue.row_scale
+    if rows is None:
         return finish(y, epilogue, dtype)
-    images = y.reshape(epilogue.row_bias.shape[0], -1, y.shape[-1])
+    images = y.reshape(rows.shape[0], -1, y.shape[-1])
     if epilogue.residual is not None:
         epilogue = replace(epilogue, residual=epilogue.residual.reshape(images.shape))
     result = finish(images, epilogue, dtype)

@@ -26,6 +26,9 @@ std::vector<float> grid(float low, float high, int64_t size) {
 
 double exact_silu(double x) { return x / (1.0 + std::exp(-x)); }
 double exact_gelu(double x) { return 0.5 * x * std::erfc(-x / std::sqrt(2.0)); }
+double exact_gelu_tanh(double x) {
+  return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+}
 
 TEST(ActivationMath, ExpIsWithinTwoToTheMinus23) {
   double worst = 0;
@@ -65,9 +68,24 @@ TEST(ActivationMath, GeluIsWithin2e7) {
   EXPECT_LT(worst, 2e-7);
 }
 
+TEST(ActivationMath, GeluTanhIsWithin2e7) {
+  double worst = 0;
+  for (float x : grid(-20.0f, 20.0f, 4000000)) {
+    const auto exact = static_cast<double>(x);
+    const double error = std::abs(static_cast<double>(gelu_tanh(x)) - exact_gelu_tanh(exact));
+    worst = std::max(worst, error / std::max(1.0, std::abs(exact)));
+  }
+  EXPECT_LT(worst, 2e-7);
+}
+
 TEST(ActivationMath, LargeValuesPassAndSmallOnesVanish) {
   EXPECT_EQ(silu(100.0f), 100.0f);
   EXPECT_EQ(gelu(100.0f), 100.0f);
+  EXPECT_EQ(gelu_tanh(100.0f), 100.0f);
+  EXPECT_EQ(gelu_tanh(3e38f), 3e38f);
+  EXPECT_EQ(gelu_tanh(0.0f), 0.0f);
+  EXPECT_NEAR(gelu_tanh(-100.0f), 0.0f, 1e-30f);
+  EXPECT_TRUE(std::isnan(gelu_tanh(NAN)));
   EXPECT_EQ(silu(0.0f), 0.0f);
   EXPECT_EQ(gelu(0.0f), 0.0f);
   EXPECT_NEAR(silu(-100.0f), 0.0f, 1e-30f);
@@ -76,7 +94,8 @@ TEST(ActivationMath, LargeValuesPassAndSmallOnesVanish) {
   EXPECT_TRUE(std::isnan(gelu(NAN)));
 }
 
-// silu or value * gelu of values by the vector code: a linear layer whose only input is code 0 at real 0.
+// silu, a gelu, or value * gelu of values by the vector code: a linear layer whose only input is code 0 at
+// real 0.
 std::vector<float> by_linear(const std::vector<float>& values, Activation activation, cpu::Isa isa) {
   const cpu::ScopedIsa scope(isa);
   const auto outputs = static_cast<int64_t>(values.size());
@@ -112,14 +131,18 @@ TEST(ActivationMath, VectorsGiveTheBitsOfTheScalarFormulas) {
   for (float x : {0.0f, 1e-30f, -1e-30f, 1e-45f, -3e38f, 3e38f, INFINITY, NAN, -87.0f, 88.0f, 88.5f}) {
     values.push_back(x);
   }
-  std::vector<float> wanted, pairs, wanted_pairs;
+  std::vector<float> wanted, wanted_gelu, wanted_tanh, pairs, wanted_pairs;
   for (float x : values) {
     wanted.push_back(silu(x + 0.0f));
+    wanted_gelu.push_back(gelu(x + 0.0f));
+    wanted_tanh.push_back(gelu_tanh(x + 0.0f));
     pairs.insert(pairs.end(), {1.5f, x});
     wanted_pairs.push_back(1.5f * gelu(x + 0.0f));
   }
   for (cpu::Isa isa : testing::supported_isas()) {
     EXPECT_EQ(bits(by_linear(values, Activation::kSilu, isa)), bits(wanted)) << cpu::isa_name(isa);
+    EXPECT_EQ(bits(by_linear(values, Activation::kGelu, isa)), bits(wanted_gelu)) << cpu::isa_name(isa);
+    EXPECT_EQ(bits(by_linear(values, Activation::kGeluTanh, isa)), bits(wanted_tanh)) << cpu::isa_name(isa);
     EXPECT_EQ(bits(by_linear(pairs, Activation::kGeglu, isa)), bits(wanted_pairs)) << cpu::isa_name(isa);
   }
 }

@@ -32,6 +32,7 @@ struct Layer {
 // What follows the sum; tensors of random values are made where asked for.
 struct Epilogue {
   bool bias = true;
+  bool row_scale = false;
   bool row_bias = false;
   std::optional<FloatType> residual;
   float output_scale = 1.0f;
@@ -69,6 +70,7 @@ struct HostCase {
   Epilogue epilogue;
   std::vector<SegmentData> segments;
   std::vector<float> bias;         // [O]
+  std::vector<float> row_scale;    // [N, O]
   std::vector<float> row_bias;     // [N, O]
   std::vector<float> residual;     // [M, O], representable in its type
   std::vector<float> next_scale;   // [3], of the output's quantizer
@@ -135,6 +137,7 @@ inline HostCase random_case(const Layer& layer, const Epilogue& epilogue, uint32
     for (int64_t i = 0; i < size; ++i) values.push_back(value(random));
   };
   if (epilogue.bias) fill(host.bias, layer.out_channels);
+  if (epilogue.row_scale) fill(host.row_scale, layer.batch * layer.out_channels);
   if (epilogue.row_bias) fill(host.row_bias, layer.batch * layer.out_channels);
   if (epilogue.residual) {
     fill(host.residual, host.rows() * layer.out_channels);
@@ -175,11 +178,14 @@ inline std::vector<uint32_t> expected_results(const HostCase& host) {
   for (size_t i = 0; i < y.size(); ++i) {
     const int64_t row = static_cast<int64_t>(i) / outputs;
     const int64_t o = static_cast<int64_t>(i) % outputs;
-    if (!host.row_bias.empty())
-      y[i] += host.row_bias[static_cast<size_t>(row / rows_per_image * outputs + o)];
+    const auto of_image = static_cast<size_t>(row / rows_per_image * outputs + o);
+    if (!host.row_scale.empty()) y[i] *= host.row_scale[of_image];
+    if (!host.row_bias.empty()) y[i] += host.row_bias[of_image];
     if (!host.residual.empty()) y[i] += host.residual[i];
     y[i] *= host.epilogue.output_scale;
     if (host.epilogue.activation == Activation::kSilu) y[i] = silu(y[i]);
+    if (host.epilogue.activation == Activation::kGelu) y[i] = gelu(y[i]);
+    if (host.epilogue.activation == Activation::kGeluTanh) y[i] = gelu_tanh(y[i]);
     if (host.epilogue.activation == Activation::kGeglu && o % 2 == 0) continue;
     const float result = host.epilogue.activation == Activation::kGeglu ? y[i - 1] * gelu(y[i]) : y[i];
     if (host.epilogue.num_bits == 0) {

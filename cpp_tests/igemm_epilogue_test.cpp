@@ -50,6 +50,7 @@ class CpuCase {
     for (int s = 0; s < args.num_segments; ++s) args.segments[s] = host_.segments[s].segment();
     IgemmOutput& output = args.output;
     output.bias = host_.bias.empty() ? nullptr : host_.bias.data();
+    output.row_scale = host_.row_scale.empty() ? nullptr : host_.row_scale.data();
     output.row_bias = host_.row_bias.empty() ? nullptr : host_.row_bias.data();
     output.residual = residual_.empty() ? nullptr : residual_.data();
     output.qparams = {host_.next_scale.data(), host_.next_zero.data(), &host_.next_group,
@@ -140,6 +141,16 @@ TEST(IgemmEpilogue, AddsARowBiasPerImage) {
   expect_everywhere(epilogue);
 }
 
+TEST(IgemmEpilogue, MultipliesByARowScalePerImage) {
+  Epilogue epilogue;
+  epilogue.row_scale = true;
+  expect_everywhere(epilogue);
+  epilogue.bias = false;
+  epilogue.row_bias = true;
+  epilogue.residual = FloatType::kFloat32;  // is not multiplied
+  expect_everywhere(epilogue);
+}
+
 TEST(IgemmEpilogue, AddsAResidualOfEveryType) {
   for (FloatType residual : kFloatTypes) {
     for (FloatType type : kFloatTypes) {
@@ -160,7 +171,8 @@ TEST(IgemmEpilogue, ScalesTheSumOfAll) {
 }
 
 TEST(IgemmEpilogue, AppliesActivations) {
-  for (Activation activation : {Activation::kSilu, Activation::kGeglu}) {
+  for (Activation activation :
+       {Activation::kSilu, Activation::kGeglu, Activation::kGelu, Activation::kGeluTanh}) {
     for (FloatType type : kFloatTypes) {
       Epilogue epilogue;
       epilogue.activation = activation;
@@ -175,7 +187,8 @@ TEST(IgemmEpilogue, AppliesActivations) {
 
 TEST(IgemmEpilogue, QuantizesForTheNextLayer) {
   for (int bits : {2, 4, 8}) {
-    for (Activation activation : {Activation::kNone, Activation::kSilu, Activation::kGeglu}) {
+    for (Activation activation :
+         {Activation::kNone, Activation::kSilu, Activation::kGeglu, Activation::kGeluTanh}) {
       Epilogue epilogue;
       epilogue.activation = activation;
       epilogue.num_bits = bits;

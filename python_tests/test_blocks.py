@@ -112,6 +112,12 @@ def transformer(**changes: Any) -> nn.Module:
     return Transformer2DModel(2, 4, **{**settings, **changes})
 
 
+def adaptive_block(**changes: Any) -> nn.Module:
+    settings = {"norm_type": "ada_norm_zero", "num_embeds_ada_norm": 10, "norm_elementwise_affine": False}
+    return BasicTransformerBlock(8, 2, 4, **{**settings, "activation_fn": "gelu-approximate", **changes})
+
+
+CONDITION = {"timestep": torch.tensor([3, 700]), "class_labels": torch.tensor([1, 7])}
 TEMB, CONTEXT, IMAGE = randn(2, 6, seed=5), randn(2, 3, 5, seed=6), randn(2, 8, 6, 4)
 Case = tuple[Callable[[], Any], tuple[Any, ...], dict[str, Any]]
 CASES: dict[str, Case] = {
@@ -151,6 +157,26 @@ CASES: dict[str, Case] = {
         lambda: frozen(BasicTransformerBlock(8, 2, 4, double_self_attention=True)),
         (randn(2, 7, 8),),
         {},
+    ),
+    "transformer block with GELU": (
+        lambda: frozen(BasicTransformerBlock(8, 2, 4, activation_fn="gelu")),
+        (randn(2, 7, 8),),
+        {},
+    ),
+    "transformer block with adaptive norms": (
+        lambda: frozen(adaptive_block()),
+        (randn(2, 7, 8),),
+        CONDITION,
+    ),
+    "transformer block with adaptive norms and GEGLU, one timestep for all": (
+        lambda: frozen(adaptive_block(activation_fn="geglu")),
+        (randn(2, 7, 8),),
+        {"timestep": torch.tensor([3]), "class_labels": torch.tensor([1])},
+    ),
+    "transformer block with adaptive norms and context": (
+        lambda: frozen(adaptive_block(cross_attention_dim=5)),
+        (randn(2, 7, 8),),
+        {"encoder_hidden_states": CONTEXT, **CONDITION},
     ),
     "transformer": (lambda: frozen(transformer()), (IMAGE, CONTEXT), {"return_dict": False}),
     "transformer with linear projections": (
@@ -286,8 +312,8 @@ def reason_of(host: Any) -> str:
         (lambda: spatial_attention(processor=AttnProcessor()), "its processor is AttnProcessor"),
         (lambda: spatial_attention(qk_norm="layer_norm"), "it has norm_q"),
         (
-            lambda: BasicTransformerBlock(8, 2, 4, activation_fn="gelu"),
-            "its feed-forward starts with GELU",
+            lambda: BasicTransformerBlock(8, 2, 4, activation_fn="geglu-approximate"),
+            "its feed-forward starts with ApproximateGELU",
         ),
         (
             lambda: BasicTransformerBlock(8, 2, 4, norm_type="ada_norm", num_embeds_ada_norm=10),

@@ -222,9 +222,14 @@ class NormCodes:
             sources, *rows, quantizers, self.norm_groups, self.eps, self.activation
         )
 
-    def layer(self, x: Tensor, quantizer: ops.OutputQuantizer) -> Tensor:
+    def layer(
+        self,
+        x: Tensor,
+        quantizer: ops.OutputQuantizer,
+        modulation: Tensor | None = None,  # [images, 2C] f32
+    ) -> Tensor:
         """Codes [*, C] i8 of normalised x [*, C] float."""
-        return ops.layer_norm_quantize(x, self.weight, self.bias, None, quantizer, self.eps)
+        return ops.layer_norm_quantize(x, self.weight, self.bias, modulation, quantizer, self.eps)
 
 
 class SplitNormCodes:

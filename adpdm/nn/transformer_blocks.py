@@ -146,6 +146,7 @@ class FusedAttention(FusedBlock):
         context: Tensor | None,
         residual: Tensor | None,  # [N, L, O] float
         factor: float,
+        gate: Tensor | None = None,  # [N, O] f32, multiplies before the residual is added
     ) -> Tensor:
         """Attention [N, L, O] of an input given by its codes [N, L, C] i8, to itself or to a context."""
         plan: _AttentionPlan = self.plan
@@ -155,7 +156,7 @@ class FusedAttention(FusedBlock):
             (query,) = derived(plan, "query")(codes_of, dtype)
             key, value = derived(plan, "context")(lambda q: quantize(context, q), dtype)
         codes = self._attend(query, key, value, plan.out)
-        return plan.out(codes, dtype, residual=residual, output_scale=factor)
+        return plan.out(codes, dtype, row_scale=gate, residual=residual, output_scale=factor)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, out: Packed) -> list[Tensor]:
         """Codes [N, L, C] i8 of the attention, for the layer behind it."""
@@ -171,39 +172,69 @@ class _TransformerPlan:
     norm1: NormCodes
     norm2: NormCodes | None
     norm3: NormCodes
-    gate: Packed  # rows of value and gate in turn
+    inward: Packed  # with GEGLU, rows of value and gate in turn
     out: Packed
+
+
+@dataclass(frozen=True)
+class _Adaptive:
+    """What the embedding of timestep and class makes of a block: scale and shift of a norm, and a gate."""
+
+    modulation: Tensor | None = None  # [N, 2C] f32
+    gate: Tensor | None = None  # [N, C] f32
+
+
+_PLAIN = _Adaptive()
+# Activation of a feed-forward net by its first module and how that approximates.
+_ACTIVATIONS = {
+    ("GEGLU", None): Activation.GEGLU,
+    ("GELU", "none"): Activation.GELU,
+    ("GELU", "tanh"): Activation.GELU_TANH,
+}
 
 
 @fuses("BasicTransformerBlock")
 class FusedTransformer(FusedBlock):
-    """Norms end in codes, residuals are added by the layers, GEGLU ends in the codes of the next layer."""
+    """Norms end in codes, layers gate and add residuals, activations end in the codes of the next layer."""
 
     def inspect(self) -> None:
         b: Any = self.block
-        self.require(b.norm_type == "layer_norm", f"its norms are {b.norm_type}")
+        self.is_adaptive = b.norm_type == "ada_norm_zero"
+        self.require(self.is_adaptive or b.norm_type == "layer_norm", f"its norms are {b.norm_type}")
         self.require(b.pos_embed is None, "it embeds positions")
         self.require(not hasattr(b, "fuser"), "it has a fuser")
         self.require(not b.only_cross_attention, "it attends to the context alone")
-        self.skip("ff", type(b.ff))
-        self.require(type(b.ff).__name__ == "FeedForward", f"its ff is {_name(b.ff)}")
-        gated = type(b.ff.net[0]).__name__ == "GEGLU"
-        self.require(gated, f"its feed-forward starts with {_name(b.ff.net[0])}")
-        self.skip("ff.net.0", type(b.ff.net[0]))
-        self.gate: QuantLinear = self.skip("ff.net.0.proj", QuantLinear)
-        self.skip("ff.net.1", nn.Dropout)
-        self.out: QuantLinear = self.skip("ff.net.2", QuantLinear)
-        for i in range(3, len(b.ff.net)):
-            self.skip(f"ff.net.{i}", nn.Dropout)
-        single = len(self.gate.quantizers) == len(self.out.quantizers) == 1
-        self.require(single, "its feed-forward reads two segments")
-        self.skip("norm1", nn.LayerNorm)
+        self._inspect_feed_forward()
+        if self.is_adaptive:
+            self.skip("norm1", type(b.norm1))
+            known = type(b.norm1).__name__ == "AdaLayerNormZero" and b.norm1.emb is not None
+            self.require(known, "its first norm is no AdaLayerNormZero with an embedding of its own")
+            self.skip("norm1.norm", nn.LayerNorm)
+        else:
+            self.skip("norm1", nn.LayerNorm)
         self.skip("norm3", nn.LayerNorm)
         self.attention1: FusedAttention = self._attention("attn1")
         self.attention2: FusedAttention | None = None
         if b.attn2 is not None:
             self.skip("norm2", nn.LayerNorm)
             self.attention2 = self._attention("attn2")
+
+    def _inspect_feed_forward(self) -> None:
+        ff: Any = self.block.ff
+        self.skip("ff", type(ff))
+        self.require(type(ff).__name__ == "FeedForward", f"its ff is {_name(ff)}")
+        first = ff.net[0]
+        activation = _ACTIVATIONS.get((_name(first), getattr(first, "approximate", None)))
+        self.require(activation is not None, f"its feed-forward starts with {_name(first)}")
+        self.activation = activation
+        self.skip("ff.net.0", type(first))
+        self.inward: QuantLinear = self.skip("ff.net.0.proj", QuantLinear)
+        self.skip("ff.net.1", nn.Dropout)
+        self.out: QuantLinear = self.skip("ff.net.2", QuantLinear)
+        for i in range(3, len(ff.net)):
+            self.skip(f"ff.net.{i}", nn.Dropout)
+        single = len(self.inward.quantizers) == len(self.out.quantizers) == 1
+        self.require(single, "its feed-forward reads two segments")
 
     def _attention(self, name: str) -> FusedAttention:
         fused = self.contain(name)
@@ -214,16 +245,20 @@ class FusedTransformer(FusedBlock):
         return fused
 
     def make_plan(self) -> _TransformerPlan:
-        first, second, third = (self._norm(f"norm{i}") for i in (1, 2, 3))
+        names = ("norm1.norm" if self.is_adaptive else "norm1", "norm2", "norm3")
+        first, second, third = (self._norm(name) for name in names)
         assert first is not None
         assert third is not None
-        half = self.gate.out_features // 2
-        in_order = torch.arange(2 * half, device="cpu").view(2, half)
-        in_turn = in_order.t().reshape(-1)  # value 0, gate 0, value 1, ...
-        return _TransformerPlan(first, second, third, pack([self.gate], in_turn), pack_of(self.out))
+        inward = pack_of(self.inward)
+        if self.activation is Activation.GEGLU:
+            half = self.inward.out_features // 2
+            in_order = torch.arange(2 * half, device="cpu").view(2, half)
+            inward = pack([self.inward], in_order.t().reshape(-1))  # value 0, gate 0, value 1, ...
+        return _TransformerPlan(first, second, third, inward, pack_of(self.out))
 
     def _norm(self, name: str) -> NormCodes | None:
-        norm = self.block._modules.get(name)
+        owner_name, _, child_name = name.rpartition(".")
+        norm = self.block.get_submodule(owner_name)._modules.get(child_name)
         if norm is None:
             return None
         assert isinstance(norm, nn.LayerNorm)
@@ -253,22 +288,41 @@ class FusedTransformer(FusedBlock):
                 cross_attention_kwargs,
                 **others,
             )
-        return self.run(hidden_states, encoder_hidden_states)
+        first, second = self._embed(hidden_states, timestep, others.get("class_labels"))
+        return self.run(hidden_states, encoder_hidden_states, first, second)
 
-    def run(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def _embed(self, x: Tensor, timestep: Any, class_labels: Any) -> tuple[_Adaptive, _Adaptive]:
+        """What timestep and class make of the attention and of the feed-forward net."""
+        if not self.is_adaptive:
+            return _PLAIN, _PLAIN
+        norm: Any = self.block.norm1
+        rows = norm.linear(norm.silu(norm.emb(timestep, class_labels, hidden_dtype=x.dtype))).float()
+        parts = rows.expand(x.shape[0], -1).chunk(6, 1)  # shift, scale and gate, twice
+        first, second = (
+            _Adaptive(torch.cat([scale, shift], 1), gate.contiguous())
+            for shift, scale, gate in (parts[:3], parts[3:])
+        )
+        return first, second
+
+    def run(self, x: Tensor, context: Tensor | None, first: _Adaptive, second: _Adaptive) -> Tensor:
         """The block on tokens x [N, L, C] float, with a context [N, M, D] float for cross-attention."""
         plan: _TransformerPlan = self.plan
-        x = self._attend(self.attention1, plan.norm1, x, None)
+        x = self._attend(self.attention1, plan.norm1, x, None, first)
         if self.attention2 is not None:
             assert plan.norm2 is not None
-            x = self._attend(self.attention2, plan.norm2, x, context)
-        codes = plan.norm3.layer(x, plan.gate.quantizers[0])
-        codes = plan.gate([codes], x.dtype, activation=Activation.GEGLU, quantizer=plan.out.quantizers[0])
-        return plan.out([codes], x.dtype, residual=x)
+            x = self._attend(self.attention2, plan.norm2, x, context, _PLAIN)
+        codes = plan.norm3.layer(x, plan.inward.quantizers[0], second.modulation)
+        codes = plan.inward([codes], x.dtype, activation=self.activation, quantizer=plan.out.quantizers[0])
+        return plan.out([codes], x.dtype, row_scale=second.gate, residual=x)
 
     @staticmethod
-    def _attend(attention: FusedAttention, norm: NormCodes, x: Tensor, context: Tensor | None) -> Tensor:
-        return attention.run(lambda q: norm.layer(x, q), x.dtype, context, x, 1.0)
+    def _attend(
+        attention: FusedAttention, norm: NormCodes, x: Tensor, context: Tensor | None, adaptive: _Adaptive
+    ) -> Tensor:
+        def codes_of(q: ops.OutputQuantizer) -> Tensor:
+            return norm.layer(x, q, adaptive.modulation)
+
+        return attention.run(codes_of, x.dtype, context, x, 1.0, adaptive.gate)
 
 
 @dataclass(frozen=True)

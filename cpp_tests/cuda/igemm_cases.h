@@ -89,6 +89,7 @@ class DeviceCase {
   explicit DeviceCase(const HostCase& host)
       : host_(host),
         bias_(host.bias),
+        row_scale_(host.row_scale),
         row_bias_(host.row_bias),
         residual_(stored_as(host.residual, host.epilogue.residual.value_or(FloatType::kFloat32))),
         next_scale_(host.next_scale),
@@ -117,6 +118,7 @@ class DeviceCase {
     }
     IgemmOutput& output = args.output;
     output.bias = bias_.size() == 0 ? nullptr : bias_.data();
+    output.row_scale = row_scale_.size() == 0 ? nullptr : row_scale_.data();
     output.row_bias = row_bias_.size() == 0 ? nullptr : row_bias_.data();
     output.residual = residual_.size() == 0 ? nullptr : residual_.data();
     output.qparams = {next_scale_.data(), next_zero_.data(), next_group_.data(), next_scale_.size()};
@@ -163,7 +165,7 @@ class DeviceCase {
 
   const HostCase& host_;
   std::vector<std::unique_ptr<DeviceSegment>> segments_;
-  DeviceBuffer<float> bias_, row_bias_;
+  DeviceBuffer<float> bias_, row_scale_, row_bias_;
   DeviceBuffer<uint8_t> residual_;
   DeviceBuffer<float> next_scale_;
   DeviceBuffer<int32_t> next_zero_, next_group_;

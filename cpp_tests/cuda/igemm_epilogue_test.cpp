@@ -33,13 +33,16 @@ TEST(CudaIgemmEpilogue, EveryStepAlone) {
   ADPDM_REQUIRE_GPU();
   for (bool whole_runs : {true, false}) {
     const Layer layer = small_layer(whole_runs);
-    Epilogue none, row_bias, scaled, silu, geglu;
+    Epilogue none, row_scale, row_bias, scaled, silu, geglu, gelu, gelu_tanh;
     none.bias = false;
+    row_scale.row_scale = true;
     row_bias.row_bias = true;
     scaled.output_scale = 1.0f / 1.25f;
     silu.activation = Activation::kSilu;
     geglu.activation = Activation::kGeglu;
-    for (const Epilogue& epilogue : {none, row_bias, scaled, silu, geglu})
+    gelu.activation = Activation::kGelu;
+    gelu_tanh.activation = Activation::kGeluTanh;
+    for (const Epilogue& epilogue : {none, row_scale, row_bias, scaled, silu, geglu, gelu, gelu_tanh})
       expect_both_ways(layer, epilogue, 1);
     for (FloatType type : kTypes) {
       Epilogue residual;
@@ -52,10 +55,11 @@ TEST(CudaIgemmEpilogue, EveryStepAlone) {
 TEST(CudaIgemmEpilogue, EveryStepTogetherForEveryResult) {
   ADPDM_REQUIRE_GPU();
   for (bool whole_runs : {true, false}) {
-    for (Activation activation : {Activation::kSilu, Activation::kGeglu}) {
+    for (Activation activation : {Activation::kSilu, Activation::kGeglu, Activation::kGeluTanh}) {
       for (int num_bits : {0, 2, 4, 8}) {
         for (FloatType type : kTypes) {
           Epilogue all;
+          all.row_scale = activation == Activation::kGeluTanh;
           all.row_bias = true;
           if (activation != Activation::kGeglu) all.residual = type;
           all.output_scale = 0.7f;

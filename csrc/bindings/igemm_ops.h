@@ -83,13 +83,15 @@ template <typename Backend>
 at::Tensor linear(const at::Tensor& input, const at::Tensor& scale, const at::Tensor& zero_point,
                   const at::Tensor& group_index, const at::Tensor& weight, const at::Tensor& weight_scale,
                   const at::Tensor& weight_sum, at::TensorList second, const std::optional<at::Tensor>& bias,
-                  const std::optional<at::Tensor>& row_bias, const std::optional<at::Tensor>& residual,
-                  at::TensorList output_qparams, int64_t out_features, int64_t weight_bits,
-                  int64_t activation, double output_scale, int64_t output_bits, at::ScalarType dtype) {
-  Prepared<LinearArgs> prepared = prepare_linear(
-      {input, scale, zero_point, group_index, weight, weight_scale, weight_sum, second},
-      {bias, row_bias, residual, output_qparams, weight_bits, activation, output_scale, output_bits, dtype},
-      out_features);
+                  const std::optional<at::Tensor>& row_scale, const std::optional<at::Tensor>& row_bias,
+                  const std::optional<at::Tensor>& residual, at::TensorList output_qparams,
+                  int64_t out_features, int64_t weight_bits, int64_t activation, double output_scale,
+                  int64_t output_bits, at::ScalarType dtype) {
+  Prepared<LinearArgs> prepared =
+      prepare_linear({input, scale, zero_point, group_index, weight, weight_scale, weight_sum, second},
+                     {bias, row_scale, row_bias, residual, output_qparams, weight_bits, activation,
+                      output_scale, output_bits, dtype},
+                     out_features);
   const Backend backend(input);
   const int64_t weight_bytes[] = {weight.numel(), second.empty() ? 0 : second[4].numel()};
   finish_preparing(backend, "linear", weight_bytes, prepared);
@@ -101,13 +103,15 @@ template <typename Backend>
 at::Tensor conv2d(const at::Tensor& input, const at::Tensor& scale, const at::Tensor& zero_point,
                   const at::Tensor& group_index, const at::Tensor& weight, const at::Tensor& weight_scale,
                   const at::Tensor& weight_sum, at::TensorList second, const std::optional<at::Tensor>& bias,
-                  const std::optional<at::Tensor>& row_bias, const std::optional<at::Tensor>& residual,
-                  at::TensorList output_qparams, at::IntArrayRef geometry, int64_t weight_bits,
-                  int64_t activation, double output_scale, int64_t output_bits, at::ScalarType dtype) {
-  Prepared<Conv2dArgs> prepared = prepare_conv2d(
-      {input, scale, zero_point, group_index, weight, weight_scale, weight_sum, second},
-      {bias, row_bias, residual, output_qparams, weight_bits, activation, output_scale, output_bits, dtype},
-      geometry);
+                  const std::optional<at::Tensor>& row_scale, const std::optional<at::Tensor>& row_bias,
+                  const std::optional<at::Tensor>& residual, at::TensorList output_qparams,
+                  at::IntArrayRef geometry, int64_t weight_bits, int64_t activation, double output_scale,
+                  int64_t output_bits, at::ScalarType dtype) {
+  Prepared<Conv2dArgs> prepared =
+      prepare_conv2d({input, scale, zero_point, group_index, weight, weight_scale, weight_sum, second},
+                     {bias, row_scale, row_bias, residual, output_qparams, weight_bits, activation,
+                      output_scale, output_bits, dtype},
+                     geometry);
   const Backend backend(input);
   const int64_t weight_bytes[] = {weight.numel(), second.empty() ? 0 : second[4].numel()};
   finish_preparing(backend, "conv2d", weight_bytes, prepared);

@@ -84,8 +84,9 @@ void check_reduction(OpName op, int64_t reduction) {
 }
 
 Activation checked_activation(OpName op, const OutputOptions& options, int64_t outputs) {
-  TORCH_CHECK_VALUE(options.activation >= 0 && options.activation <= 2, op,
-                    ": activation must be 0 (none), 1 (silu) or 2 (geglu), got ", options.activation);
+  TORCH_CHECK_VALUE(options.activation >= 0 && options.activation <= 4, op,
+                    ": activation must be 0 (none), 1 (silu), 2 (geglu), 3 (gelu) or 4 (gelu_tanh), got ",
+                    options.activation);
   const auto activation = static_cast<Activation>(options.activation);
   if (activation != Activation::kGeglu) return activation;
   TORCH_CHECK_VALUE(outputs % 2 == 0, op, ": geglu takes pairs of outputs, got ", outputs, " outputs");
@@ -119,17 +120,26 @@ IgemmOutput make_output(OpName op, const OutputOptions& options, const at::Tenso
   return output;
 }
 
-// row_bias [images, outputs] f32.
-void set_row_bias(OpName op, const OutputOptions& options, const at::Tensor& x, int64_t images,
-                  int64_t outputs, IgemmOutput& output) {
-  const at::Tensor& row_bias = *options.row_bias;
-  check_dtype(op, "row_bias", row_bias, at::kFloat);
-  check_device(op, "row_bias", row_bias, x);
-  TORCH_CHECK_VALUE(row_bias.dim() == 2 && row_bias.size(0) == images && row_bias.size(1) == outputs, op,
-                    ": row_bias must have shape [", images, ", ", outputs, "], got ", row_bias.sizes());
-  TORCH_CHECK_VALUE(row_bias.is_contiguous(), op, ": row_bias must be contiguous, got strides ",
-                    row_bias.strides());
-  output.row_bias = row_bias.const_data_ptr<float>();
+// Values [images, outputs] f32 that an image's rows share.
+const float* image_rows(OpName op, OpName name, const at::Tensor& rows, const at::Tensor& x, int64_t images,
+                        int64_t outputs) {
+  check_dtype(op, name, rows, at::kFloat);
+  check_device(op, name, rows, x);
+  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(0) == images && rows.size(1) == outputs, op, ": ", name,
+                    " must have shape [", images, ", ", outputs, "], got ", rows.sizes());
+  TORCH_CHECK_VALUE(rows.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
+                    rows.strides());
+  return rows.const_data_ptr<float>();
+}
+
+void set_image_rows(OpName op, const OutputOptions& options, const at::Tensor& x, int64_t images,
+                    int64_t outputs, IgemmOutput& output) {
+  if (options.row_scale.has_value()) {
+    output.row_scale = image_rows(op, "row_scale", *options.row_scale, x, images, outputs);
+  }
+  if (options.row_bias.has_value()) {
+    output.row_bias = image_rows(op, "row_bias", *options.row_bias, x, images, outputs);
+  }
 }
 
 // Allocates the result, and brings the residual into its layout.
@@ -265,11 +275,14 @@ Prepared<LinearArgs> prepare_linear(const IgemmTensors& tensors, const OutputOpt
   args.rows = args.rows_per_image = first.sizes().back() == 0
                                         ? c10::multiply_integers(first.sizes().slice(0, first.dim() - 1))
                                         : first.numel() / first.sizes().back();
-  if (options.row_bias.has_value()) {
-    const int64_t images = options.row_bias->dim() > 0 ? options.row_bias->size(0) : 0;
-    TORCH_CHECK_VALUE(images >= 1 && args.rows % images == 0, "linear: row_bias must divide the ", args.rows,
-                      " rows of input evenly, got ", images, " rows");
-    set_row_bias("linear", options, first, images, out_features, args.output);
+  const std::optional<at::Tensor>& rows =
+      options.row_scale.has_value() ? options.row_scale : options.row_bias;
+  if (rows.has_value()) {
+    const int64_t images = rows->dim() > 0 ? rows->size(0) : 0;
+    TORCH_CHECK_VALUE(images >= 1 && args.rows % images == 0,
+                      "linear: ", options.row_scale.has_value() ? "row_scale" : "row_bias",
+                      " must divide the ", args.rows, " rows of input evenly, got ", images, " rows");
+    set_image_rows("linear", options, first, images, out_features, args.output);
     args.rows_per_image = args.rows / images;
   }
   at::DimVector sizes(first.sizes().begin(), first.sizes().end());
@@ -303,9 +316,7 @@ Prepared<Conv2dArgs> prepare_conv2d(const IgemmTensors& tensors, const OutputOpt
   args.output = make_output("conv2d", options, first, args.out_channels);
   TORCH_CHECK_VALUE(args.output.activation != Activation::kGeglu || args.groups == 1,
                     "conv2d: groups must be 1 with geglu, got ", args.groups);
-  if (options.row_bias.has_value()) {
-    set_row_bias("conv2d", options, first, args.batch, args.out_channels, args.output);
-  }
+  set_image_rows("conv2d", options, first, args.batch, args.out_channels, args.output);
   const int64_t sizes[] = {args.batch, result_size(args.output, args.out_channels), args.out.height,
                            args.out.width};
   set_tensors("conv2d", options, first, sizes, at::MemoryFormat::ChannelsLast, prepared);

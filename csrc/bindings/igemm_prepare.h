@@ -26,10 +26,11 @@ struct IgemmTensors {
 };
 
 struct OutputOptions {
-  const std::optional<at::Tensor>& bias;      // [O] f32
-  const std::optional<at::Tensor>& row_bias;  // [images, O] f32
-  const std::optional<at::Tensor>& residual;  // the shape of the result, f32|bf16|f16
-  at::TensorList qparams;                     // empty, or scale [G] f32, zero_point [G] i32, group_index [1]
+  const std::optional<at::Tensor>& bias;       // [O] f32
+  const std::optional<at::Tensor>& row_scale;  // [images, O] f32
+  const std::optional<at::Tensor>& row_bias;   // [images, O] f32
+  const std::optional<at::Tensor>& residual;   // the shape of the result, f32|bf16|f16
+  at::TensorList qparams;                      // empty, or scale [G] f32, zero_point [G] i32, group_index [1]
   int64_t weight_bits;
   int64_t activation;
   double output_scale;

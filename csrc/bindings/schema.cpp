@@ -40,21 +40,24 @@ TORCH_LIBRARY(adpdm, m) {
 
   // Integer layers over one or two input segments, each with its own quantizer and weight columns:
   // y = sum_s scale_s[g] * weight_scale_s[o] * (acc_s - zero_point_s[g] * weight_sum_s[o]) + bias[o], then
-  // (y + row_bias + residual) * output_scale, the activation, and the result as dtype or as codes.
-  // input: i8 codes, or u8 packed by quantize_int4 (conv2d: [N, H, W, C / 2]; C, K a multiple of 32).
+  // (y * row_scale + row_bias + residual) * output_scale, the activation, and the result as dtype or as
+  // codes. input: i8 codes, or u8 packed by quantize_int4 (conv2d: [N, H, W, C / 2]; C, K a multiple of 32).
   // second: empty, or the second segment's seven tensors (input .. weight_sum).
   // output_qparams: empty, or scale, zero_point and group_index of the codes.
   // geometry: out_channels, kernel h, w, stride h, w, padding top, left, bottom, right, dilation h, w,
-  // groups, upsample (1|2). activation: 0 none, 1 silu, 2 geglu. output_bits: 0 float, 2..8 codes.
+  // groups, upsample (1|2). activation: 0 none, 1 silu, 2 geglu, 3 gelu, 4 its tanh form. output_bits: 0
+  // float, 2..8 codes.
   m.def("pack_weight(Tensor codes, int num_bits, int groups) -> Tensor");
   m.def(
       "linear(Tensor input, Tensor scale, Tensor zero_point, Tensor group_index, Tensor weight, Tensor "
-      "weight_scale, Tensor weight_sum, Tensor[] second, Tensor? bias, Tensor? row_bias, Tensor? residual, "
+      "weight_scale, Tensor weight_sum, Tensor[] second, Tensor? bias, Tensor? row_scale, Tensor? row_bias, "
+      "Tensor? residual, "
       "Tensor[] output_qparams, int out_features, int weight_bits, int activation, float output_scale, int "
       "output_bits, ScalarType dtype) -> Tensor");
   m.def(
       "conv2d(Tensor input, Tensor scale, Tensor zero_point, Tensor group_index, Tensor weight, Tensor "
-      "weight_scale, Tensor weight_sum, Tensor[] second, Tensor? bias, Tensor? row_bias, Tensor? residual, "
+      "weight_scale, Tensor weight_sum, Tensor[] second, Tensor? bias, Tensor? row_scale, Tensor? row_bias, "
+      "Tensor? residual, "
       "Tensor[] output_qparams, int[] geometry, int weight_bits, int activation, float output_scale, int "
       "output_bits, ScalarType dtype) -> Tensor");
 

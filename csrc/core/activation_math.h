@@ -1,4 +1,4 @@
-// exp, SiLU and GELU from additions, multiplications, fma and division only: every backend and instruction
+// exp, SiLU and GELUs from additions, multiplications, fma and division only: every backend and instruction
 // set gives the same bits, which no two libraries' expf do.
 #pragma once
 
@@ -58,6 +58,14 @@ ADPDM_HD T gelu(T x) {
   // other.
   const T half = x * T(0.5f);
   return at_least(x, T(0.0f)) - at_least(half, T(0.0f) - half) * tail;
+}
+
+// x / 2 * (1 + tanh u) = x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3), the approximation of
+// Hendrycks and Gimpel 2016.
+template <typename T>
+ADPDM_HD T gelu_tanh(T x) {
+  const T cubic = fused_multiply_add(x * x, T(0.0713548163f), T(1.59576912f));  // 2 u / x
+  return x / (T(1.0f) + exp_clamped(T(0.0f) - x * cubic));
 }
 
 }  // namespace adpdm

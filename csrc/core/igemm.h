@@ -17,17 +17,21 @@ constexpr int64_t kMaxReduction = INT32_MAX / (255 * 128);
 // Function applied to a result before it is stored.
 enum class Activation : uint8_t {
   kNone,
-  kSilu,   // y * sigmoid(y)
-  kGeglu,  // outputs are pairs (value, gate): value * gelu(gate), half as many results
+  kSilu,      // y * sigmoid(y)
+  kGeglu,     // outputs are pairs (value, gate): value * gelu(gate), half as many results
+  kGelu,      // y * Phi(y)
+  kGeluTanh,  // its approximation by tanh
 };
 
 // What becomes of y = sum_s scale_s * weight_scale_s[o] * (acc_s - zero_point_s * weight_sum_s[o]) + bias[o]:
-//   y = (y + row_bias[image, o] + residual[m, o]) * output_scale;  y = activation(y);  stored, or quantized.
+//   y = (y * row_scale[image, o] + row_bias[image, o] + residual[m, o]) * output_scale;  y = activation(y);
+// stored, or quantized.
 // Each step rounds to float32; a step whose operand is missing is left out.
 struct IgemmOutput {
-  const float* bias;      // [O] f32 or nullptr
-  const float* row_bias;  // [images, O] f32 or nullptr: time embedding
-  const void* residual;   // [M, O] residual_type or nullptr; not with kGeglu
+  const float* bias;       // [O] f32 or nullptr
+  const float* row_scale;  // [images, O] f32 or nullptr: gate of an adaptive norm
+  const float* row_bias;   // [images, O] f32 or nullptr: time embedding
+  const void* residual;    // [M, O] residual_type or nullptr; not with kGeglu
   FloatType residual_type;
   float output_scale;  // 1 / output_scale_factor of a residual block; 1 leaves y as it is
   Activation activation;

@@ -13,7 +13,7 @@ struct LinearArgs {
   int num_segments;
   IgemmOutput output;      // [M, O]; an image is rows_per_image rows
   int64_t rows;            // M
-  int64_t rows_per_image;  // of row_bias; M where there is none
+  int64_t rows_per_image;  // of row_scale and row_bias; M where there is none
   int64_t out_features;    // O
   int weight_bits;
 };

@@ -172,6 +172,7 @@ TileOutput tile_output(const Conv2dArgs& args) {
   const IgemmOutput& from = args.output;
   TileOutput output{};
   output.bias = from.bias;
+  output.row_scale = from.row_scale;
   output.row_bias = from.row_bias;
   output.residual = static_cast<const char*>(from.residual);
   output.data = static_cast<char*>(from.data);
@@ -184,8 +185,8 @@ TileOutput tile_output(const Conv2dArgs& args) {
   output.scale = from.output_scale;
   output.quantized = from.num_bits > 0;
   if (output.quantized) output.quantizer = current_quantizer("conv2d", from.qparams, from.num_bits);
-  output.plain = from.type == FloatType::kFloat32 && !output.quantized && from.row_bias == nullptr &&
-                 from.residual == nullptr && from.output_scale == 1.0f &&
+  output.plain = from.type == FloatType::kFloat32 && !output.quantized && from.row_scale == nullptr &&
+                 from.row_bias == nullptr && from.residual == nullptr && from.output_scale == 1.0f &&
                  from.activation == Activation::kNone;
   return output;
 }

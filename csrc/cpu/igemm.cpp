@@ -76,6 +76,7 @@ int64_t steps_per_tile(const Igemm& problem, const Partition& part) {
 void skip_outputs(int64_t outputs, TileOutput& output) {
   const int64_t results = output.activation == Activation::kGeglu ? outputs / 2 : outputs;
   if (output.bias) output.bias += outputs;
+  if (output.row_scale) output.row_scale += outputs;
   if (output.row_bias) output.row_bias += outputs;
   if (output.residual) output.residual += outputs * float_size(output.residual_type);
   output.data += results * result_bytes(output);

@@ -29,13 +29,14 @@ struct TileSegment {
 
 // Where the results of pixels go and what happens to them on the way: IgemmOutput with pointers of its own.
 struct TileOutput {
-  const float* bias;      // [num_outputs] f32 or nullptr
-  const float* row_bias;  // [images, outputs] f32, at image 0; or nullptr
-  const char* residual;   // [pixels, outputs] residual_type or nullptr
-  char* data;             // [pixels, step] type, or i8 where quantized
-  int64_t outputs;        // from pixel to pixel of residual, from image to image of row_bias
-  int64_t step;           // from pixel to pixel of data
-  int64_t image_pixels;   // pixels that share a row of row_bias
+  const float* bias;       // [num_outputs] f32 or nullptr
+  const float* row_scale;  // [images, outputs] f32, at image 0; or nullptr
+  const float* row_bias;   // the same
+  const char* residual;    // [pixels, outputs] residual_type or nullptr
+  char* data;              // [pixels, step] type, or i8 where quantized
+  int64_t outputs;         // from pixel to pixel of residual, from image to image of row_*
+  int64_t step;            // from pixel to pixel of data
+  int64_t image_pixels;    // pixels that share a row of row_scale and row_bias
   FloatType type;
   FloatType residual_type;
   Activation activation;

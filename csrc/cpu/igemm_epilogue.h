@@ -25,6 +25,13 @@ ADPDM_VEC void add_row(const void* row, int64_t n, float* values) {
   for (; i < n; ++i) values[i] += element_as<kType>(row, i);
 }
 
+// values [n] *= row [n].
+ADPDM_VEC void scale_row(const float* row, int64_t n, float* values) {
+  int64_t i = 0;
+  for (; i + Vec::kSize <= n; i += Vec::kSize) store(values + i, load(values + i) * load(row + i));
+  for (; i < n; ++i) values[i] *= row[i];
+}
+
 // values [n] -> row [n] of kType.
 template <FloatType kType>
 ADPDM_VEC void store_row(const float* values, int64_t n, void* row) {
@@ -47,13 +54,14 @@ ADPDM_VEC void store_codes_row(const float* values, int64_t n, const Quantizer& 
   std::memcpy(codes + whole, rest, static_cast<size_t>(n - whole));
 }
 
-void add_rows(const Tile& tile, int64_t width, float* values) {
+void apply_rows(const Tile& tile, int64_t width, float* values) {
   const TileOutput& output = tile.output;
   for (int p = 0; p < tile.num_pixels; ++p) {
     float* row = values + p * width;
-    if (output.row_bias) {
-      const int64_t image = (tile.first_pixel + p) / output.image_pixels;
-      add_row<FloatType::kFloat32>(output.row_bias + image * output.outputs, tile.num_outputs, row);
+    if (output.row_scale || output.row_bias) {
+      const int64_t first = (tile.first_pixel + p) / output.image_pixels * output.outputs;
+      if (output.row_scale) scale_row(output.row_scale + first, tile.num_outputs, row);
+      if (output.row_bias) add_row<FloatType::kFloat32>(output.row_bias + first, tile.num_outputs, row);
     }
     if (output.residual) {
       with_type(output.residual_type, [&](auto type) {
@@ -78,20 +86,40 @@ void apply_geglu(int64_t n, float* values) {
   }
 }
 
+// values [n], n a multiple of 16, become function(values).
+template <typename Function>
+void apply(int64_t n, float* values, Function&& function) {
+  for (int64_t i = 0; i < n; i += Vec::kSize) store(values + i, function(load(values + i)));
+}
+
+// values [n] -> results at the start, half as many with geglu.
+void apply_activation(Activation activation, int64_t n, float* values) {
+  switch (activation) {
+    case Activation::kNone:
+      return;
+    case Activation::kSilu:
+      return apply(n, values, [](Vec x) { return silu(x); });
+    case Activation::kGelu:
+      return apply(n, values, [](Vec x) { return gelu(x); });
+    case Activation::kGeluTanh:
+      return apply(n, values, [](Vec x) { return gelu_tanh(x); });
+    case Activation::kGeglu:
+      return apply_geglu(n, values);
+  }
+}
+
 // values [num_pixels][num_blocks][16 outputs] f32, aligned; used up.
 void finish_tile(const Tile& tile, float* values) {
   const TileOutput& output = tile.output;
   int64_t width = tile.num_blocks * kBlockOutputs;
   int64_t results = tile.num_outputs;
   const int64_t n = tile.num_pixels * width;
-  if (output.row_bias || output.residual) add_rows(tile, width, values);
+  if (output.row_scale || output.row_bias || output.residual) apply_rows(tile, width, values);
   if (output.scale != 1.0f) {
-    for (int64_t i = 0; i < n; i += Vec::kSize) store(values + i, load(values + i) * Vec(output.scale));
+    apply(n, values, [&](Vec x) { return x * Vec(output.scale); });
   }
-  if (output.activation == Activation::kSilu) {
-    for (int64_t i = 0; i < n; i += Vec::kSize) store(values + i, silu(load(values + i)));
-  } else if (output.activation == Activation::kGeglu) {
-    apply_geglu(n, values);
+  apply_activation(output.activation, n, values);
+  if (output.activation == Activation::kGeglu) {
     width /= 2;
     results /= 2;
   }

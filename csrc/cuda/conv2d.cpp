@@ -46,7 +46,7 @@ void check(const char* op, const Conv2dArgs& args) {
 bool is_wide(const Conv2dArgs& args) {
   const IgemmOutput& output = args.output;
   bool wide = args.out_channels / args.groups % 8 == 0 && aligned(output.data) && aligned(output.bias) &&
-              aligned(output.row_bias) && aligned(output.residual);
+              aligned(output.row_scale) && aligned(output.row_bias) && aligned(output.residual);
   for (int s = 0; s < args.num_segments; ++s) {
     wide = wide && aligned(args.segments[s].weight_scale) && aligned(args.segments[s].weight_sum);
   }

@@ -213,10 +213,18 @@ ADPDM_DEVICE void finish_run(const IgemmProblem& problem, const Quantizer& next,
                              const float (&residual)[kRun], float (&y)[kRun]) {
   const IgemmOutput& output = problem.output;
   const int64_t all_outputs = int64_t{problem.groups} * problem.outputs;
+  const auto of_image = [&](const float* rows, float(&values)[kRun]) {
+    load_run(rows, row / problem.rows_per_image * all_outputs + run.output, FloatType::kFloat32, run, values);
+  };
+  if (output.row_scale != nullptr) {
+    float row_scale[kRun];
+    of_image(output.row_scale, row_scale);
+    ADPDM_UNROLL
+    for (int i = 0; i < kRun; ++i) y[i] = y[i] * row_scale[i];
+  }
   if (output.row_bias != nullptr) {
     float row_bias[kRun];
-    load_run(output.row_bias, row / problem.rows_per_image * all_outputs + run.output, FloatType::kFloat32,
-             run, row_bias);
+    of_image(output.row_bias, row_bias);
     ADPDM_UNROLL
     for (int i = 0; i < kRun; ++i) y[i] = y[i] + row_bias[i];
   }
@@ -225,6 +233,8 @@ ADPDM_DEVICE void finish_run(const IgemmProblem& problem, const Quantizer& next,
     if (output.residual != nullptr) y[i] = y[i] + residual[i];
     y[i] = y[i] * output.output_scale;
     if (output.activation == Activation::kSilu) y[i] = silu(y[i]);
+    if (output.activation == Activation::kGelu) y[i] = gelu(y[i]);
+    if (output.activation == Activation::kGeluTanh) y[i] = gelu_tanh(y[i]);
   }
   const int64_t index = row * all_outputs + run.output;
   if (output.activation != Activation::kGeglu) {

@@ -84,7 +84,7 @@ struct IgemmProblem {
   IgemmGeometry geometry;
   IgemmOutput output;
   int32_t rows;            // output pixels of all images
-  int32_t rows_per_image;  // of output.row_bias
+  int32_t rows_per_image;  // of output.row_scale and row_bias
   int32_t outputs;         // of one group
   int32_t groups;
   bool wide;  // outputs is a multiple of 8 and every pointer of the epilogue one of 16: no tails, vectors
