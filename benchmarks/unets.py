@@ -1,4 +1,4 @@
-"""The denoisers that are timed: shapes, seeded random weights or the shipped model, inputs, calibration data.
+"""The denoisers that are timed: shapes, seeded random weights or a shipped model, inputs, calibration data.
 
 diffusers is imported when a model is built: processes that need none do not hold it.
 """
@@ -22,6 +22,7 @@ PROBE_SEED = 1
 CONDITIONING_SEEDS = {CALIBRATION_SEED: 20, PROBE_SEED: 21}
 NUM_TRAIN_TIMESTEPS = 1000
 BIAS_STD = 0.02  # of random biases; a trained network has some, so the kernels must add some
+CLASSES = 10  # of Fashion-MNIST
 SDXL_TIME_IDS = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)  # size, crop and target size of an uncropped image
 
 
@@ -30,12 +31,12 @@ class UNet:
     """One denoiser.
 
     Args:
-        kind: "UNet2DModel", "UNet2DConditionModel" or "FlatUNet".
+        kind: "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel" or "FlatUNet".
         settings: of that class; empty where `folder` holds trained weights.
         sample_shape: (C, H, W).
         conditioning: shape of one image's entry by argument name.
         calibration_images, calibration_steps: full-precision trajectories that all quantizers calibrate on.
-        folder: pipeline on disk, or None for random weights.
+        folder: with a denoiser in unet/ or transformer/ and scheduler/, or None for random weights.
     """
 
     kind: str
@@ -50,6 +51,15 @@ class UNet:
 _CONDITIONAL = {"layers_per_block": 2, "norm_eps": 1e-5}
 UNETS: dict[str, UNet] = {
     "demo": UNet("UNet2DModel", {}, (1, 32, 32), {}, 16, 10, ROOT / "models" / "ddpm-fashion-mnist-32"),
+    "dit": UNet(
+        "DiTTransformer2DModel",
+        {},
+        (1, 32, 32),
+        {"class_labels": ()},
+        16,
+        10,
+        ROOT / "models" / "dit-fashion-mnist-32",
+    ),
     # The config of google/ddpm-cifar10-32: 35.7 million parameters.
     "cifar10": UNet(
         "UNet2DModel",
@@ -185,7 +195,8 @@ def build(name: str, dtype: torch.dtype | None = None) -> Any:
     unet, dtype = find(name), dtype or torch.float32
     model_class = _class_of(unet.kind)
     if unet.folder is not None:
-        model = model_class.from_pretrained(unet.folder / "unet", torch_dtype=dtype)
+        part = next(part for part in ("unet", "transformer") if (unet.folder / part).is_dir())
+        model = model_class.from_pretrained(unet.folder / part, torch_dtype=dtype)
     else:
         with torch.device("meta"):  # diffusers' own initialisation of SDXL takes minutes
             model = model_class(**settings_of(unet))
@@ -229,10 +240,12 @@ def scheduler(name: str) -> Any:
 
 
 def conditioning(name: str, images: int, seed: int) -> dict[str, torch.Tensor]:
-    """Random conditioning by argument name, [images, ...] f32 each."""
+    """Random conditioning by argument name, [images, ...] f32 each; classes in turn, [images] i64."""
     generator = torch.Generator().manual_seed(CONDITIONING_SEEDS[seed])
     shapes = find(name).conditioning
     values = {key: torch.randn(images, *shape, generator=generator) for key, shape in shapes.items()}
+    if "class_labels" in values:
+        values["class_labels"] = torch.arange(images) % CLASSES
     if "time_ids" in values:
         values["time_ids"] = torch.tensor(SDXL_TIME_IDS).repeat(images, 1)
     return values
