@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from adpdm import reference
 from adpdm.nn import LoadedConv2d, LoadedLayer, LoadedLinear, float_twin
-from adpdm.nn.loaded import CHUNK, measure, quantize_rows
-from adpdm.qparams import weight_codes, weight_scale_mse
+from adpdm.nn.loaded import measure, quantize_rows
+from adpdm.qparams import CHUNK, weight_codes, weight_scale_mse
 from adpdm.reference import OutputQuantizer
 
 CPU = torch.device("cpu")
