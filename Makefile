@@ -1,5 +1,5 @@
-# The commands of a working day: demo, test, lint, sanitize, package, docs, mutants, bench, accuracy, gpu, clean. Needs python3 >= 3.10, g++ and make;
-# fetches the rest from PyPI into $(VENV) and googletest from the system's packages.
+# The commands of a working day: demo, test, lint, sanitize, package, oldest, docs, mutants, bench, accuracy, gpu, clean.
+# Needs python3 >= 3.10, g++ and make; fetches the rest from PyPI into $(VENV) and googletest from the system's packages.
 #
 #   VENV=.venv            environment to create and use
 #   PYTHON=python3        the Python that creates it
@@ -25,7 +25,7 @@ EXTRACTORS := build/.extractors
 # adpdm/__init__.py holds the version; the other Python files of an editable install need no new one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt adpdm/__init__.py $(wildcard tools/*.py csrc/*/*)
 
-.PHONY: demo test test-cpp test-python lint sanitize package docs mutants bench accuracy gpu clean googletest
+.PHONY: demo test test-cpp test-python lint sanitize package oldest docs mutants bench accuracy gpu clean googletest
 
 demo: export ADPDM_WERROR := 0
 demo: $(INSTALLED) $(EXTRACTORS)
@@ -69,6 +69,12 @@ package: $(INSTALLED)
 	python setup.py -q sdist -d build/dist
 	python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w build/dist .
 	python tools/check_package.py build/dist --pip-flags='$(PIP_FLAGS)'
+
+# The sdist compiled against the oldest torch that pyproject.toml allows, in an environment of its own: 3 GB from PyPI.
+oldest: $(INSTALLED)
+	rm -rf build/oldest
+	python setup.py -q sdist -d build/oldest
+	python tools/check_package.py build/oldest --oldest-torch --pip-flags='$(PIP_FLAGS)'
 
 # build/site, an error for every broken link and every name that the API pages do not find.
 docs: $(INSTALLED)

@@ -18,7 +18,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .conditioning import decoder_of, read_call, read_conditioning, try_call
+from .conditioning import (
+    conditioning_of_prompts,
+    decoder_of,
+    guided,
+    read_call,
+    read_conditioning,
+    try_call,
+)
 from .config import Equalization, Grouping, QuantConfig, SearchConfig, Selection
 from .demo import build_report, run_demo, save_image_grid
 from .doctor import REPORT_NAME, diagnose, render
@@ -140,7 +147,7 @@ def _sample(args: argparse.Namespace) -> dict[str, Any]:
 def _dataset(args: argparse.Namespace) -> dict[str, Any]:
     pipe = load_pipeline(args.model, local_files_only=True)
     denoiser = find_denoiser(pipe)
-    given, call = _given(args, denoiser, args.images)
+    given, call = _given(args, pipe, args.images)
     shape = try_call(denoiser, pipe.scheduler, args.steps, given, call)
     settings = SampleSettings(args.images, args.steps, args.seed, args.batch)
     with _progress() as progress:
@@ -179,15 +186,18 @@ def _distance(args: argparse.Namespace) -> dict[str, Any]:
     return found.to_dict()
 
 
-def _given(
-    args: argparse.Namespace, denoiser: Any, num_images: int
-) -> tuple[Conditioning, DenoiserCall | None]:
+def _given(args: argparse.Namespace, pipe: Any, num_images: int) -> tuple[Conditioning, DenoiserCall | None]:
     """What the options of a conditional denoiser say."""
+    denoiser = find_denoiser(pipe)
     files = [None if name is None else Path(name) for name in (args.call, args.constants)]
-    call = read_call(files[0], files[1], denoiser)
-    if args.conditioning is None:
-        return {}, call
-    return read_conditioning(Path(args.conditioning), denoiser, num_images), call
+    call, given = read_call(files[0], files[1], denoiser), Conditioning()
+    if args.conditioning is not None:
+        given = read_conditioning(Path(args.conditioning), denoiser, num_images)
+    if args.prompt:
+        if "encoder_hidden_states" in given:
+            raise ValueError("--prompt and --conditioning must not both give encoder_hidden_states, got both")
+        given = {**given, **conditioning_of_prompts(pipe, args.prompt, num_images)}
+    return given, call
 
 
 def _compare(args: argparse.Namespace) -> EvaluationResult:
@@ -196,14 +206,16 @@ def _compare(args: argparse.Namespace) -> EvaluationResult:
     config = EvaluationConfig(
         num_images=args.images, num_inference_steps=args.steps, seed=args.seed, batch_size=args.batch
     )
-    original, ours = find_denoiser(reference), find_denoiser(quantized)
-    given, call = _given(args, original, args.images)
-    for denoiser in (original, ours):
+    pair = [find_denoiser(reference), find_denoiser(quantized)]
+    given, call = _given(args, reference, args.images)
+    if args.guidance_scale is not None:
+        pair = guided(reference, pair, args.guidance_scale, given)
+    for denoiser in pair:
         shape = try_call(denoiser, reference.scheduler, args.steps, given, call)
     with _progress() as progress:
         return compare(
-            original,
-            ours,
+            pair[0],
+            pair[1],
             reference.scheduler,
             config,
             conditioning=given,
@@ -354,8 +366,9 @@ def _add_sampling_commands(command: Callable[..., argparse.ArgumentParser]) -> N
         _add_sampling_options(sub)
         if name == "evaluate":
             _add_conditioning_options(sub)
+            sub.add_argument("--guidance-scale", type=float, help="classifier-free guidance of both models")
         else:  # its measurements of layers run the denoiser on images alone
-            sub.set_defaults(conditioning=None, call=None, constants=None)
+            sub.set_defaults(conditioning=None, call=None, constants=None, prompt=None, guidance_scale=None)
 
 
 def _add_quantize_options(sub: argparse.ArgumentParser) -> None:
@@ -391,6 +404,9 @@ def _add_sampling_options(sub: argparse.ArgumentParser, images: int = 16, batch:
 
 
 def _add_conditioning_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--prompt", action="append", help="text for the pipeline's encoder; several are taken in turn"
+    )
     sub.add_argument(
         "--conditioning",
         metavar="FILE.safetensors",

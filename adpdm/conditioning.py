@@ -1,10 +1,10 @@
-"""Reads what a conditional denoiser is given besides images from files, for the command line."""
+"""What a conditional denoiser is given besides images, from files or texts, for the command line."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .evaluate import GuidedDenoiser
 from .evaluate.sampling import Trajectory, sample_shape
+from .pipeline import encode_texts
 from .trajectory import Conditioning, DenoiserCall, pick
 
 IMAGE_CHANNELS = (1, 3)
@@ -42,6 +44,34 @@ def read_conditioning(path: Path, denoiser: nn.Module, num_images: int) -> Condi
     moved = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     images = torch.arange(num_images) % next(iter(rows.values()))
     return pick(_nested(moved), images)
+
+
+def conditioning_of_prompts(pipe: Any, prompts: Sequence[str], num_images: int) -> Conditioning:
+    """Embeddings of texts by the pipeline's own encoder, in turn until there is one per image.
+
+    Raises:
+        TypeError: for a pipeline that cannot encode texts in the way of Stable Diffusion 1 and 2.
+    """
+    rows = encode_texts("--prompt", pipe, prompts)
+    return {"encoder_hidden_states": rows[torch.arange(num_images) % len(prompts)]}
+
+
+def guided(pipe: Any, denoisers: Sequence[nn.Module], scale: float, given: Conditioning) -> list[nn.Module]:
+    """Denoisers under classifier-free guidance away from the empty text, or from the class for none.
+
+    Raises:
+        ValueError: for conditions that are neither texts nor classes alone, or without a class for none.
+    """
+    if set(given) == {"encoder_hidden_states"}:
+        text = encode_texts("--guidance-scale", pipe, [""])
+        return [GuidedDenoiser(x, scale, null_text=text) for x in denoisers]
+    classes = getattr(getattr(denoisers[0], "config", None), "num_embeds_ada_norm", None)
+    if set(given) != {"class_labels"} or classes is None:
+        raise ValueError(
+            "--guidance-scale needs encoder_hidden_states (--prompt) alone, or class_labels of a denoiser "
+            f"with a class for none; got {sorted(given) or 'nothing'} for {type(denoisers[0]).__name__}"
+        )
+    return [GuidedDenoiser(x, scale, null_class=classes) for x in denoisers]
 
 
 def read_call(settings: Path | None, constants: Path | None, denoiser: nn.Module) -> DenoiserCall | None:
@@ -108,7 +138,7 @@ def try_call(
         raise ValueError(
             f"{type(denoiser).__name__} must work on samples {shape} with {given or 'nothing else'}, got "
             f"{type(error).__name__}: {error}; its arguments are {_arguments(denoiser)}, which `adpdm "
-            "evaluate` takes from --conditioning, --call and --constants"
+            "evaluate` takes from --prompt, --conditioning, --call and --constants"
         ) from error
     return shape
 

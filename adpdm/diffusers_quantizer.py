@@ -256,8 +256,7 @@ def start_calibrated(model: nn.Module) -> None:
     """Let a model whose frozen layers are filled run: the first step, the hook of the clock, fused blocks."""
     step = model.get_submodule("adpdm_step")
     assert isinstance(step, StepState)
-    step.group_index = step.group_index.to(step.table.device)
-    step.step_index = step.step_index.to(step.table.device)
+    step.take_record()
     step.set_step(0)
     # The layout it was calibrated in: another one would round the float layers differently.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from . import _native as _native  # loads the extension, which registers torch.ops.adpdm
+from .operands import Activation as Activation
+from .operands import ConvGeometry as ConvGeometry
+from .operands import Epilogue as Epilogue
+from .operands import OutputQuantizer as OutputQuantizer
 from .reference import INT4_BLOCK
-from .reference import Activation as Activation
-from .reference import ConvGeometry as ConvGeometry
-from .reference import Epilogue as Epilogue
-from .reference import OutputQuantizer as OutputQuantizer
 
 _ops = torch.ops.adpdm
 

@@ -114,7 +114,7 @@ def quantize(
     _check_denoiser(denoiser)
     scheduler = _find_scheduler(pipe_or_denoiser, scheduler)
     if prompts is not None:
-        conditioning = {**(conditioning or {}), **_encode(pipe_or_denoiser, prompts)}
+        conditioning = {**(conditioning or {}), **_encoded(pipe_or_denoiser, prompts)}
     _check_conditioning(denoiser, conditioning)
     _check_objective(scheduler, config)
     before = _Before(denoiser)
@@ -263,22 +263,31 @@ def _sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:
     return int(config.in_channels), int(height), int(width)
 
 
-def _encode(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+def _encoded(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Text embeddings of prompts, and of the empty one that classifier-free guidance uses."""
+    if not prompts:
+        raise ValueError("quantize: prompts must hold at least one text, got none")
+    return {"encoder_hidden_states": encode_texts("quantize", pipe, ["", *prompts])}
+
+
+def encode_texts(verb: str, pipe: Any, texts: Sequence[str]) -> Tensor:
+    """Embeddings [N, L, D] f32 of texts by a pipeline's own encoder, on the denoiser's device.
+
+    Raises:
+        TypeError: for pipelines whose `encode_prompt` is not that of Stable Diffusion 1 and 2.
+    """
     if isinstance(pipe, nn.Module) or not hasattr(pipe, "encode_prompt"):
-        raise TypeError(f"quantize: prompts need a pipeline with encode_prompt, got {type(pipe).__name__}")
+        raise TypeError(f"{verb}: prompts need a pipeline with encode_prompt, got {type(pipe).__name__}")
     takes = list(inspect.signature(pipe.encode_prompt).parameters)
     wanted = ["prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance"]
     if takes[:4] != wanted:
         raise TypeError(
-            f"quantize: prompts need an encode_prompt that takes {wanted}, as of Stable Diffusion 1 and 2; "
+            f"{verb}: prompts need an encode_prompt that takes {wanted}, as of Stable Diffusion 1 and 2; "
             f"that of {type(pipe).__name__} takes {takes[:4]}: encode them and pass conditioning"
         )
-    if not prompts:
-        raise ValueError("quantize: prompts must hold at least one text, got none")
     with torch.no_grad():
-        embeddings = pipe.encode_prompt(["", *prompts], find_denoiser(pipe).device, 1, False)[0]
-    return {"encoder_hidden_states": embeddings.float()}
+        embeddings: Tensor = pipe.encode_prompt(list(texts), find_denoiser(pipe).device, 1, False)[0]
+    return embeddings.float()
 
 
 def _check_conditioning(denoiser: nn.Module, conditioning: Conditioning | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,21 @@ from torch import Tensor, nn
 from .config import TimestepPolicy
 
 
+class Record(NamedTuple):
+    """What the clock looks up."""
+
+    timesteps: Tensor  # [T] f32, noisiest first
+    table: Tensor  # [T, num_slots] i32
+
+
 class StepState(nn.Module):
     """The calibrated timesteps, the groups at each of them, and the current row of both.
 
     Layers refer to this module and read `group_index` through their slot; only `set_timestep` writes. The key
     is the value that the denoiser is given, in whatever unit: a training timestep, or a noise level.
+
+    What is read is out of reach of group offloading, which exchanges the data of buffers for that on another
+    device, or for nothing while they are on disk: `record` shares memory with them, the current step is none.
 
     Args:
         num_slots: number of grouped quantizers in the denoiser.
@@ -27,8 +37,8 @@ class StepState(nn.Module):
 
     group_index: Tensor  # [num_slots] i32, groups of the current step
     step_index: Tensor  # [1] i32, current step
-    timesteps: Tensor  # [T] f32, noisiest first
-    table: Tensor  # [T, num_slots] i32
+    timesteps: Tensor  # of the record, for state_dict
+    table: Tensor
 
     def __init__(
         self,
@@ -43,10 +53,16 @@ class StepState(nn.Module):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        self.register_buffer("group_index", zeros(num_slots), persistent=False)
-        self.register_buffer("step_index", zeros(1), persistent=False)
+        self.group_index, self.step_index = zeros(num_slots), zeros(1)
         self.register_buffer("timesteps", torch.zeros(num_steps, device=device))
         self.register_buffer("table", zeros(num_steps, num_slots))
+        self.take_record()
+
+    def take_record(self) -> None:
+        """Read what the buffers hold from now on, with the current step on their device."""
+        self.record = Record(self.timesteps.detach(), self.table.detach())
+        device = self.table.device
+        self.group_index, self.step_index = self.group_index.to(device), self.step_index.to(device)
 
     def set_timesteps(self, timesteps: Tensor) -> None:
         """Take the calibrated timesteps [T], noisiest first."""
@@ -60,22 +76,22 @@ class StepState(nn.Module):
                 for a timestep outside the calibrated ones under the policy `error`.
         """
         value = self._one_value(timestep)
-        distance = (self.timesteps - value.float()).abs()
+        distance = (self.record.timesteps - value.float()).abs()
         step = distance.argmin(0, keepdim=True)
         if self.policy == "error":
             self._refuse_unknown(value, distance.index_select(0, step))
         self.step_index.copy_(step)
-        self.group_index.copy_(self.table.index_select(0, step)[0])
+        self.group_index.copy_(self.record.table.index_select(0, step)[0])
 
     def set_step(self, step: int) -> None:
         """Make step `step` of the calibrated trajectory current (calibration only)."""
         self.step_index.fill_(step)
-        self.group_index.copy_(self.table[step])
+        self.group_index.copy_(self.record.table[step])
 
     def _one_value(self, timestep: Tensor | float | int) -> Tensor:
         """The timestep as [1], in the dtype it came in."""
         if not isinstance(timestep, Tensor):
-            return torch.tensor([timestep], device=self.table.device)
+            return torch.tensor([timestep], device=self.group_index.device)
         flat = timestep.detach().reshape(-1)
         if flat.numel() == 0:
             raise ValueError("timestep must hold at least one value, got an empty tensor")
@@ -86,7 +102,7 @@ class StepState(nn.Module):
                 "call the denoiser once per timestep",
                 lambda: f": {sorted({float(t) for t in flat})[:8]}",
             )
-        return flat[:1].to(self.table.device)
+        return flat[:1].to(self.group_index.device)
 
     def _refuse_unknown(self, value: Tensor, distance: Tensor) -> None:
         """Raise for a timestep [1] at a distance [1] that rounding to its dtype does not explain.
@@ -95,15 +111,14 @@ class StepState(nn.Module):
         they are: two roundings of half an epsilon each.
         """
         tolerance: Tensor | float = 0.5
+        known = self.record.timesteps
         if value.dtype.is_floating_point:
             eps = max(torch.finfo(value.dtype).eps, torch.finfo(torch.float32).eps)
             tolerance = eps * value.abs().float()
         _demand(
             (distance <= tolerance)[0],
             "the timestep was not calibrated and timestep_policy is 'error'",
-            lambda: (
-                f": got {float(value):g}, calibrated are {[round(t, 6) for t in self.timesteps.tolist()]}"
-            ),
+            lambda: f": got {float(value):g}, calibrated are {[round(t, 6) for t in known.tolist()]}",
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -112,6 +127,7 @@ class StepState(nn.Module):
         super()._apply(fn, recurse)
         if self.timesteps.dtype != torch.float32:
             self.timesteps = timesteps.to(self.timesteps.device)
+        self.take_record()
         return self
 
 

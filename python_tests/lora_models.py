@@ -20,6 +20,12 @@ peft = pytest.importorskip("peft")
 CALIBRATED = {"calibrated w8a8": 8, "calibrated w4a8": 4}
 EVERY_KIND = [*CONFIGS, *CALIBRATED]
 FOUR_BITS = ["w4a8", "calibrated w4a8"]  # for what hardly depends on the bits
+SMALL: dict[str, Any] = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "mid_block_type": None,
+}
 EVERY_LAYER = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv2", "conv_shortcut", "conv"]
 
 

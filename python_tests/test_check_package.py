@@ -52,3 +52,17 @@ def test_folder_with_two_wheels_is_refused(tmp_path: Path) -> None:
 def test_failing_command_is_named_with_its_output() -> None:
     with pytest.raises(check_package.Faulty, match=r"`sh -c 'echo why >&2; exit 3'` failed with 3:\nwhy"):
         check_package.run(["sh", "-c", "echo why >&2; exit 3"])
+
+
+def test_oldest_torch_is_the_one_that_the_package_asks_for() -> None:
+    assert check_package.oldest_torch('dependencies = [\n  "torch>=2.11",\n]') == "torch==2.11.*"
+    assert check_package.oldest_torch((ROOT / "pyproject.toml").read_text()).startswith("torch==2.")
+    with pytest.raises(check_package.Faulty, match="wanted a dependency"):
+        check_package.oldest_torch('dependencies = ["numpy>=1.26"]')
+
+
+def test_constraints_lose_the_lines_of_named_packages() -> None:
+    lines = check_package.constraints_without(("torch", "setuptools")).splitlines()
+    names = {line.partition("==")[0] for line in lines}
+    assert {"diffusers", "efficientnet-lite-pytorch"} <= names
+    assert names.isdisjoint({"torch", "setuptools"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 import adpdm
 from adpdm import DenoiserCall, cli
 from adpdm.conditioning import read_call, read_conditioning, try_call
-from adpdm.evaluate import EvaluationConfig, compare
+from adpdm.evaluate import EvaluationConfig, GuidedDenoiser, compare
 from adpdm.testing import (
     CROSS_ATTENTION_DIM,
     ddim_scheduler,
@@ -50,6 +51,47 @@ def no_extractors(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"adpdm.evaluate.comparison.{name}", lambda *_: None)
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-to-image pipeline of random weights that reads letters, float and quantized."""
+    transformers = pytest.importorskip("transformers", reason="diffusers encodes texts with it")
+    from diffusers import StableDiffusionPipeline
+
+    path = tmp_path_factory.mktemp("texts")
+    letters = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")]
+    words = [*letters, "<|startoftext|>", "<|endoftext|>"]
+    (path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    files = [str(path / name) for name in ("vocab.json", "merges.txt")]
+    size = {"hidden_size": CROSS_ATTENTION_DIM, "intermediate_size": 8, "max_position_embeddings": 8}
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(words)}
+    ends = {"bos_token_id": len(letters), "eos_token_id": len(letters) + 1}
+    torch.manual_seed(0)
+    parts = {
+        "text_encoder": transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(**size, **shape, **ends)
+        ).eval(),
+        "tokenizer": transformers.CLIPTokenizer(*files, model_max_length=8),
+        "vae": AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8, scaling_factor=0.5),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+        **dict.fromkeys(("safety_checker", "feature_extractor")),
+    }
+    pipe = StableDiffusionPipeline(unet=tiny_conditional_unet(), **parts, requires_safety_checker=False)
+    pipe.save_pretrained(path / "float")
+    settings = {"num_groups": 1, "grouping": "shared", "num_inference_steps": 2, "histogram_images": 1}
+    adpdm.quantize(pipe, adpdm.QuantConfig(**settings), prompts=["a cat"])
+    pipe.save_pretrained(path / "quantized")
+    return path
+
+
+def embeddings(pipe: Any, texts: list[str]) -> torch.Tensor:
+    """[N, 8, D] f32 of texts, by the parts of a pipeline."""
+    ids = pipe.tokenizer(texts, padding="max_length", max_length=8, return_tensors="pt").input_ids
+    with torch.no_grad():
+        rows: torch.Tensor = pipe.text_encoder(ids).last_hidden_state
+    return rows
+
+
 def evaluate(folder: Path, *options: str) -> int:
     return cli.main(
         ["evaluate", str(folder / "float"), str(folder / "quantized"), *SAMPLING, *options, "--json"]
@@ -78,10 +120,59 @@ def test_evaluate_takes_conditioning_in_turn(folder: Path, capsys: pytest.Captur
     assert 10 < got["psnr_db"] < 100
 
 
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_evaluate_encodes_texts_in_turn(
+    texts: Path, scale: float | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guidance = [] if scale is None else ["--guidance-scale", str(scale)]
+    assert evaluate(texts, "--prompt", "a cat", "--prompt", "a dog", *guidance) == 0
+    got = json.loads(capsys.readouterr().out)
+    pipes = [adpdm.load_pipeline(texts / name) for name in ("float", "quantized")]
+    pair, vae = [pipe.unet for pipe in pipes], pipes[0].vae
+    if scale is not None:
+        pair = [GuidedDenoiser(unet, scale, null_text=embeddings(pipes[0], [""])) for unet in pair]
+    wanted = compare(
+        *pair,
+        pipes[0].scheduler,
+        EvaluationConfig(num_images=4, num_inference_steps=2, batch_size=2, timing_batch_sizes=()),
+        conditioning={"encoder_hidden_states": embeddings(pipes[0], ["a cat", "a dog"] * 2)},
+        decode=lambda z: torch.cat([vae.decode(row / 0.5).sample for row in z.split(1)]),
+    )
+    assert got["psnr_per_image_db"] == wanted.psnr_per_image_db.tolist()
+    assert len(set(got["psnr_per_image_db"])) == 4
+
+
+def test_evaluate_guides_away_from_no_class(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = ["--conditioning", str(folder / "labels.safetensors")]
+    results = []
+    for scale in ("1", "4"):
+        assert evaluate(folder, *labels, "--guidance-scale", scale) == 0
+        results.append(json.loads(capsys.readouterr().out)["psnr_db"])
+    assert evaluate(folder, *labels) == 0
+    plain = json.loads(capsys.readouterr().out)["psnr_db"]
+    assert results[0] == pytest.approx(plain, abs=0.5)  # twice the batch may round otherwise
+    assert abs(results[1] - plain) > 0.5
+
+
+def test_guidance_without_a_condition_is_refused(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(texts, "--guidance-scale", "3") == 1
+    assert "got nothing for UNet2DConditionModel" in error_of(capsys)
+
+
+def test_texts_given_twice_or_without_an_encoder_are_refused(
+    texts: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"encoder_hidden_states": torch.zeros(1, 8, CROSS_ATTENTION_DIM)}, tmp_path / "file")
+    assert evaluate(texts, "--prompt", "a cat", "--conditioning", str(tmp_path / "file")) == 1
+    assert "must not both give encoder_hidden_states" in error_of(capsys)
+    assert evaluate(folder, "--prompt", "a cat") == 1
+    assert "--prompt: prompts need a pipeline with encode_prompt, got DiTPipeline" in error_of(capsys)
+
+
 def test_report_refuses_what_only_evaluate_can(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "quantized" / cli.REPORT_NAME).write_text("{}")
     assert cli.main(["report", str(folder / "float"), str(folder / "quantized"), *SAMPLING]) == 1
-    assert "which `adpdm evaluate` takes from --conditioning" in error_of(capsys)
+    assert "which `adpdm evaluate` takes from --prompt, --conditioning" in error_of(capsys)
 
 
 def test_missing_conditioning_is_said_before_work_starts(

@@ -365,7 +365,7 @@ def test_dequantize_of_a_calibrated_model_leaves_nothing_of_adpdm(calibrated: An
             assert relative(parameter.detach(), original.get_parameter(name).detach()) < 0.01
 
 
-# ---- torch.compile, offloading, copies ---------------------------------------------------------------------
+# ---- torch.compile, offloading (groups: test_group_offload.py), copies -------------------------------------
 
 
 @pytest.fixture
@@ -391,28 +391,6 @@ def test_compiles_to_one_graph_for_all_timesteps(tmp_path: Path, name: str, no_r
     assert not torch.equal(outputs[0], outputs[2])
     for got, t in zip(outputs, (830, 498, 0), strict=True):
         assert torch.equal(got, run(model, timestep=torch.tensor(t)))
-
-
-@both_kinds
-@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
-def test_group_offload(folder: Path, settings: dict[str, Any], offload_type: str) -> None:
-    # Onto the CPU from the CPU: that the hooks find and swap every tensor. Memory is not shown by this.
-    model = load(folder, settings)
-    wanted, cpu = run(model), torch.device("cpu")
-    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
-    model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=offload_type, **blocks)
-    assert torch.equal(run(model), wanted)
-    assert torch.equal(run(model), wanted)
-
-
-def test_group_offload_to_disk(folder: Path, tmp_path: Path) -> None:
-    model = load(folder, CONFIGS["w4"])
-    wanted, cpu = run(model), torch.device("cpu")
-    model.enable_group_offload(
-        onload_device=cpu, offload_device=cpu, offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
-    )
-    assert list(tmp_path.glob("*.safetensors"))
-    assert torch.equal(run(model), wanted)
 
 
 def test_model_cpu_offload(tmp_path: Path) -> None:

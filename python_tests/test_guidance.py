@@ -43,6 +43,32 @@ def test_guidance_extrapolates_from_none_to_the_class(as_tuple: bool) -> None:
     assert denoiser.batches == [4, 4, 4]
 
 
+def test_guidance_extrapolates_from_the_empty_text() -> None:
+    def denoiser(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
+        return (sample * encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1),)
+
+    guided = GuidedDenoiser(denoiser, 3.0, null_text=torch.full((1, 2, 3), 10.0))  # type: ignore[arg-type]
+    text = torch.tensor([1.0, 4.0]).view(2, 1, 1).expand(2, 2, 3)
+    (result,) = guided(torch.ones(2, 1, 2, 2), torch.tensor([7, 7]), encoder_hidden_states=text)
+    assert result[:, 0, 0, 0].tolist() == [-17, -8]
+
+
+def test_guidance_refuses_what_it_cannot_pair() -> None:
+    text, labels = torch.zeros(2, 2, 3), torch.tensor([1, 4])
+    sample, timestep = torch.ones(2, 1, 2, 2), torch.tensor([7, 7])
+    with pytest.raises(ValueError, match="wanted null_class or null_text, got neither"):
+        GuidedDenoiser(Labelled(True), 2.0)
+    with pytest.raises(ValueError, match="wanted null_class or null_text, got both"):
+        GuidedDenoiser(Labelled(True), 2.0, NULL, text[:1])
+    with pytest.raises(ValueError, match="wanted class_labels alone"):
+        GuidedDenoiser(Labelled(True), 2.0, NULL)(sample, timestep, encoder_hidden_states=text)
+    with pytest.raises(ValueError, match="wanted encoder_hidden_states alone"):
+        GuidedDenoiser(Labelled(True), 2.0, null_text=text[:1])(sample, timestep, labels, text)
+    guided = GuidedDenoiser(Labelled(True), 2.0, null_text=text[:1])
+    with pytest.raises(ValueError, match=r"with \(L, D\) = \(2, 3\), as null_text, got \(2, 1, 3\)"):
+        guided(sample, timestep, encoder_hidden_states=text[:, :1])
+
+
 def test_guided_transformer_samples_and_is_compared_when_quantized() -> None:
     """Calibrated with the class for none as well; the table's row follows the timestep under guidance."""
     torch.manual_seed(0)

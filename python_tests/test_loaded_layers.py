@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from adpdm import reference
 from adpdm.nn import LoadedConv2d, LoadedLayer, LoadedLinear, float_twin
-from adpdm.nn.loaded import CHUNK, measure, quantize_rows
-from adpdm.qparams import weight_codes, weight_scale_mse
-from adpdm.reference import OutputQuantizer
+from adpdm.nn.loaded import measure, quantize_rows
+from adpdm.operands import OutputQuantizer
+from adpdm.qparams import CHUNK, weight_codes, weight_scale_mse
 
 CPU = torch.device("cpu")
 BITS = [(8, None), (4, None), (8, 8), (4, 8), (8, 4)]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import re
+import subprocess
+import sys
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,14 @@ def test_peak_is_the_quantized_model_and_one_shard(
     assert max(mapped) == 1
     assert not mapped_files(folder)
     assert size < peak <= LIMIT * size + shard
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs Linux, which tells the resident size of a process")
+def test_benchmark_measures_a_process_of_its_own() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "loading_memory.py"
+    command = [sys.executable, str(script), "--model", "tiny", "--weight-bits", "4"]
+    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert re.fullmatch(r"tiny W4: peak \d+ MB, model 0 MB, .*, bar 0 MB: \S+ of it\n", line)
 
 
 def test_holding_on_to_float_weights_would_be_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 import torch
 from loaded_models import relative, run
-from lora_models import FOUR_BITS, adapt, load_adapter, quantized, saved
+from lora_models import FOUR_BITS, SMALL, adapt, load_adapter, quantized, saved
 
 from adpdm import graph
-
-SMALL = {
-    "block_out_channels": (8,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "mid_block_type": None,
-}
 
 
 @pytest.fixture(params=FOUR_BITS)

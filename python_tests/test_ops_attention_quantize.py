@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adpdm import ops, reference
-from adpdm.reference import OutputQuantizer
+from adpdm.operands import OutputQuantizer
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -74,6 +74,21 @@ def test_weight_scale_mse_equals_brute_force(bits: int, generator: torch.Generat
     assert len(ratios) > 1  # the search chose, it did not fall back to one ratio
 
 
+@pytest.mark.parametrize("shape", [(7, 9, 3, 3), (5, 100), (1, 3), (3, 1)])
+def test_weights_are_quantized_the_same_in_chunks(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    weight = torch.randn(shape, generator=generator)
+    if len(shape) == 4:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    scale = qparams.weight_scale_mse(weight, 4)
+    codes = qparams.weight_codes(weight, scale, 4)
+    assert codes.shape == weight.shape
+    monkeypatch.setattr(qparams, "CHUNK", 170)  # two rows of the first, one of the second
+    assert torch.equal(qparams.weight_scale_mse(weight, 4), scale)
+    assert torch.equal(qparams.weight_codes(weight, scale, 4), codes)
+
+
 @given(seed=st.integers(0, 2**31), bits=st.integers(2, 8))
 def test_weight_scale_mse_is_not_worse_than_max_abs(seed: int, bits: int) -> None:
     row = torch.randn(1, 20, generator=torch.Generator().manual_seed(seed))

@@ -1,10 +1,15 @@
-"""Checks the sdist and the wheel of a folder: nothing is missing, the wheel works in an empty environment.
+"""Checks the sdist and the wheel of a folder: nothing is missing, they work in an empty environment.
 
 python tools/check_package.py build/dist
+python tools/check_package.py build/dist --oldest-torch
 
 The sdist has to hold every tracked file that the build reads, and CMake has to configure what was unpacked.
 The wheel is installed with its dependencies into a new environment, where, far from the source tree and
 without a GPU in sight, it has to import, describe itself, and quantize, save, load and sample a tiny model.
+
+With --oldest-torch the sdist alone is looked at: it has to compile, without CUDA, against the oldest torch
+that pyproject.toml allows, and to do the same there. For Linux on x86-64 PyPI has that torch with CUDA only:
+4.5 GB in a temporary folder.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -83,26 +89,73 @@ def check_sdist(path: Path, scratch: Path) -> None:
     print(f"{path.name}: {len(tracked)} tracked files, configures")
 
 
+class Environment:
+    """A new one with pip alone, in which commands see neither the source tree nor a GPU.
+
+    Args:
+        scratch: empty folder for it, and for the empty one in which its commands run.
+        variables: more of the environment's.
+    """
+
+    def __init__(self, scratch: Path, variables: dict[str, str] | None = None) -> None:
+        self.home, self.empty = scratch / "venv", scratch / "empty"
+        self.empty.mkdir()
+        venv.create(self.home, with_pip=True)
+        # A PYTHONPATH with the source tree would tell pip that adpdm is there already.
+        isolated = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        isolated |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        self.variables = isolated | (variables or {})
+
+    def run(self, program: str, *arguments: str) -> str:
+        """Standard output of one of its programs."""
+        return run([str(self.home / "bin" / program), *arguments], self.empty, self.variables)
+
+    def install(self, *arguments: str) -> None:
+        """Let its pip install something."""
+        self.run("python", "-m", "pip", "install", "-q", "--no-compile", *arguments)
+
+    def check_adpdm(self) -> str:
+        """What the installed package says of torch and of the tiny model; raise unless all is in order."""
+        where = self.run("python", "-c", "import adpdm; print(adpdm.__file__)").strip()
+        if not Path(where).is_relative_to(self.home):
+            raise Faulty(f"wanted adpdm from {self.home}, got {where}")
+        info = json.loads(self.run("adpdm", "info", "--json"))
+        doctor = json.loads(self.run("adpdm", "doctor", "--json"))
+        if [k["name"] for k in doctor["kernels"] if k["state"] == "used"] != [info["instruction set"]]:
+            raise Faulty(f"adpdm doctor and adpdm info disagree on the kernels in use: {doctor['kernels']}")
+        coverage = self.run("python", "-c", SMOKE, "saved").strip()
+        return f"in an empty environment with torch {info['torch']}: {coverage}"
+
+
 def check_wheel(path: Path, scratch: Path, pip_flags: list[str]) -> None:
     """Raise unless the wheel works in an empty environment."""
-    home, empty = scratch / "venv", scratch / "empty"
-    empty.mkdir()
-    venv.create(home, with_pip=True)
-    python, adpdm = home / "bin" / "python", str(home / "bin" / "adpdm")
-    # A PYTHONPATH with the source tree would tell pip that adpdm is there already.
-    isolated = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    isolated |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    pip = [str(python), "-m", "pip", "install", "-q", "--no-compile", *pip_flags]
-    run([*pip, "-c", str(ROOT / "constraints.txt"), str(path)], empty, isolated)
-    where = run([str(python), "-c", "import adpdm; print(adpdm.__file__)"], empty, isolated).strip()
-    if not Path(where).is_relative_to(home):
-        raise Faulty(f"wanted adpdm from {home}, got {where}")
-    info = json.loads(run([adpdm, "info", "--json"], empty, isolated))
-    doctor = json.loads(run([adpdm, "doctor", "--json"], empty, isolated))
-    if [k["name"] for k in doctor["kernels"] if k["state"] == "used"] != [info["instruction set"]]:
-        raise Faulty(f"adpdm doctor and adpdm info disagree on the kernels in use: {doctor['kernels']}")
-    coverage = run([str(python), "-c", SMOKE, "saved"], empty, isolated).strip()
-    print(f"{path.name}: in an empty environment with torch {info['torch']}: {coverage}")
+    environment = Environment(scratch)
+    environment.install(*pip_flags, "-c", str(ROOT / "constraints.txt"), str(path))
+    print(f"{path.name}: {environment.check_adpdm()}")
+
+
+def oldest_torch(pyproject: str) -> str:
+    """What pip is to install for the oldest torch that a pyproject.toml of this text allows."""
+    found = re.search(r'"torch>=(\d+\.\d+)"', pyproject)
+    if found is None:
+        raise Faulty('wanted a dependency "torch>=MAJOR.MINOR" in pyproject.toml, found none')
+    return f"torch=={found.group(1)}.*"
+
+
+def constraints_without(names: tuple[str, ...]) -> str:
+    """constraints.txt without the lines of these packages."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return "\n".join(line for line in lines if line.partition("==")[0] not in names)
+
+
+def check_oldest_torch(path: Path, scratch: Path, pip_flags: list[str]) -> None:
+    """Raise unless the sdist compiles against the oldest torch, and works with it."""
+    environment, constraints = Environment(scratch, {"ADPDM_CUDA": "0"}), scratch / "constraints.txt"
+    constraints.write_text(constraints_without(("torch", "setuptools")))  # that torch wants an older one
+    settings = [*pip_flags, "-c", str(constraints)]
+    environment.install(*settings, oldest_torch((ROOT / "pyproject.toml").read_text()))
+    environment.install(*settings, str(path))
+    print(f"{path.name}: compiles; {environment.check_adpdm()}")
 
 
 def run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
@@ -124,13 +177,20 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="holds one adpdm-*.tar.gz and one adpdm-*.whl")
+    parser.add_argument(
+        "--oldest-torch", action="store_true", help="compile the sdist against the oldest one"
+    )
     parser.add_argument("--pip-flags", default="", help="more arguments of pip install")
     args = parser.parse_args()
+    pip_flags = shlex.split(args.pip_flags)
     try:
-        sdist, wheel = (the_one(args.folder, pattern) for pattern in ("adpdm-*.tar.gz", "adpdm-*.whl"))
+        sdist = the_one(args.folder, "adpdm-*.tar.gz").resolve()
         with tempfile.TemporaryDirectory() as unpacked, tempfile.TemporaryDirectory() as environment:
-            check_sdist(sdist, Path(unpacked))
-            check_wheel(wheel.resolve(), Path(environment), shlex.split(args.pip_flags))
+            if args.oldest_torch:
+                check_oldest_torch(sdist, Path(environment), pip_flags)
+            else:
+                check_sdist(sdist, Path(unpacked))
+                check_wheel(the_one(args.folder, "adpdm-*.whl").resolve(), Path(environment), pip_flags)
     except Faulty as fault:
         print(f"check_package: {fault}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +59,7 @@ class CodedLayer(nn.Module):
         self.weight_shape = self.weight.shape
         self.is_frozen = False
         self._packed: Packed | None = None
+        self._codes_memory: weakref.ref[Any] | None = None  # that what is derived was derived from
         self.plan = BlockPlan()  # of the fused block around this layer
 
     @property
@@ -135,13 +137,30 @@ class CodedLayer(nn.Module):
     @property
     def kept_packed(self) -> Packed:
         """The packed form on the device of the weight, derived at first use and after it was dropped."""
-        if self._packed is None or self._packed.device != self.weight.device:
-            self._packed = pack([self])
-        return self._packed
+        packed = self._packed
+        if packed is None or packed.device != self.weight.device:
+            packed = pack([self])
+            # A copy of the current group would grow old.
+            self._packed = packed if all(q.is_beside_its_step for q in self.quantizers) else None
+        return packed
 
     def drop_packed(self) -> None:
         """Forget what was derived from the codes: they, or the device, are about to change."""
-        self._packed = self.plan.value = None
+        self._packed = self._codes_memory = self.plan.value = None
+
+    def drop_with_codes(self) -> None:
+        """Let what is derived from the codes live no longer than their memory does.
+
+        Group offloading onto disk or with a stream exchanges `weight.data`, of which no module hears.
+        """
+        layer = weakref.ref(self)
+
+        def drop(_: Any) -> None:
+            alive = layer()
+            if alive is not None:
+                alive.drop_packed()
+
+        self._codes_memory = weakref.ref(self.weight.untyped_storage(), drop)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow .to(): the packed copy is rebuilt on the new device when needed, scales stay float32."""
@@ -158,7 +177,7 @@ class CodedLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the packed copy behind: it is derived from the codes."""
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_packed": None, "_codes_memory": None}
 
 
 class CodedConv2d(CodedLayer, nn.Conv2d):

@@ -175,7 +175,9 @@ class FusedBlock:
         assert self._kept is not None
         plan = self._kept.value
         if plan is None:
-            plan = self._kept.value = self.make_plan()
+            plan = self.make_plan()
+            # As `CodedLayer.kept_packed`: a copy of the current group would grow old.
+            self._kept.value = plan if all(q.is_beside_its_step for q in self._quantizers) else None
         return plan
 
     def per_layer(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..qparams import CLIP_RATIOS, range_to_qparams, weight_codes, weight_scale_mse
+from ..qparams import CLIP_RATIOS, range_to_qparams, row_chunks, weight_codes, weight_scale_mse
 from ..quantizers.weight import WeightQuantizer
 from .coded import CodedConv2d, CodedLayer, CodedLinear
 from .packed import quantize
 
-CHUNK = (
-    2**17
-)  # elements that are quantized at a time: 5 ns each at 8 bits; 2**20 leave the cache, 28 ns (EPYC)
 COARSE_RATIOS = CLIP_RATIOS[::5]
 
 
@@ -104,12 +99,6 @@ def quantize_rows(weight: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
     ratios = COARSE_RATIOS if num_bits < 8 else (1.0,)
     scale = weight_scale_mse(weight, num_bits, ratios)
     return weight_codes(weight, scale, num_bits), scale
-
-
-def row_chunks(weight: Tensor) -> Iterator[slice]:
-    """Rows of a weight [O, *] to be quantized at a time: the search takes several float64 copies of them."""
-    rows = max(1, CHUNK // max(1, weight[:1].numel()))
-    return (slice(i, i + rows) for i in range(0, weight.shape[0], rows))
 
 
 def measure(x: Tensor, num_bits: int) -> ops.OutputQuantizer:

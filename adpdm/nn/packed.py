@@ -73,6 +73,8 @@ def pack(layers: Sequence[CodedLayer], order: Tensor | None = None) -> Packed:
         order: [O] i64, rows of the weight in the order the kernel shall compute them.
     """
     first = layers[0]
+    for layer in layers:
+        layer.drop_with_codes()
     codes = torch.cat([layer.codes() for layer in layers])
     scales = torch.cat([layer.weight_scale for layer in layers], 1)
     bias = _joined_bias(layers)

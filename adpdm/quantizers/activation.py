@@ -80,13 +80,18 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def group_index(self) -> Tensor:
-        """Current group, [1] i32, a view of the step state."""
-        return self.step.group_index.narrow(0, self.slot, 1)
+        """Current group, [1] i32: a view of the step state, or a copy where that is on another device."""
+        return self.step.group_index.narrow(0, self.slot, 1).to(self.scale.device)
+
+    @property
+    def is_beside_its_step(self) -> bool:
+        """Whether `group_index` goes on showing the current group; not while group offloading parts them."""
+        return self.step.group_index.device == self.scale.device
 
     @property
     def table(self) -> Tensor:
         """Group of every step, [T] i32, a view of the step state."""
-        return self.step.table[:, self.slot]
+        return self.step.record.table[:, self.slot]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [*] float to x^ [*] of the same dtype, by the mode."""
