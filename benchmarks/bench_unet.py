@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import math
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -34,6 +35,7 @@ MIN_ROUNDS = 20
 QUICK_ROUNDS = 3
 MIN_SAMPLE_SECONDS = 0.02  # a sample repeats the forward until it lasts this long
 WARM_BELOW_SECONDS = 1.0  # longer forwards do not notice that the caches were another's
+SETTLE_SECONDS = 0.02  # threads of the one before spin on for a while, and would take cores from the next
 INTERRUPTED = 130
 
 
@@ -143,8 +145,8 @@ def run_rounds(runners: list[Runner], rounds: int) -> None:
     """Sample in turns; whoever fails leaves the race."""
     start, left = time.monotonic(), list(runners)
     for number in range(rounds):
-        shift = number % max(1, len(left))  # nobody always follows the same one
-        for runner in left[shift:] + left[:shift]:
+        for runner in random.Random(number).sample(left, len(left)):  # nobody always follows the same one
+            time.sleep(SETTLE_SECONDS)
             try:
                 runner.sample()
             except WorkerError as error:
