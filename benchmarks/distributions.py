@@ -79,7 +79,7 @@ def _sample(
         classes = subject.conditioning(denoiser)
         adpdm.quantize(denoiser, config, scheduler=scheduler, conditioning=classes)
     capture(denoiser)
-    conditioning = subject.conditioning(denoiser, settings.num_images)
+    conditioning = subject.conditioning(denoiser)  # a row per class, so that a set can grow
 
     def tell(done: int, total: int, what: str) -> None:
         print(f"{folder.name}: {done} of {total} {what}", file=sys.stderr, flush=True)
