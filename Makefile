@@ -63,11 +63,12 @@ sanitize: $(DEPENDENCIES) googletest
 	cmake --build build/sanitize -j $(MAX_JOBS)
 	ctest --test-dir build/sanitize --verbose -j $(TEST_JOBS)
 
-# Both from what is built already; then the wheel in an environment that has nothing else.
+# The wheel is compiled from the sdist, without CUDA, and then put to work in an environment that has nothing else.
 package: $(INSTALLED)
 	rm -rf build/dist
 	python setup.py -q sdist -d build/dist
-	python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w build/dist .
+	ADPDM_CUDA=0 python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w build/dist \
+	  build/dist/adpdm-*.tar.gz
 	python tools/check_package.py build/dist --pip-flags='$(PIP_FLAGS)'
 
 # The sdist compiled against the oldest torch that pyproject.toml allows, in an environment of its own: 3 GB from PyPI.
