@@ -5,7 +5,8 @@ python tools/check_package.py build/dist --oldest-torch
 
 The sdist has to hold every tracked file that the build reads, and CMake has to configure what was unpacked.
 The wheel is installed with its dependencies into a new environment, where, far from the source tree and
-without a GPU in sight, it has to import, describe itself, and quantize, save, load and sample a tiny model.
+without a GPU in sight, it has to import, describe itself, quantize, save, load and sample a tiny model, and
+pass a part of the tests.
 
 With --oldest-torch the sdist alone is looked at: it has to compile, without CUDA, against the oldest torch
 that pyproject.toml allows, and to do the same there. For Linux on x86-64 PyPI has that torch with CUDA only:
@@ -19,6 +20,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -38,6 +40,15 @@ BUILT_FROM = (
     "LICENSE",
     "README.md",
 )
+# Operators, checkpoints and their errors: what a wheel could have lost on the way.
+WHEEL_TESTS = (
+    "test_ops_quantize.py",
+    "test_ops_linear.py",
+    "test_ops_conv2d.py",
+    "test_ops_norm_quantize.py",
+    "test_saving.py",
+)
+
 SMOKE = """
 import sys, torch, adpdm
 from adpdm.testing import ONE_BLOCK, tiny_pipeline
@@ -127,12 +138,24 @@ class Environment:
         coverage = self.run("python", "-c", SMOKE, "saved").strip()
         return f"in an empty environment with torch {info['torch']}: {coverage}"
 
+    def run_tests(self) -> str:
+        """The last line of pytest on WHEEL_TESTS, which stand where no source tree can be imported from."""
+        tests = self.empty / "python_tests"
+        tests.mkdir()
+        for name in ("conftest.py", *WHEEL_TESTS):
+            shutil.copy(ROOT / "python_tests" / name, tests)
+        said = self.run("python", "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tests), str(tests))
+        return said.strip().splitlines()[-1]
+
 
 def check_wheel(path: Path, scratch: Path, pip_flags: list[str]) -> None:
-    """Raise unless the wheel works in an empty environment."""
+    """Raise unless the wheel works in an empty environment, and tests of the source tree pass against it."""
     environment = Environment(scratch)
-    environment.install(*pip_flags, "-c", str(ROOT / "constraints.txt"), str(path))
+    settings = [*pip_flags, "-c", str(ROOT / "constraints.txt")]
+    environment.install(*settings, str(path))
     print(f"{path.name}: {environment.check_adpdm()}")
+    environment.install(*settings, "pytest", "hypothesis")
+    print(f"{path.name}: {environment.run_tests()}")
 
 
 def oldest_torch(pyproject: str) -> str:
