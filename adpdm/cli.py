@@ -26,7 +26,7 @@ from .conditioning import (
     read_conditioning,
     try_call,
 )
-from .config import Equalization, Grouping, QuantConfig, SearchConfig, Selection
+from .config import AttentionProducts, Equalization, Grouping, QuantConfig, SearchConfig, Selection
 from .demo import build_report, run_demo, save_image_grid
 from .doctor import REPORT_NAME, diagnose, render
 from .evaluate import (
@@ -384,6 +384,12 @@ def _add_quantize_options(sub: argparse.ArgumentParser) -> None:
         help="of channels; layers that it changes take no LoRA",
     )
     sub.add_argument(
+        "--attention",
+        default=default.attention,
+        choices=get_args(AttentionProducts),
+        help="what attention multiplies on a CPU",
+    )
+    sub.add_argument(
         "--steps", type=int, default=default.num_inference_steps, help="sampler steps to calibrate for"
     )
     sub.add_argument("--images", type=int, default=default.calibration_images, help="calibration images")
@@ -433,6 +439,7 @@ def _quant_config(args: argparse.Namespace) -> QuantConfig:
         grouping=args.grouping,
         selection=args.selection,
         equalization=args.equalization,
+        attention=args.attention,
         num_inference_steps=args.steps,
         calibration_images=args.images,
         modules_to_not_convert=tuple(args.exclude),

@@ -10,6 +10,7 @@ Selection = Literal["srm", "uniform", "normal", "random"]
 TimestepPolicy = Literal["nearest", "error"]
 RangeMethod = Literal["clip_weighted", "mse", "minmax"]
 Equalization = Literal["auto", "on", "off"]
+AttentionProducts = Literal["auto", "int8", "float"]
 Rounding = Literal["nearest", "gptq"]
 Objective = Literal["teacher", "noise"]
 
@@ -79,6 +80,9 @@ class QuantConfig:
         equalization: even out the channels of inputs by factors that fold into what is before (equalize.py):
             `auto` where inputs have fewer than 8 bits and no more than weights, `on`, or `off`. Layers that
             changed take no adapters.
+        attention: what attention multiplies on a CPU, in blocks that run fused: codes of 8 bits (`int8`),
+            floats (`float`), or what takes less time there (`auto`: int8 with AVX-512 VNNI). Can be changed
+            later by `adpdm.nn.fuse_blocks`.
         raised_layers: share of the multiply-accumulates that may have 8-bit activations, and share of the
             weights that may have 8 bits, in the layers where fewer bits were measured to cost most.
         weigh_steps: let a step's error count by what it was measured to do to the final sample; otherwise all
@@ -105,6 +109,7 @@ class QuantConfig:
     range_method: RangeMethod = "clip_weighted"
     weight_rounding: Rounding = "gptq"
     equalization: Equalization = "auto"
+    attention: AttentionProducts = "auto"
     raised_layers: float = 0.05
     weigh_steps: bool = True
     shared_groups: bool = False
@@ -142,6 +147,7 @@ class QuantConfig:
         _one_of("range_method", self.range_method, get_args(RangeMethod))
         _one_of("weight_rounding", self.weight_rounding, get_args(Rounding))
         _one_of("equalization", self.equalization, get_args(Equalization))
+        _one_of("attention", self.attention, get_args(AttentionProducts))
         _one_of("selection", self.selection, get_args(Selection))
         _one_of("timestep_policy", self.timestep_policy, get_args(TimestepPolicy))
         _one_of("input_output_bits", self.input_output_bits, (8, None))

@@ -110,7 +110,7 @@ class AdpdmQuantizer(DiffusersQuantizer):
             if absent:
                 raise ValueError(f"adpdm: the checkpoint lacks tensors of the model: {sorted(absent)[:5]}")
         if self.quantization_config.is_calibrated:
-            start_calibrated(model)
+            start_calibrated(model, self.quantization_config)
         untyped: Any = model
         untyped.register_to_config(quantization_config=self.quantization_config)
         let_save_adapters(model)
@@ -252,7 +252,7 @@ def _install(module: nn.Module, name: str, value: Tensor) -> None:
         module.register_buffer(name, value)
 
 
-def start_calibrated(model: nn.Module) -> None:
+def start_calibrated(model: nn.Module, config: AdpdmConfig) -> None:
     """Let a model whose frozen layers are filled run: the first step, the hook of the clock, fused blocks."""
     step = model.get_submodule("adpdm_step")
     assert isinstance(step, StepState)
@@ -264,7 +264,7 @@ def start_calibrated(model: nn.Module) -> None:
     model.requires_grad_(
         False
     )  # as `quantize` leaves it: inputs with gradients keep blocks from running fused
-    fuse_blocks(model)
+    fuse_blocks(model, QuantConfig.from_dict(config.quant_config or {}).attention)
 
 
 def _stored_layer(model: nn.Module, row: Row) -> nn.Conv2d | nn.Linear:

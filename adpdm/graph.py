@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _native
 from .nn import adapters_of
+from .nn.transformer_blocks import FusedAttention
 from .pipeline import find_denoiser
 
 WARMUP_CALLS = 3  # lazy module loading and cuDNN's choices come to rest within two; one to spare
@@ -119,16 +120,19 @@ class _Captured:
 
 
 class _Parts:
-    """What a recording takes for granted of a denoiser: its modules, and which adapters act how much."""
+    """What a recording takes for granted of a denoiser: modules, which adapters act how much, attention."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         parents = [m._modules for m in denoiser.modules() if m._modules]
         self._children = [(children, tuple(children.values())) for children in parents]
         self._adapters = list(adapters_of(denoiser).values())
+        forwards = [m.__dict__.get("forward") for m in denoiser.modules()]
+        self._attentions = [f for f in forwards if isinstance(f, FusedAttention)]
         self._settings = self._read()
 
     def _read(self) -> list[Hashable]:
-        return [_settings(adapter) for adapter in self._adapters]
+        products = [attention.int8 for attention in self._attentions]
+        return [*products, *(_settings(adapter) for adapter in self._adapters)]
 
     def are_as_recorded(self) -> bool:
         """Whether nothing was exchanged, activated, rescaled or folded in since."""
@@ -156,7 +160,7 @@ class GraphedForward:
     The step hook runs outside the graph and writes the groups into the tensor that the captured kernels read:
     that is why one graph serves all timesteps. Nothing else of the call may vary but the values of tensors;
     other arguments (flags, dictionaries) are part of the key. When modules were exchanged, as PEFT does, or
-    adapters set otherwise, graphs are forgotten and captured anew.
+    adapters or attention set otherwise, graphs are forgotten and captured anew.
     """
 
     def __init__(

@@ -229,15 +229,21 @@ def layer_norm_quantize(
 
 # Without FMA instructions the native attention multiplies in software: torch's is the quicker one there.
 HAS_FAST_ATTENTION = _native.build_info()["isa"] != "portable"
+# Products of 8-bit codes take less time than float32 ones only where one instruction sums four of them.
+HAS_FAST_INT8_ATTENTION = _native.build_info()["isa"] in ("avx512", "amx")
 
 
 def attention_quantize(
-    query: Tensor, key: Tensor, value: Tensor, quantizer: OutputQuantizer, heads: int
+    query: Tensor, key: Tensor, value: Tensor, quantizer: OutputQuantizer, heads: int, int8: bool = False
 ) -> Tensor:
-    """Attention of each head in int8 codes [N, L, C], on the CPU; see `reference.attention_quantize`."""
+    """Attention of each head in int8 codes [N, L, C], on the CPU; see `reference.attention_quantize`.
+
+    Args:
+        int8: multiply codes of 8 bits, exactly, instead of floats.
+    """
     q = quantizer
     return _ops.attention_quantize.default(  # type: ignore[no-any-return]
-        query, key, value, q.scale, q.zero_point, q.group_index, heads, q.num_bits
+        query, key, value, q.scale, q.zero_point, q.group_index, heads, q.num_bits, int8
     )
 
 

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from .calibrate import Calibration, CalibrationTrace, silent
-from .config import QuantConfig
+from .config import AttentionProducts, QuantConfig
 from .diffusers_quantizer import mark_quantized
 from .equalize import Equalization, equalize, is_wanted
 from .nn import (
@@ -155,7 +155,7 @@ def _quantize(
     trace.equalization = equalized.spread
     trace.warnings += [equalized.warning] if equalized.warning else []
     layers = [replace(x, bits=quant[x.name].bits) if x.name in quant else x for x in layers]
-    freeze(denoiser)
+    freeze(denoiser, config.attention)
     mark_quantized(denoiser, config, layers, equalized.changed)
     timesteps = [float(t) for t in sampler.timesteps]
     return QuantizationReport(
@@ -208,13 +208,13 @@ class _Before:
             del denoiser.adpdm_step
 
 
-def freeze(denoiser: nn.Module) -> None:
+def freeze(denoiser: nn.Module, attention: AttentionProducts = "auto") -> None:
     """Pack the weights of all layers; from here on they run in integers, and known blocks fused."""
     for layer in quant_layers(denoiser).values():
         layer.freeze()
         for quantizer in layer.quantizers:
             quantizer.mode = Mode.FLOAT
-    fuse_blocks(denoiser)
+    fuse_blocks(denoiser, attention)
 
 
 def _check_denoiser(denoiser: nn.Module) -> None:

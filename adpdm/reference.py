@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operands import Activation, ConvGeometry, Epilogue, OutputQuantizer
+from .reference_attention import attend
 
 HISTOGRAM_OCTAVE_BINS = 32  # bins per power of two
 HISTOGRAM_MIN_EXPONENT = -16  # |x| < 2^-16 counts as zero
@@ -430,11 +431,12 @@ def layer_norm_quantize(
 
 
 def attention_quantize(
-    query: Tensor, key: Tensor, value: Tensor, quantizer: OutputQuantizer, heads: int
+    query: Tensor, key: Tensor, value: Tensor, quantizer: OutputQuantizer, heads: int, int8: bool = False
 ) -> Tensor:
-    """Codes [N, L, C] i8 of softmax(query key^T / sqrt(D)) value per head; key, value [N, M, C]."""
-    q, k, v = (x.double().unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[3]), 3)
-    attended = (weights @ v).transpose(1, 2).flatten(2).float()
+    """Codes [N, L, C] i8 of softmax(query key^T / sqrt(D)) value per head; key, value [N, M, C].
+
+    With `int8`, both products are those of 8-bit codes.
+    """
     o = quantizer
+    attended = attend(query, key, value, heads, int8).float()
     return quantize(attended, o.scale, o.zero_point, o.group_index, o.num_bits)

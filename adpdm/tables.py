@@ -112,7 +112,7 @@ def load_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
     model.eval().requires_grad_(False)
     build_frozen(model, config)
     model.load_state_dict(quantized, strict=True, assign=True)
-    start_calibrated(model)
+    start_calibrated(model, config)
     attach_config(model, config)
 
 

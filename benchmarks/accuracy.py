@@ -56,7 +56,8 @@ class Cell:
     def config(self) -> adpdm.QuantConfig:
         weight_bits, activation_bits = (int(b) for b in self.bits.removeprefix("w").split("a"))
         return adpdm.QuantConfig(
-            **{"num_inference_steps": self.num_inference_steps, **self.method.settings},
+            # floats in attention, as on CPUs where int8 does not pay: tables do not depend on the machine
+            **{"num_inference_steps": self.num_inference_steps, "attention": "float", **self.method.settings},
             weight_bits=weight_bits,
             activation_bits=activation_bits,
             seed=self.seed,

@@ -92,6 +92,7 @@ EQUALIZATIONS = tuple(
     for mode in ("off", "on")
     for grouping in ("shared", "dp")
 )
+ATTENTIONS = tuple(_ours(f"dp, attention in {a}", grouping="dp", attention=a) for a in ("float", "int8"))
 MEASURES = tuple(
     Method(f"{name}, {grouping}", {**settings, "grouping": grouping}, {})
     for name, settings in _MEASURES
@@ -105,6 +106,7 @@ FAMILIES: dict[str, tuple[Method, ...]] = {
     "images": IMAGES,
     "measures": MEASURES,
     "equalization": EQUALIZATIONS,
+    "attention": ATTENTIONS,
 }
 
 

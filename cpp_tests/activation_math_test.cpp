@@ -47,6 +47,15 @@ TEST(ActivationMath, ExpIsExactAtZeroAndClampedOutside) {
   EXPECT_TRUE(std::isfinite(exp_clamped(88.0f)));
 }
 
+TEST(ActivationMath, CoarsePowersOfTwoAreWithin75Millionths) {
+  double worst = 0;
+  for (float x : grid(-125.0f, 126.0f, 2000000)) {
+    worst = std::max(worst,
+                     std::abs(static_cast<double>(exp2_coarse(x)) / std::exp2(static_cast<double>(x)) - 1));
+  }
+  EXPECT_LT(worst, 7.5e-5);
+}
+
 TEST(ActivationMath, SiluIsWithin2e7Relative) {
   double worst = 0;
   for (float x : grid(-87.0f, 88.0f, 2000000)) {

@@ -29,6 +29,7 @@ struct Case {
   int64_t keys = 1;
   FloatType type = FloatType::kFloat32;
   int num_bits = 8;
+  bool int8 = false;
 
   int64_t channels() const { return heads * head_size; }
 };
@@ -70,6 +71,7 @@ std::vector<int8_t> attention(const Case& c, const Tensors& t, cpu::Isa isa) {
   args.keys = c.keys;
   args.qparams = {t.scale.data(), t.zero_point.data(), &t.group_index, 2};
   args.num_bits = c.num_bits;
+  args.int8 = c.int8;
   std::vector<int8_t> codes(static_cast<size_t>(c.images * c.queries * c.channels()));
   args.codes = codes.data();
   cpu::attention_quantize(args);
@@ -176,11 +178,91 @@ TEST(AttentionQuantize, ThreadsChangeNothing) {
   c.queries = 50;
   c.keys = 700;
   const Tensors t = random_tensors(c, 3);
+  for (bool int8 : {false, true}) {
+    c.int8 = int8;
+    for (cpu::Isa isa : supported_isas()) {
+      const std::vector<int8_t> serial = attention(c, t, isa);
+      const cpu::ParallelBackend before = cpu::set_parallel_backend(scattered);
+      EXPECT_EQ(attention(c, t, isa), serial) << cpu::isa_name(isa);
+      cpu::set_parallel_backend(before);
+    }
+  }
+}
+
+TEST(Int8Attention, HandComputed) {
+  // The mean of the keys is taken out: -1 and 1, codes -127 and 127 of steps 1 / 127; the query is code 127.
+  // Scores -1.2 and 1.2 (head size 1), a ratio of the weights of e^2.4 = 11.02: (0.4 + 11.02 * 0.8) / 12.02
+  // = 0.767, in codes 38.4 + 3.
+  Case c;
+  c.keys = 2;
+  c.int8 = true;
+  Tensors t;
+  set(t, 0, {1.2f}, c.type);
+  set(t, 1, {4.0f, 6.0f}, c.type);
+  set(t, 2, {0.4f, 0.8f}, c.type);
   for (cpu::Isa isa : supported_isas()) {
-    const std::vector<int8_t> serial = attention(c, t, isa);
-    const cpu::ParallelBackend before = cpu::set_parallel_backend(scattered);
-    EXPECT_EQ(attention(c, t, isa), serial) << cpu::isa_name(isa);
-    cpu::set_parallel_backend(before);
+    EXPECT_EQ(attention(c, t, isa), (std::vector<int8_t>{41})) << cpu::isa_name(isa);
+  }
+}
+
+// Equal codes on every instruction set, and near the exact attention: 127 steps of each operand leave an
+// error of a few per cent of a deviation, some codes of 0.02.
+void expect_equal_codes(const Case& c, unsigned seed) {
+  const Tensors t = random_tensors(c, seed);
+  const std::vector<int8_t> portable = attention(c, t, cpu::Isa::kPortable);
+  for (cpu::Isa isa : supported_isas()) EXPECT_EQ(attention(c, t, isa), portable) << cpu::isa_name(isa);
+  size_t i = 0;
+  for (int64_t image = 0; image < c.images; ++image) {
+    for (int64_t query = 0; query < c.queries; ++query) {
+      for (int64_t channel = 0; channel < c.channels(); ++channel, ++i) {
+        const double exact = attended(c, t, image, query, channel) / static_cast<double>(t.scale[1]) + 3;
+        EXPECT_NEAR(portable[i], std::clamp(exact, -128.0, 127.0), 4) << query << " " << channel;
+      }
+    }
+  }
+}
+
+TEST(Int8Attention, EqualCodesForAllSizes) {
+  unsigned seed = 0;
+  for (FloatType type : testing::kFloatTypes) {
+    for (int64_t head_size : {1, 2, 3, 15, 16, 33, 64, 70, 160}) {
+      for (int64_t keys : {1, 2, 3, 16, 17, 63, 64, 65, 100, 130}) {
+        Case c;
+        c.images = 2;
+        c.heads = 2;
+        c.head_size = head_size;
+        c.queries = keys % 2 ? 7 : 12;
+        c.keys = keys;
+        c.type = type;
+        c.int8 = true;
+        expect_equal_codes(c, seed += 10);
+      }
+    }
+  }
+}
+
+// More heads than are packed at a time.
+TEST(Int8Attention, SeveralRounds) {
+  Case c;
+  c.images = 3;
+  c.heads = 50;
+  c.head_size = 64;
+  c.queries = 2;
+  c.keys = 1000;
+  c.int8 = true;
+  const Tensors t = random_tensors(c, 4);
+  const std::vector<int8_t> all = attention(c, t, cpu::best_isa());
+  for (int64_t image = 0; image < c.images; ++image) {
+    Case one = c;
+    one.images = 1;
+    Tensors part = t;
+    for (int i = 0; i < 3; ++i) {
+      const auto size = static_cast<std::ptrdiff_t>(t.bytes[i].size()) / c.images;
+      part.bytes[i].assign(t.bytes[i].begin() + image * size, t.bytes[i].begin() + (image + 1) * size);
+    }
+    const auto size = static_cast<std::ptrdiff_t>(all.size()) / c.images;
+    const std::vector<int8_t> wanted(all.begin() + image * size, all.begin() + (image + 1) * size);
+    EXPECT_EQ(attention(one, part, cpu::best_isa()), wanted) << image;
   }
 }
 
@@ -188,11 +270,14 @@ TEST(AttentionQuantize, NothingToDoAndWrongGroup) {
   Case c;
   c.queries = 0;
   Tensors t = random_tensors(c, 1);
-  for (cpu::Isa isa : supported_isas()) {
-    EXPECT_TRUE(attention(c, t, isa).empty());
-    t.group_index = 2;
-    EXPECT_THROW(attention(c, t, isa), std::out_of_range);
-    t.group_index = 1;
+  for (bool int8 : {false, true}) {
+    c.int8 = int8;
+    for (cpu::Isa isa : supported_isas()) {
+      EXPECT_TRUE(attention(c, t, isa).empty());
+      t.group_index = 2;
+      EXPECT_THROW(attention(c, t, isa), std::out_of_range);
+      t.group_index = 1;
+    }
   }
 }
 

@@ -91,6 +91,7 @@ def test_config_json_round_trip_keeps_every_setting() -> None:
         range_method="minmax",
         weight_rounding="nearest",
         equalization="on",
+        attention="int8",
         raised_layers=0.1,
         weigh_steps=False,
         shared_groups=True,

@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 import adpdm
-from adpdm import QuantConfig
+from adpdm import QuantConfig, ops
 from adpdm.evaluate.metrics import energies, sqnr_db
 from adpdm.nn import QuantLayer, describe_fusion, summarize_fusion, unfused
 from adpdm.testing import ddim_scheduler, tiny_conditional_unet, tiny_unet
@@ -34,6 +34,7 @@ def config(**changes: Any) -> QuantConfig:
         "num_inference_steps": STEPS,
         "histogram_images": 2,
         "grouping": "dp",
+        "attention": "float",  # as the layers compute it, one after the other
     }
     return QuantConfig(**{**values, **changes})
 
@@ -67,7 +68,8 @@ def predict(unet: Any, timestep: int, kwargs: dict[str, Tensor], *size: int, see
 def test_denoiser_runs_fused_with_the_results_of_its_layers(denoiser: Any, no_fallback: None) -> None:
     unet, kwargs, report = denoiser
     assert all(info.fused for info in report.fusion)
-    assert summarize_fusion(report.fusion) == f"{len(report.fusion)} of {len(report.fusion)} blocks"
+    every = f"{len(report.fusion)} of {len(report.fusion)} blocks, attention in float"
+    assert summarize_fusion(report.fusion) == every
     assert report.to_dict()["fusion"] == [info.to_dict() for info in describe_fusion(unet)]
     outputs = []
     for timestep in (830, 332, 0):
@@ -128,6 +130,17 @@ def test_loaded_denoiser_is_fused_and_gives_the_same_samples(
     loaded = type(unet).from_pretrained(tmp_path)
     assert describe_fusion(loaded) == describe_fusion(unet)
     assert torch.equal(predict(loaded, 332, kwargs), predict(unet, 332, kwargs))
+
+
+@pytest.mark.parametrize("attention", ["int8", "float", "auto"])
+def test_checkpoint_says_what_attention_multiplies(attention: Any, tmp_path: Path, no_fallback: None) -> None:
+    unet = tiny_unet()
+    adpdm.quantize(unet, config(grouping="shared", attention=attention), scheduler=ddim_scheduler())
+    unet.save_pretrained(tmp_path)
+    loaded = UNet2DModel.from_pretrained(tmp_path)
+    chosen = ("int8" if ops.HAS_FAST_INT8_ATTENTION else "float") if attention == "auto" else attention
+    assert summarize_fusion(describe_fusion(loaded)).endswith(f"blocks, attention in {chosen}")
+    assert torch.equal(predict(loaded, 332, {}), predict(unet, 332, {}))
 
 
 def test_interrupted_quantization_leaves_no_fused_block(monkeypatch: pytest.MonkeyPatch) -> None:

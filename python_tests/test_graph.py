@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from adpdm import QuantConfig, _native, graph, quantize
+from adpdm.nn import fuse_blocks
 from adpdm.testing import ddim_scheduler, tiny_unet
 
 RECORDERS: list[Rerun] = []
@@ -173,6 +174,26 @@ def test_capture_switches_the_groups_of_a_quantized_denoiser(device: torch.devic
         groups.add(tuple(unet.adpdm_step.group_index.tolist()))
     assert len(groups) > 1, "the timesteps must differ in their groups for this test to say anything"
     assert len(graphed) == 1
+
+
+@torch.no_grad()
+def test_capture_records_again_when_attention_multiplies_something_else(device: torch.device) -> None:
+    unet = tiny_unet()
+    config = QuantConfig(num_inference_steps=8, grouping="shared", histogram_images=2, attention="float")
+    quantize(unet, config, scheduler=ddim_scheduler())
+    unet.to(device)
+    graphed = graph.capture(unet)
+    sample = torch.randn(2, unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    sample = sample.to(device)
+    in_float = unet(sample, 500).sample
+    fuse_blocks(unet, attention="int8")
+    in_int8 = unet(sample, 500).sample
+    assert len(graphed) == 1
+    graph.release(unet)
+    assert torch.equal(unet(sample, 500).sample, in_int8)
+    assert torch.equal(in_int8, in_float) == (
+        device.type != "cpu"
+    )  # which multiplies floats whatever is asked
 
 
 # ---- the tape of the CPU -----------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from adpdm import ops, reference
 from adpdm.operands import OutputQuantizer
+from adpdm.reference_attention import attend
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -62,14 +65,114 @@ def test_attention_quantize_matches_reference(
     assert_codes(ops.attention_quantize(*args), reference.attention_quantize(*args))
 
 
-def test_attention_quantize_reads_parts_of_one_tensor() -> None:
+def assert_near_codes(actual: Tensor, wanted: Tensor) -> None:
+    """A code of a query, key, value or weight that is next to a tie may round the other way in float32."""
+    assert actual.dtype == torch.int8
+    assert (actual.int() - wanted.int()).abs().max() <= 2
+    assert (actual != wanted).sum() <= 1 + wanted.numel() // 500
+
+
+@given(
+    batch=st.integers(1, 2),
+    tokens=st.tuples(st.integers(1, 20), st.integers(1, 200)),
+    heads=st.integers(1, 3),
+    head_size=st.integers(1, 70),
+    num_bits=st.integers(2, 8),
+    dtype=st.sampled_from(FLOATS),
+    sharpness=st.sampled_from([0.1, 1.0, 30.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_int8_attention_matches_reference(
+    batch: int,
+    tokens: tuple[int, int],
+    heads: int,
+    head_size: int,
+    num_bits: int,
+    dtype: torch.dtype,
+    sharpness: float,
+    seed: int,
+) -> None:
+    channels = heads * head_size
+    query = (sharpness * normal(batch, tokens[0], channels, seed=seed)).to(dtype)
+    key, value = (normal(batch, tokens[1], channels, seed=seed + i).to(dtype) for i in (1, 2))
+    args = (query, key, value, quantizer(num_bits), heads, True)
+    assert_near_codes(ops.attention_quantize(*args), reference.attention_quantize(*args))
+
+
+def noise_of_int8(query: Tensor, key: Tensor, value: Tensor, heads: int) -> float:
+    """Signal over noise of the products of codes, in decibels."""
+    exact = attend(query, key, value, heads, int8=False)
+    error = attend(query, key, value, heads, int8=True) - exact
+    return float(10 * torch.log10(exact.square().sum() / error.square().sum()))
+
+
+@pytest.mark.parametrize(("tokens", "sharpness"), [(64, 1.0), (77, 3.0), (1000, 0.3), (4096, 1.0)])
+def test_int8_attention_is_finer_than_the_codes_it_ends_in(tokens: int, sharpness: float) -> None:
+    """Random values are worse than those of trained models; 8 bits of a normal distribution give 40 dB."""
+    query, key, value = (
+        sharpness * normal(1, 64, 80),
+        normal(1, tokens, 80, seed=1),
+        normal(1, tokens, 80, seed=2),
+    )
+    assert noise_of_int8(query, key, value, 2) > 35
+
+
+def test_int8_attention_with_a_token_that_all_look_at() -> None:
+    """A first token with large weights and small values, as text encoders make: weights carry step sizes."""
+    query, key, value = (normal(1, tokens, 40, seed=tokens) for tokens in (60, 77, 78))
+    value = value[:, :77]
+    key[:, 0], value[:, 0] = 0.0, 0.1 * value[:, 0]
+    key[:, 0, 3] = 40.0
+    query[..., 3] = query[..., 3].abs() + 1
+    assert noise_of_int8(query, key, value, 1) > 34
+
+
+def test_int8_attention_ignores_what_is_common_to_all_keys() -> None:
+    query, key, value = normal(1, 9, 16), normal(1, 30, 16, seed=1), normal(1, 30, 16, seed=2)
+    far = key + 100 * normal(1, 1, 16, seed=3)
+    wanted = ops.attention_quantize(query, key, value, quantizer(), 2, int8=True)
+    assert (
+        ops.attention_quantize(query, far, value, quantizer(), 2, int8=True).int() - wanted.int()
+    ).abs().max() <= 1
+
+
+@pytest.mark.parametrize("zeros", ["query", "key", "value", "channel", "token"])
+def test_int8_attention_of_zeros(zeros: str) -> None:
+    args = {name: normal(1, 20, 16, seed=i) for i, name in enumerate(("query", "key", "value"))}
+    if zeros == "channel":
+        args["value"][..., 3] = 0.0
+    elif zeros == "token":
+        args["value"][:, 3] = 0.0
+    else:
+        args[zeros].zero_()
+    codes = ops.attention_quantize(**args, quantizer=quantizer(), heads=1, int8=True)
+    assert_near_codes(codes, reference.attention_quantize(**args, quantizer=quantizer(), heads=1, int8=True))
+    if zeros == "value":
+        assert (codes == 3).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_int8_attention_takes_what_is_not_finite(value: float) -> None:
+    """No promise about the codes of that head, but none is lost elsewhere."""
+    query, key, v = normal(1, 9, 32), normal(1, 30, 32, seed=1), normal(1, 30, 32, seed=2)
+    wanted = ops.attention_quantize(query, key, v, quantizer(), 2, int8=True)
+    for tensor in (query, key, v):
+        broken = tensor.clone()
+        broken[0, 4, 20] = value
+        args = [broken if x is tensor else x for x in (query, key, v)]
+        codes = ops.attention_quantize(*args, quantizer(), 2, int8=True)
+        assert torch.equal(codes[..., :16], wanted[..., :16])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_attention_quantize_reads_parts_of_one_tensor(int8: bool) -> None:
     query, key, value = normal(2, 9, 48).split(16, -1)
     wanted = ops.attention_quantize(
-        query.contiguous(), key.contiguous(), value.contiguous(), quantizer(), heads=2
+        query.contiguous(), key.contiguous(), value.contiguous(), quantizer(), 2, int8
     )
-    assert torch.equal(ops.attention_quantize(query, key, value, quantizer(), heads=2), wanted)
+    assert torch.equal(ops.attention_quantize(query, key, value, quantizer(), 2, int8), wanted)
     turned = key.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(ops.attention_quantize(query, turned, value, quantizer(), heads=2), wanted)
+    assert torch.equal(ops.attention_quantize(query, turned, value, quantizer(), 2, int8), wanted)
 
 
 def test_attention_quantize_of_one_token_is_its_value() -> None:
@@ -92,11 +195,12 @@ def test_attention_quantize_uses_the_current_group() -> None:
     assert torch.equal(first, reference.attention_quantize(*args, quantizer(group=0), 2))
 
 
-def test_attention_quantize_of_nothing() -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_attention_quantize_of_nothing(int8: bool) -> None:
     x = normal(0, 4, 8)
-    assert ops.attention_quantize(x, x, x, quantizer(), 2).shape == (0, 4, 8)
+    assert ops.attention_quantize(x, x, x, quantizer(), 2, int8).shape == (0, 4, 8)
     some = normal(2, 4, 8)
-    assert ops.attention_quantize(some[:, :0], some, some, quantizer(), 2).shape == (2, 0, 8)
+    assert ops.attention_quantize(some[:, :0], some, some, quantizer(), 2, int8).shape == (2, 0, 8)
 
 
 def test_attention_quantize_passes_opcheck() -> None:
@@ -104,6 +208,7 @@ def test_attention_quantize_passes_opcheck() -> None:
     query, key, value = normal(2, 5, 24).split(8, -1)
     args = (query, key, value, q.scale, q.zero_point, q.group_index, 2, 8)
     torch.library.opcheck(torch.ops.adpdm.attention_quantize.default, args)
+    torch.library.opcheck(torch.ops.adpdm.attention_quantize.default, (*args, True))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..config import AttentionProducts
 from ..quantizers.activation import Mode
 from .adapters import BASE
 from .coded import BlockPlan
@@ -31,6 +32,7 @@ class FusionInfo:
     kind: str  # class of the block or layer
     fused: bool
     reason: str  # why not, empty when it runs fused
+    attention: str = ""  # what it multiplies, "int8" or "float", where the block is an attention
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,6 +74,14 @@ class FusedBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a subclass computes")
+
+    def choose_attention(self, products: AttentionProducts) -> None:
+        """What attention multiplies; blocks without ignore it, those inside are told themselves."""
+
+    @property
+    def attention(self) -> str:
+        """What its attention multiplies if it is called now; empty for other blocks."""
+        return ""
 
     # ---- building ----
 
@@ -288,14 +298,22 @@ def fuses(*names: str) -> Callable[[type[FusedBlock]], type[FusedBlock]]:
     return enter
 
 
-def fuse_blocks(denoiser: nn.Module) -> None:
-    """Let the known blocks of a frozen denoiser run fused; saved format, names and classes stay."""
+def fuse_blocks(denoiser: nn.Module, attention: AttentionProducts = "auto") -> None:
+    """Let the known blocks of a frozen denoiser run fused; saved format, names and classes stay.
+
+    Args:
+        attention: what attention multiplies on a CPU, see `QuantConfig`; blocks that are fused already
+            change over.
+    """
     for _, block, kind in _known_blocks(denoiser):
         if "forward" not in block.__dict__:
             try:
                 block.forward = kind(block)
             except NotFusable:
                 continue
+        fused = block.forward
+        if isinstance(fused, FusedBlock):
+            fused.choose_attention(attention)
 
 
 def unfuse_blocks(denoiser: nn.Module) -> None:
@@ -323,7 +341,8 @@ def describe_fusion(denoiser: nn.Module) -> list[FusionInfo]:
     inside: set[nn.Module] = set()
     for name, block, kind in _known_blocks(denoiser):
         reason = _reason(block, kind)
-        infos.insert(0, FusionInfo(name, type(block).__name__, not reason, reason))
+        attention = "" if reason else block.__dict__["forward"].attention
+        infos.insert(0, FusionInfo(name, type(block).__name__, not reason, reason, attention))
         inside |= set(block.modules())
     for name, layer in denoiser.named_modules():
         if isinstance(layer, QuantLayer) and layer not in inside:
@@ -332,9 +351,11 @@ def describe_fusion(denoiser: nn.Module) -> list[FusionInfo]:
 
 
 def summarize_fusion(infos: Sequence[FusionInfo]) -> str:
-    """One line: how many run fused, and what keeps the others."""
+    """One line: how many run fused, what attention multiplies, and what keeps the others."""
     reasons = [f"{i.name} ({i.kind}): {i.reason}" for i in infos if not i.fused]
     line = f"{len(infos) - len(reasons)} of {len(infos)} blocks"
+    products = sorted({i.attention for i in infos if i.attention})
+    line += f", attention in {' and '.join(products)}" if products else ""
     return f"{line}; not {'; '.join(reasons)}" if reasons else line
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..config import AttentionProducts
 from ..ops import Activation
 from .fusion import FusedBlock, NormCodes, fuses, grad_checkpointed, pack_of
 from .layers import QuantConv2d, QuantLayer, QuantLinear
@@ -88,6 +89,14 @@ class FusedAttention(FusedBlock):
         single = all(len(p.quantizers) == 1 for p in (*projections, self.out))
         self.require(single, "a projection reads two segments")
         self.projections: list[QuantLinear] = projections
+        self.choose_attention("auto")
+
+    def choose_attention(self, products: AttentionProducts) -> None:
+        self.int8 = ops.HAS_FAST_INT8_ATTENTION if products == "auto" else products == "int8"
+
+    @property
+    def attention(self) -> str:
+        return "int8" if self.int8 and self.out.weight.device.type == "cpu" else "float"
 
     def make_plan(self) -> _AttentionPlan:
         norm = self.block.get_submodule("group_norm") if self.block._modules.get("group_norm") else None
@@ -161,8 +170,8 @@ class FusedAttention(FusedBlock):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, out: Packed) -> list[Tensor]:
         """Codes [N, L, C] i8 of the attention, for the layer behind it."""
         heads: int = self.block.heads  # type: ignore[assignment]
-        if query.device.type == "cpu" and ops.HAS_FAST_ATTENTION:
-            return [ops.attention_quantize(query, key, value, out.quantizers[0], heads)]
+        if query.device.type == "cpu" and (ops.HAS_FAST_ATTENTION or self.int8):
+            return [ops.attention_quantize(query, key, value, out.quantizers[0], heads, self.int8)]
         q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
         return out.quantize([F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)])
 

@@ -77,8 +77,8 @@ TORCH_LIBRARY(adpdm, m) {
       "zero_point, Tensor group_index, float eps, int num_bits) -> Tensor");
 
   // Attention of each head that ends in codes, on the CPU: query [N, L, heads * D], key and value
-  // [N, M, heads * D], codes [N, L, heads * D].
+  // [N, M, heads * D], codes [N, L, heads * D]. int8: products of 8-bit codes.
   m.def(
       "attention_quantize(Tensor query, Tensor key, Tensor value, Tensor scale, Tensor zero_point, Tensor "
-      "group_index, int heads, int num_bits) -> Tensor");
+      "group_index, int heads, int num_bits, bool int8=False) -> Tensor");
 }

@@ -22,6 +22,7 @@ struct AttentionQuantizeArgs {
   int64_t head_size;
   int64_t queries;  // tokens of query
   int64_t keys;     // tokens of key and value, at least 1
+  bool int8;        // multiply codes of 8 bits instead of floats
   GroupedQParams qparams;
   int num_bits;
   int8_t* codes;  // [N, queries, heads * head_size] i8
@@ -30,6 +31,10 @@ struct AttentionQuantizeArgs {
 namespace cpu {
 // softmax(query key^T / sqrt(head_size)) value per head, in codes. Throws std::out_of_range for a group index
 // outside [0, num_groups) before anything is written.
+//
+// With int8, both products are integer ones, at a quarter of the multiplications of float32: of queries and
+// of keys less their mean under a step size per token, and of weights (0 to 255 in each block of 64 tokens)
+// and values under a step size per channel times one per token. docs/numerics.md has the formulas.
 void attention_quantize(const AttentionQuantizeArgs& args);
 }  // namespace cpu
 

@@ -8,6 +8,7 @@
 #include "core/igemm.h"
 #include "core/row_view.h"
 #include "cpu/attention_kernels.h"
+#include "cpu/int8_attention.h"
 #include "cpu/parallel.h"
 
 namespace adpdm::cpu {
@@ -28,12 +29,6 @@ void with_elements(const void* data, FloatType type, Body&& body) {
   const auto* half = static_cast<const uint16_t*>(data);
   if (type == FloatType::kBFloat16) return body([=](int64_t i) { return bf16_to_float(half[i]); });
   body([=](int64_t i) { return f16_to_float(half[i]); });
-}
-
-// Where the head's part of a token begins, in elements.
-int64_t token_begin(const AttentionQuantizeArgs& args, const TokenView& view, int64_t image, int64_t head,
-                    int64_t token) {
-  return image * view.image_step + token * view.token_step + head * args.head_size;
 }
 
 // Panels of 32 tokens: [head_size][32], the keys of a panel side by side.
@@ -104,6 +99,7 @@ void attend_head(const AttentionQuantizeArgs& args, int64_t image, int64_t head,
 void attention_quantize(const AttentionQuantizeArgs& args) {
   const Quantizer quantizer = current_quantizer("attention_quantize", args.qparams, args.num_bits);
   if (args.batch * args.heads * args.head_size * args.queries == 0) return;
+  if (args.int8) return int8_attention(args, quantizer);
   // Kept between calls, because fresh pages cost more than small ones take to fill.
   thread_local std::vector<float> buffer;
   const int64_t key_floats = ceil_div(args.keys, kPanel) * kPanel * args.head_size;

@@ -87,6 +87,63 @@ ADPDM_VEC void quantize_block(const float* x, int64_t n, const Quantizer& quanti
   }
 }
 
+// The first n of 16 lanes -> codes [n].
+ADPDM_VEC void store_some_quantized(int8_t* codes, int64_t n, const Vec* lanes, const VecQuantizer& q) {
+  if (n >= kLanes) return store_quantized(codes, lanes, q);
+  int8_t some[kLanes];
+  store_quantized(some, lanes, q);
+  std::memcpy(codes, some, static_cast<size_t>(n));
+}
+
+// The first n < kLanes elements of a row, where a vector would read beyond it.
+template <FloatType kType>
+class PartialLanes {
+ public:
+  ADPDM_VEC PartialLanes(const void* data, int64_t begin, int64_t n) {
+    std::memset(lanes_, 0, sizeof lanes_);
+    std::memcpy(lanes_, static_cast<const char*>(data) + begin * float_size(kType),
+                static_cast<size_t>(n * float_size(kType)));
+  }
+  ADPDM_VEC const void* data() const { return lanes_; }
+
+ private:
+  alignas(64) char lanes_[kLanes * sizeof(float)];
+};
+
+// Elements [begin, begin + n) of kType -> 16 lanes, zeros from n on. Memory behind the last is not touched.
+template <FloatType kType>
+ADPDM_VEC void load_lanes(const void* x, int64_t begin, int64_t n, Vec* lanes) {
+  if (n >= kLanes) {
+    for (int v = 0; v < kVecs; ++v) lanes[v] = load_as<kType>(x, begin + v * Vec::kSize);
+    return;
+  }
+#if defined(__AVX512F__)
+  // Through memory, as below, it would wait for the bytes to get there and back.
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (kType == FloatType::kFloat32) {
+    lanes[0] = Vec(_mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + begin));
+    return;
+  }
+  alignas(32) uint16_t halves[kLanes];
+  const __m256i some = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + begin);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(halves), some);
+  lanes[0] = load_as<kType>(halves, 0);
+#else
+  const PartialLanes<kType> rest(x, begin, n);
+  for (int v = 0; v < kVecs; ++v) lanes[v] = load_as<kType>(rest.data(), v * Vec::kSize);
+#endif
+}
+
+// x [begin, begin + n) of kType -> row [n] f32, zeros behind it up to a multiple of 16.
+template <FloatType kType>
+ADPDM_VEC void read_row(const void* x, int64_t begin, int64_t n, float* row) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Vec lanes[kVecs];
+    load_lanes<kType>(x, begin + i, n - i, lanes);
+    for (int v = 0; v < kVecs; ++v) store(row + i + v * Vec::kSize, lanes[v]);
+  }
+}
+
 // Calls body(begin, n) for the blocks of [0, size).
 template <typename Body>
 ADPDM_VEC void for_each_block(int64_t size, Body&& body) {

@@ -1,0 +1,3 @@
+// int8_attention.inc for AVX-512.
+#define ADPDM_ISA_NAMESPACE avx512
+#include "cpu/int8_attention.inc"

@@ -1,0 +1,3 @@
+// int8_attention.inc for the baseline of the architecture.
+#define ADPDM_ISA_NAMESPACE portable
+#include "cpu/int8_attention.inc"
