@@ -1,4 +1,4 @@
-"""Plants faults in the CUDA kernels, one at a time, and tells which of them the emulated tests do not find.
+"""Plants faults in the kernels, one at a time, and tells which of them the C++ tests do not find.
 
     python tools/mutate.py [--only PATTERN]
 
@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tools" / "mutants.txt"
 SOURCE = ROOT / "build/mutants/source"
 BUILD = ROOT / "build/mutants/build"
-TARGET = "adpdm_simt_tests"
 # A fault may make a kernel loop for ever; the whole suite takes a fraction of this.
 TIMEOUT_SECONDS = 600
 
@@ -36,6 +35,11 @@ class Mutant:
     tests: str  # a gtest filter
     old: str = ""  # stands in the file exactly once
     new: str = ""
+
+    @property
+    def target(self) -> str:
+        """The tests as a program: those of the CPU, or those that run CUDA kernels emulated."""
+        return "adpdm_tests" if self.path.startswith("csrc/cpu/") else "adpdm_simt_tests"
 
 
 class StaleListError(Exception):
@@ -80,17 +84,17 @@ def copy_tree() -> None:
         shutil.copy(original, copy)
 
 
-def build() -> subprocess.CompletedProcess[str]:
-    """Compile the emulated tests of the copy."""
+def build(*targets: str) -> subprocess.CompletedProcess[str]:
+    """Compile tests of the copy."""
     jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-    return run(["cmake", "--build", str(BUILD), "--target", TARGET, "-j", jobs])
+    return run(["cmake", "--build", str(BUILD), "--target", *targets, "-j", jobs])
 
 
-def passes(tests: str) -> bool:
+def passes(target: str, tests: str) -> bool:
     """Whether the tests that match a gtest filter run without a failure and in time."""
-    binary = next(BUILD.rglob(TARGET), None)
+    binary = next(BUILD.rglob(target), None)
     if binary is None:
-        raise StaleListError(f"{TARGET} was not built")
+        raise StaleListError(f"{target} was not built")
     try:
         done = run([str(binary), f"--gtest_filter={tests}", "--gtest_fail_fast"], TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -109,10 +113,10 @@ def survives(mutant: Mutant) -> bool:
         raise StaleListError(f"wanted once in {mutant.path}, found {times} times: {mutant.old}")
     path.write_text(original.replace(mutant.old, mutant.new))
     try:
-        built = build()
+        built = build(mutant.target)
         if built.returncode != 0:
             raise StaleListError(f"does not compile:\n{built.stdout[-2000:]}")
-        return passes(mutant.tests)
+        return passes(mutant.target, mutant.tests)
     finally:
         path.write_text(original)
 
@@ -124,11 +128,12 @@ def prepare(mutants: list[Mutant]) -> None:
     options = ["-DCMAKE_BUILD_TYPE=Mutants", "-DCMAKE_CXX_FLAGS_MUTANTS=-O2"]
     options += ["-DADPDM_TESTS=ON", "-DADPDM_CUDA=0"]
     configured = run(["cmake", "-G", "Ninja", "-S", str(SOURCE), "-B", str(BUILD), *options])
-    built = build() if configured.returncode == 0 else configured
+    targets = sorted({mutant.target for mutant in mutants})
+    built = build(*targets) if configured.returncode == 0 else configured
     if built.returncode != 0:
         raise SystemExit(f"mutate: the sources do not build without a fault:\n{built.stdout[-4000:]}")
-    for tests in sorted({mutant.tests for mutant in mutants}):
-        if not passes(tests):
+    for target, tests in sorted({(mutant.target, mutant.tests) for mutant in mutants}):
+        if not passes(target, tests):
             raise SystemExit(f"mutate: tests fail without a fault: {tests}")
 
 
