@@ -98,13 +98,15 @@ def ours_folder(job: Job, weight_bits: int) -> Path:
     return job.model_folder / f"ours-w{weight_bits}a8"
 
 
-def load_ours(job: Job, weight_bits: int, dtype: torch.dtype, mode: str) -> Engine:
+def load_ours(job: Job, weight_bits: int, dtype: torch.dtype, mode: str, attention: str) -> Engine:
     """The saved integer model; `dtype` is that of what stays in float."""
     import adpdm
     from adpdm.graph import capture
+    from adpdm.nn import fuse_blocks
 
     model = unets.class_of(job.model).from_pretrained(ours_folder(job, weight_bits), torch_dtype=dtype)
     model.to(job.device).to(memory_format=torch.channels_last)
+    fuse_blocks(model, attention)
     if mode == "graph":
         capture(model)
     call = Denoiser(model.eval(), unets.find(job.model).conditioning)
@@ -112,10 +114,12 @@ def load_ours(job: Job, weight_bits: int, dtype: torch.dtype, mode: str) -> Engi
     return TorchEngine(call, dtype, job.device, {"instruction set": str(info["isa"])})
 
 
-def ours(weight_bits: int, dtype: torch.dtype, mode: str = "eager", *devices: str) -> Contestant:
+def ours(
+    weight_bits: int, dtype: torch.dtype, mode: str = "eager", *devices: str, attention: str = "auto"
+) -> Contestant:
     """A quantized contestant of this project."""
     return Contestant(
-        lambda job: load_ours(job, weight_bits, dtype, mode),
+        lambda job: load_ours(job, weight_bits, dtype, mode, attention),
         devices or ("cpu", "cuda"),
         needs=("adpdm", "diffusers"),
         prepare=lambda job: quantize_ours(job, weight_bits),
@@ -161,6 +165,7 @@ REGISTRY: dict[str, Contestant] = {
     "ours-w4a8": ours(4, F32),
     "ours-w8a8-graph": ours(8, F32, "graph", "cpu"),
     "ours-w4a8-graph": ours(4, F32, "graph", "cpu"),
+    "ours-w8a8-float-attention-graph": ours(8, F32, "graph", "cpu", attention="float"),
     "ours-w8a8-bf16": ours(8, BF16),
     "ours-w4a8-bf16": ours(4, BF16),
     "ours-w8a8-bf16-graph": ours(8, BF16, "graph", "cuda"),

@@ -292,6 +292,23 @@ def test_tape_makes_equal_calls_once_and_constants_never() -> None:
 
 
 @torch.no_grad()
+def test_tape_makes_calls_on_equal_constants_once() -> None:
+    def waves(x: Tensor) -> Tensor:
+        frequencies = torch.exp(-torch.arange(4.0))
+        return torch.cat([(x * frequencies).sin(), (x * frequencies).cos()], -1)
+
+    def twice(x: Tensor) -> Tensor:
+        return waves(x) + 2 * waves(x) + waves(x + 1) * torch.arange(8.0) + (x * torch.arange(4)).sum()
+
+    taped = Taped(twice, torch.ones(2, 4))
+    # waves: product, sine, cosine, joined; once for x, once for x + 1; then two factors and two additions, the
+    # sum of a product, and another addition: constants that differ stay apart
+    assert len(taped.recorder._tape) == 4 + (1 + 4) + 2 + 2 + 2 + 1
+    for x in (torch.ones(2, 4), torch.rand(2, 4)):
+        assert torch.equal(taped(x), twice(x))
+
+
+@torch.no_grad()
 def test_tape_keeps_equal_calls_apart_where_one_is_written() -> None:
     def written(x: Tensor) -> Tensor:
         first, second = x + 1, x + 1

@@ -8,6 +8,7 @@
 #include <c10/util/hash.h>
 
 #include <algorithm>
+#include <cstring>
 #include <unordered_set>
 #include <utility>
 
@@ -46,14 +47,21 @@ Tape::Slot Tape::slot_of(const at::Tensor& tensor) const {
   return found == slots_.end() ? kNone : found->second;
 }
 
-void Tape::patch_list(size_t argument, const c10::IValue& list, Call& call) {
-  const c10::ArrayRef<c10::IValue> elements = list.toListRef();
-  for (size_t i = 0; i < elements.size(); ++i) {
-    if (!elements[i].isTensor()) continue;
-    const Slot slot = slot_of(elements[i].toTensor());
-    if (slot != kNone) call.patches.push_back({argument, static_cast<int64_t>(i), slot});
-    alive_.push_back(elements[i].toTensor());
+// Leaves the tensors of slots out of the list, as add() does with other arguments: they would live as long as
+// the tape, and make equal calls differ.
+void Tape::patch_list(size_t argument, c10::IValue& list, Call& call) {
+  const c10::IValue nothing = list.isTensorList() ? c10::IValue(at::Tensor()) : c10::IValue();
+  c10::List<c10::IValue> kept = list.toList().copy();
+  for (size_t i = 0; i < kept.size(); ++i) {
+    const c10::IValue element = kept.get(i);
+    if (!element.isTensor()) continue;
+    alive_.push_back(element.toTensor());
+    const Slot slot = slot_of(element.toTensor());
+    if (slot == kNone) continue;
+    call.patches.push_back({argument, static_cast<int64_t>(i), slot});
+    kept.set(i, nothing);
   }
+  list = kept;
 }
 
 void Tape::add(const c10::OperatorHandle& op, std::vector<c10::IValue> arguments,
@@ -104,7 +112,8 @@ void Tape::finish(const std::vector<at::Tensor>& results) {
 }
 
 // Makes calls that always give the same now, and equal calls once: projections of one time embedding each
-// begin with its activation and with a view of their weight. Only where no call writes into a tensor.
+// begin with its activation and with a view of their weight, and each block of a transformer may make the
+// frequencies of the timestep anew. Only where no call writes into a tensor.
 void Tape::simplify() {
   kinds_.assign(values_.size(), Kind::kVaries);
   std::vector<Slot> same(values_.size());
@@ -115,7 +124,10 @@ void Tape::simplify() {
     bind_constants(call);
     const Kind kind = kind_of(call);
     for (const Slot slot : call.results) {
-      if (slot != kNone) kinds_[static_cast<size_t>(slot)] = kind;
+      if (slot == kNone) continue;
+      kinds_[static_cast<size_t>(slot)] = kind;
+      at::Tensor& value = values_[static_cast<size_t>(slot)];
+      if (kind == Kind::kNumbers) value = first_equal_number(value);
     }
     if (kind != Kind::kVaries) continue;
     const auto equal = std::find_if(calls_.begin(), calls_.begin() + static_cast<std::ptrdiff_t>(i),
@@ -126,6 +138,20 @@ void Tape::simplify() {
     }
   }
   for (auto& result : results_) result.second = same[static_cast<size_t>(result.second)];
+  numbers_.clear();
+}
+
+// The first constant of the same elements, so that calls on one are calls on the other.
+at::Tensor Tape::first_equal_number(const at::Tensor& made) {
+  if (!made.is_cpu() || !made.is_contiguous()) return made;
+  const auto is_equal = [&](const at::Tensor& number) {
+    return number.scalar_type() == made.scalar_type() && number.sizes() == made.sizes() &&
+           std::memcmp(number.const_data_ptr(), made.const_data_ptr(), made.nbytes()) == 0;
+  };
+  const auto found = std::find_if(numbers_.begin(), numbers_.end(), is_equal);
+  if (found != numbers_.end()) return *found;
+  numbers_.push_back(made);
+  return made;
 }
 
 // Puts the tensors of constant slots in place of the slots.
@@ -170,8 +196,9 @@ bool Tape::is_number(const at::Tensor& tensor) const {
 
 bool Tape::is_same_value(const c10::IValue& a, const c10::IValue& b) {
   if (a.isTensor() && b.isTensor()) {
-    return a.toTensor().defined() && b.toTensor().defined() &&
-           memory_of(a.toTensor()) == memory_of(b.toTensor());
+    const at::Tensor &x = a.toTensor(), &y = b.toTensor();
+    if (!x.defined() || !y.defined()) return !x.defined() && !y.defined();
+    return memory_of(x) == memory_of(y);
   }
   if (a.isList() && b.isList()) {
     const auto x = a.toListRef(), y = b.toListRef();

@@ -67,20 +67,22 @@ class Tape {
   static bool is_same_call(const Call& a, const Call& b);
   static Memory memory_of(const at::Tensor& tensor);
   Slot slot_of(const at::Tensor& tensor) const;
-  void patch_list(size_t argument, const c10::IValue& list, Call& call);
+  void patch_list(size_t argument, c10::IValue& list, Call& call);
   void push_arguments(const Call& call, std::vector<c10::IValue>& stack) const;
   void simplify();
   void bind_constants(Call& call) const;
   Kind kind_of(const Call& call) const;
   bool is_number(const at::Tensor& tensor) const;
+  at::Tensor first_equal_number(const at::Tensor& made);
   void drop_unused_calls();
   void note_last_uses();
 
   std::vector<Call> calls_;
   std::unordered_map<Memory, Slot, HashMemory> slots_;  // of the recording; empty after it
   std::vector<at::Tensor> alive_;                       // while recording: no memory may be used twice
-  std::vector<at::Tensor> values_;  // by slot: what was recorded until finish(), then of a replay
-  std::vector<Kind> kinds_;         // by slot
+  std::vector<at::Tensor> values_;   // by slot: what was recorded until finish(), then of a replay
+  std::vector<Kind> kinds_;          // by slot
+  std::vector<at::Tensor> numbers_;  // different results of constant calls, while simplifying
   std::vector<std::pair<at::Tensor, Slot>> results_;
 };
 
