@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .budget import fit_budget
 from .conditioning import (
     conditioning_of_prompts,
     decoder_of,
@@ -26,7 +26,7 @@ from .conditioning import (
     read_conditioning,
     try_call,
 )
-from .config import AttentionProducts, Equalization, Grouping, QuantConfig, SearchConfig, Selection
+from .config import QuantConfig
 from .demo import build_report, run_demo, save_image_grid
 from .doctor import REPORT_NAME, diagnose, render
 from .evaluate import (
@@ -42,7 +42,8 @@ from .evaluate import (
 from .evaluate.comparison import FRECHET_NAME
 from .info import gather_info, render_info
 from .nn import summarize_fusion
-from .pipeline import find_denoiser, load_pipeline, quantize
+from .pipeline import calibration_sampler, find_denoiser, load_pipeline, quantize
+from .quantize_options import add_quantize_options, quant_config
 from .trajectory import Conditioning, DenoiserCall
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
@@ -79,8 +80,10 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--out {out} must be a new or empty folder, got one with files in it")
     if state.exists() and not args.resume:
         raise ValueError(f"{state} is an unfinished search; continue it with --resume, or remove its folder")
-    config = _quant_config(args)
+    config = quant_config(args)
     pipe = load_pipeline(args.model, local_files_only=args.offline)
+    if args.budget is not None:
+        config = _within_budget(args, pipe, config)
     try:
         with _progress() as progress:
             report = quantize(pipe, config, prompts=args.prompt, progress=progress, state_file=state)
@@ -115,6 +118,24 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     for warning in trace.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
     return values
+
+
+def _within_budget(args: argparse.Namespace, pipe: Any, config: QuantConfig) -> QuantConfig:
+    """The settings that fit into --budget, told so that they can be asked for again."""
+    if args.resume:
+        raise ValueError(
+            "--budget times the machine anew, so it cannot continue a search: with --resume, give the "
+            "options that the interrupted run printed"
+        )
+    plan = fit_budget(calibration_sampler(pipe, config, prompts=args.prompt), config, args.budget)
+    rows = {
+        "an image and step": f"{plan.image_seconds:.3g} s",
+        "what was asked for": f"about {plan.wanted_seconds:.0f} s",
+        "what fits": f"about {plan.seconds:.0f} s of {args.budget:g}",
+    }
+    _table("budget", rows)
+    console.print(f"to get the same again: {plan.options}", highlight=False, soft_wrap=True)
+    return plan.config
 
 
 def _save(pipe: Any, values: dict[str, Any], out: Path) -> None:
@@ -313,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("quantize", _quantize, "Quantize a diffusers model into a new folder.")
     sub.add_argument("model", help="folder or hub name of a diffusers pipeline")
     sub.add_argument("--out", required=True, help="folder to write, must be new or empty")
-    _add_quantize_options(sub)
+    add_quantize_options(sub)
 
     _add_sampling_commands(command)
 
@@ -371,37 +392,6 @@ def _add_sampling_commands(command: Callable[..., argparse.ArgumentParser]) -> N
             sub.set_defaults(conditioning=None, call=None, constants=None, prompt=None, guidance_scale=None)
 
 
-def _add_quantize_options(sub: argparse.ArgumentParser) -> None:
-    default = QuantConfig()
-    sub.add_argument("--bits", default="w8a8", help="weight and activation bits, e.g. w8a8, w4a8")
-    sub.add_argument("--groups", type=int, default=default.num_groups)
-    sub.add_argument("--grouping", default=default.grouping, choices=get_args(Grouping))
-    sub.add_argument("--selection", default=default.selection, choices=get_args(Selection))
-    sub.add_argument(
-        "--equalization",
-        default=default.equalization,
-        choices=get_args(Equalization),
-        help="of channels; layers that it changes take no LoRA",
-    )
-    sub.add_argument(
-        "--attention",
-        default=default.attention,
-        choices=get_args(AttentionProducts),
-        help="what attention multiplies on a CPU",
-    )
-    sub.add_argument(
-        "--steps", type=int, default=default.num_inference_steps, help="sampler steps to calibrate for"
-    )
-    sub.add_argument("--images", type=int, default=default.calibration_images, help="calibration images")
-    sub.add_argument("--search-steps", type=int, default=default.search.num_steps)
-    sub.add_argument("--exclude", action="append", default=[], help="layer name pattern to leave in float")
-    sub.add_argument("--timestep-policy", default=default.timestep_policy, choices=("nearest", "error"))
-    sub.add_argument("--prompt", action="append", help="calibration prompt of a text-to-image pipeline")
-    sub.add_argument("--seed", type=int, default=default.seed)
-    sub.add_argument("--resume", action="store_true", help="continue an interrupted search")
-    sub.add_argument("--offline", action="store_true", help="never ask the model hub")
-
-
 def _add_sampling_options(sub: argparse.ArgumentParser, images: int = 16, batch: int = 8) -> None:
     sub.add_argument("--images", type=int, default=images)
     sub.add_argument("--steps", type=int, default=50)
@@ -425,27 +415,6 @@ def _add_conditioning_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--constants", metavar="FILE.safetensors", help="tensors that every call is given as they are"
-    )
-
-
-def _quant_config(args: argparse.Namespace) -> QuantConfig:
-    match = re.fullmatch(r"w(\d+)a(\d+)", args.bits.lower())
-    if match is None:
-        raise ValueError(f"--bits must look like w8a8 or w4a8, got {args.bits!r}")
-    return QuantConfig(
-        weight_bits=int(match[1]),
-        activation_bits=int(match[2]),
-        num_groups=args.groups,
-        grouping=args.grouping,
-        selection=args.selection,
-        equalization=args.equalization,
-        attention=args.attention,
-        num_inference_steps=args.steps,
-        calibration_images=args.images,
-        modules_to_not_convert=tuple(args.exclude),
-        timestep_policy=args.timestep_policy,
-        seed=args.seed,
-        search=SearchConfig(num_steps=args.search_steps),
     )
 
 

@@ -110,6 +110,28 @@ def quantize(
             interrupt the model is put back as it was.
     """
     config = config or QuantConfig()
+    sampler = calibration_sampler(
+        pipe_or_denoiser, config, scheduler=scheduler, conditioning=conditioning, call=call, prompts=prompts
+    )
+    denoiser = sampler.denoiser
+    before = _Before(denoiser)
+    try:
+        return _quantize(denoiser, sampler, config, progress, state_file)
+    except BaseException:
+        before.restore(denoiser)
+        raise
+
+
+def calibration_sampler(
+    pipe_or_denoiser: Any,
+    config: QuantConfig,
+    *,
+    scheduler: Any = None,
+    conditioning: Conditioning | None = None,
+    call: DenoiserCall | None = None,
+    prompts: Sequence[str] | None = None,
+) -> Sampler:
+    """What `quantize` calibrates with, its arguments checked; nothing is changed or run but text encoders."""
     denoiser = find_denoiser(pipe_or_denoiser)
     _check_denoiser(denoiser)
     scheduler = _find_scheduler(pipe_or_denoiser, scheduler)
@@ -117,14 +139,8 @@ def quantize(
         conditioning = {**(conditioning or {}), **_encoded(pipe_or_denoiser, prompts)}
     _check_conditioning(denoiser, conditioning)
     _check_objective(scheduler, config)
-    before = _Before(denoiser)
-    try:
-        shape = call.sample_shape if call and call.sample_shape else _sample_shape(denoiser)
-        sampler = Sampler(denoiser, scheduler, shape, config.num_inference_steps, conditioning, call)
-        return _quantize(denoiser, sampler, config, progress, state_file)
-    except BaseException:
-        before.restore(denoiser)
-        raise
+    shape = call.sample_shape if call and call.sample_shape else _sample_shape(denoiser)
+    return Sampler(denoiser, scheduler, shape, config.num_inference_steps, conditioning, call)
 
 
 def _quantize(

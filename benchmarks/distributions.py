@@ -89,7 +89,8 @@ def _sample(
 
 def _config(bits: str, method: dict[str, Any], steps: int) -> adpdm.QuantConfig:
     weight_bits, activation_bits = (int(b) for b in bits.removeprefix("w").split("a"))
-    values = {**method, "num_inference_steps": steps, "weight_bits": weight_bits}
+    # floats in attention, so that sets of different machines are one
+    values = {**method, "num_inference_steps": steps, "weight_bits": weight_bits, "attention": "float"}
     return adpdm.QuantConfig(**values, activation_bits=activation_bits)
 
 

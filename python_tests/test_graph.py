@@ -301,7 +301,7 @@ def test_tape_makes_calls_on_equal_constants_once() -> None:
         return waves(x) + 2 * waves(x) + waves(x + 1) * torch.arange(8.0) + (x * torch.arange(4)).sum()
 
     taped = Taped(twice, torch.ones(2, 4))
-    # waves: product, sine, cosine, joined; once for x, once for x + 1; then two factors and two additions, the
+    # waves: product, sine, cosine, joined; once for x, once for x + 1; then two factors, two additions, the
     # sum of a product, and another addition: constants that differ stay apart
     assert len(taped.recorder._tape) == 4 + (1 + 4) + 2 + 2 + 2 + 1
     for x in (torch.ones(2, 4), torch.rand(2, 4)):

@@ -1,0 +1,127 @@
+"""Quantizing within a span of time: what the estimate counts, and what is taken out first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adpdm import QuantConfig, SearchConfig, cli
+from adpdm.budget import estimate, fit_budget, reductions
+from adpdm.pipeline import calibration_sampler
+from adpdm.testing import ddim_scheduler, tiny_unet
+
+ASKED = QuantConfig(num_inference_steps=50, calibration_images=128, search=SearchConfig(num_steps=160))
+
+
+def seconds_of(config: QuantConfig) -> float:
+    return estimate(config, num_calls=50, image_seconds=0.01)
+
+
+def test_estimate_is_proportional_to_the_denoiser_and_grows_with_the_work() -> None:
+    assert estimate(ASKED, 50, 0.02) == pytest.approx(2 * seconds_of(ASKED))
+    for more in (
+        {"calibration_images": 256},
+        {"histogram_images": 32},
+        {"weight_bits": 4},
+        {"search": SearchConfig(num_steps=320)},
+        {"search": SearchConfig(batch_size=16)},
+    ):
+        assert seconds_of(ASKED.replace(**more)) > seconds_of(ASKED), more
+    assert estimate(ASKED, 100, 0.01) > seconds_of(ASKED)
+    assert seconds_of(ASKED.replace(grouping="dp")) < seconds_of(ASKED) / 3
+
+
+def test_reductions_take_from_the_search_first_and_give_it_up_last() -> None:
+    all_of_them = list(reductions(ASKED))
+    assert all_of_them[0] == ASKED
+    groupings = [c.grouping for c in all_of_them]
+    assert groupings == sorted(groupings, reverse=True)  # search .. dp
+    with_search = [c for c in all_of_them if c.grouping == "search"]
+    assert [c.histogram_images for c in with_search] == sorted(
+        (c.histogram_images for c in with_search), reverse=True
+    )
+    full = [c for c in with_search if c.histogram_images == ASKED.histogram_images]
+    times = [seconds_of(c) for c in full]
+    assert times == sorted(times, reverse=True)
+    assert all(c.calibration_images >= c.round_size and c.search.num_steps >= 20 for c in with_search)
+    assert min(c.histogram_images for c in all_of_them) == 4
+
+
+@pytest.mark.parametrize("grouping", ["dp", "shared", "uniform"])
+def test_reductions_leave_other_groupings_alone(grouping: Any) -> None:
+    config = ASKED.replace(grouping=grouping, histogram_images=2)
+    assert list(reductions(config)) == [config, config]
+
+
+def test_small_settings_are_never_raised() -> None:
+    small = ASKED.replace(calibration_images=3, search=SearchConfig(num_steps=5), histogram_images=4)
+    for config in reductions(small):
+        assert config.calibration_images <= 3
+        assert config.search.num_steps <= 5
+        assert config.histogram_images <= 4
+
+
+def test_plan_fits_and_says_how_to_ask_for_it_again() -> None:
+    config = QuantConfig(num_inference_steps=8, search=SearchConfig(num_steps=160))
+    sampler = calibration_sampler(tiny_unet(), config, scheduler=ddim_scheduler())
+    whole = fit_budget(sampler, config, 1e6)
+    assert whole.config == config
+    assert whole.seconds == whole.wanted_seconds > 0
+    some = fit_budget(sampler, config, whole.wanted_seconds / 2)  # timed anew: which one fits is open
+    assert some.seconds <= whole.wanted_seconds / 2
+    assert f"--histogram-images {some.config.histogram_images}" in some.options
+    if some.config.grouping == "search":
+        assert f"--search-steps {some.config.search.num_steps}" in some.options
+
+
+def test_budget_that_nothing_fits_into_is_an_error() -> None:
+    sampler = calibration_sampler(tiny_unet(), ASKED, scheduler=ddim_scheduler())
+    with pytest.raises(ValueError, match=r"wanted at most 1e-06 s, the least calibration takes about"):
+        fit_budget(sampler, ASKED, 1e-6)
+    with pytest.raises(ValueError, match="wanted a positive time, got 0 s"):
+        fit_budget(sampler, ASKED, 0)
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    from diffusers import DDIMPipeline
+
+    DDIMPipeline(tiny_unet(), ddim_scheduler()).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_quantize_within_a_budget_prints_options_that_give_the_same_model(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adpdm.budget.time_image", lambda sampler, config: 0.001)
+    common = ["quantize", str(model), "--offline", "--steps", "8", "--groups", "2", "--json"]
+    first, second = model.parent / "first", model.parent / "second"
+    assert cli.main([*common, "--out", str(first), "--budget", "4s"]) == 0
+    captured = capsys.readouterr()
+    line = next(line for line in captured.err.splitlines() if line.startswith("to get the same again: "))
+    options = line.partition(": ")[2].split()
+    stored = json.loads(captured.out)["config"]
+    assert stored["grouping"] == "search"
+    assert stored["search"]["num_steps"] < 160
+    assert cli.main([*common, "--out", str(second), *options]) == 0
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+@pytest.mark.parametrize("text", ["15", "m", "-3m", "15 minutes", "1d"])
+def test_budget_must_look_like_a_time(text: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["quantize", str(model), "--out", "q", f"--budget={text}"])
+    assert "wanted a time like 90s, 15m or 2h" in " ".join(capsys.readouterr().err.split())
+
+
+def test_budget_and_resume_exclude_each_other(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["quantize", str(model), "--out", str(model.parent / "q"), "--budget", "1m", "--resume"]
+    assert cli.main(arguments) == cli.EXIT_FAILURE
+    assert "give the options that the interrupted run printed" in " ".join(capsys.readouterr().err.split())
