@@ -249,7 +249,8 @@ void layer_norm_quantize(const LayerNormQuantizeArgs& args) {
   const std::vector<float> weight = padded_row(args.weight, args.channels, 1.0f);
   const std::vector<float> bias = padded_row(args.bias, args.channels, 0.0f);
   parallel_for(0, args.rows, ceil_div(kMinNormalized, args.channels), [&](int64_t begin, int64_t end) {
-    std::vector<float> row = padded_row(nullptr, args.channels, 0.0f), gain = row, shift = row;
+    std::vector<float> gain = padded_row(nullptr, args.channels, 0.0f), shift = gain;
+    std::vector<float> rows(kNormRows * gain.size());
     for (int64_t first = begin; first < end;) {
       const int64_t image = first / args.rows_per_image;
       const int64_t last = std::min(end, (image + 1) * args.rows_per_image);
@@ -263,7 +264,7 @@ void layer_norm_quantize(const LayerNormQuantizeArgs& args) {
       }
       const char* data = static_cast<const char*>(args.x) + first * args.channels * float_size(args.type);
       layer_norm_rows({data, args.type, last - first, args.channels}, coefficients, args.eps, quantizer,
-                      row.data(), args.codes + first * args.channels);
+                      rows.data(), args.codes + first * args.channels);
       first = last;
     }
   });

@@ -35,9 +35,13 @@ ADPDM_DECLARE_PER_ISA(void normalize_block(const NormBlock& block, const NormCoe
                                            bool apply_silu, const Quantizer& quantizer, int8_t* codes,
                                            int64_t code_step))
 
+// Rows whose moments are computed side by side.
+constexpr int kNormRows = 4;
+
 // Normalises every row of block by its own mean and variance; factor and offset are the learned weight and
-// bias. row is scratch for the channels, rounded up to a multiple of 16.
+// bias. rows is scratch for kNormRows times the channels, rounded up to a multiple of 16.
 ADPDM_DECLARE_PER_ISA(void layer_norm_rows(const NormBlock& block, const NormCoefficients& coefficients,
-                                           double eps, const Quantizer& quantizer, float* row, int8_t* codes))
+                                           double eps, const Quantizer& quantizer, float* rows,
+                                           int8_t* codes))
 
 }  // namespace adpdm::cpu
