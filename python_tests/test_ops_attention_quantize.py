@@ -227,6 +227,11 @@ def test_attention_quantize_passes_opcheck() -> None:
         ),
         ({"heads": 3}, ValueError, "heads must divide the 8 channels, got 3"),
         ({"heads": 0}, ValueError, "heads must divide the 8 channels, got 0"),
+        (
+            {"heads": 1, "int8": True, **dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 65794))},
+            ValueError,
+            "channels of a head must be at most 65793 for exact int32 sums, got 65794",
+        ),
         ({"quantizer": quantizer(num_bits=9)}, ValueError, "num_bits must be"),
         ({"quantizer": quantizer(group=2)}, IndexError, "group_index must be in"),
     ],

@@ -7,6 +7,7 @@
 #include "bindings/cpu_values.h"
 #include "bindings/prepare.h"
 #include "core/attention_quantize.h"
+#include "core/igemm.h"
 
 namespace adpdm::bindings {
 namespace {
@@ -45,6 +46,9 @@ at::Tensor attention_quantize(const at::Tensor& query,        // [N, L, heads * 
                     " tokens of key, got ", value.size(1));
   TORCH_CHECK_VALUE(heads >= 1 && query.size(2) % heads == 0, kOp, ": heads must divide the ", query.size(2),
                     " channels, got ", heads);
+  TORCH_CHECK_VALUE(!int8 || query.size(2) / heads <= kMaxReduction, kOp,
+                    ": channels of a head must be at most ", kMaxReduction, " for exact int32 sums, got ",
+                    query.size(2) / heads);
   args.batch = query.size(0);
   args.heads = heads;
   args.head_size = query.size(2) / heads;
