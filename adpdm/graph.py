@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _native
+from .memory import trim_heap
 from .nn import adapters_of
 from .nn.transformer_blocks import FusedAttention
 from .pipeline import find_denoiser
@@ -69,6 +70,7 @@ class CpuRecorder:
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         before = [leaf.clone() for leaf in leaves]
         self._tape.finish(leaves)
+        trim_heap()  # the recording held everything that the forward computed
         self._tape.replay()
         if not all(torch.equal(a, b) for a, b in zip(leaves, before, strict=True)):
             raise RuntimeError("adpdm.graph: the forward is not repeatable: same inputs, another result")

@@ -163,10 +163,18 @@ class CodedLayer(nn.Module):
         self._codes_memory = weakref.ref(self.weight.untyped_storage(), drop)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Follow .to(): the packed copy is rebuilt on the new device when needed, scales stay float32."""
+        """Follow .to(): the packed copy is rebuilt on the new device when needed, scales stay float32.
+
+        Codes keep their layout: kernels read the packed copy, and in channels_last they would be a copy in
+        memory of what is mapped from the checkpoint.
+        """
         self.drop_packed()
-        scale = self.weight_scale
+        scale, stored = self.weight_scale, self.weight.data
         super()._apply(fn, recurse)
+        moved = self.weight.data
+        if moved.dtype == stored.dtype == torch.int8 and moved.device == stored.device and moved.dim() == 4:
+            if moved.stride() != stored.stride():
+                self.weight.data = stored
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self

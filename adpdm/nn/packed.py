@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..memory import release_file_pages
 from .tracing import derived
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def pack(layers: Sequence[CodedLayer], order: Tensor | None = None) -> Packed:
         order = order.to(codes.device)
         codes, scales, bias = codes[order], scales[:, order], None if bias is None else bias[order]
     weights, sums = first.weight_quantizer.pack(codes, first.groups)
+    for layer in layers:
+        release_file_pages(layer.weight.data)
     outputs = first.outputs
     return Packed(
         tuple(_reader(q) for q in first.quantizers),
