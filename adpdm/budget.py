@@ -1,7 +1,7 @@
 """Fits a quantization into a span of time: times the denoiser, estimates, and takes work out until it fits.
 
 The estimate counts forward passes of one image. What each phase takes was measured on the two shipped models
-(docs/choose_bits.md says how near it comes); a machine that is busy with something else takes longer.
+(docs/quantize.md says how near it comes); a machine that is busy with something else takes longer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ FIT_8_BITS = 0.9  # partition, bias correction
 FIT_FEWER_BITS = 2.6  # also rounding of weights, sensitivity of layers
 TRAIN = 4.5  # an image of an optimizer step: forward and backward through mixtures
 HELD_OUT_TRAJECTORIES = 3  # of the search: full precision, before, after
-RESERVE = 1.25  # what is not counted
+RESERVE = 1.3  # what is not counted
+PARTITION_SECONDS = 3.0  # depends on layers and steps more than on the denoiser
 
 SHORT_SECONDS = 0.5  # a forward pass of one image below this is timed in batches, as calibration runs it
 TIMED_PASSES = 3
@@ -108,7 +109,7 @@ def estimate(config: QuantConfig, num_calls: int, image_seconds: float) -> float
         generated = config.calibration_images * num_calls / 2  # selected steps lie anywhere
         trained = (search.num_steps + search.refit_steps) * search.batch_size * TRAIN
         passes += generated + trained + HELD_OUT_TRAJECTORIES * search.batch_size * num_calls
-    return RESERVE * passes * image_seconds
+    return PARTITION_SECONDS + RESERVE * passes * image_seconds
 
 
 def reductions(config: QuantConfig) -> Iterator[QuantConfig]:
