@@ -171,10 +171,8 @@ class CodedLayer(nn.Module):
         self.drop_packed()
         scale, stored = self.weight_scale, self.weight.data
         super()._apply(fn, recurse)
-        moved = self.weight.data
-        if moved.dtype == stored.dtype == torch.int8 and moved.device == stored.device and moved.dim() == 4:
-            if moved.stride() != stored.stride():
-                self.weight.data = stored
+        if _only_strides_differ(self.weight.data, stored):
+            self.weight.data = stored
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
@@ -240,6 +238,12 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = ctx.layer.input_gradient(grad, ctx.shape)
         return grad if ctx.mask is None else grad * ctx.mask, None
+
+
+def _only_strides_differ(moved: Tensor, stored: Tensor) -> bool:
+    """Whether codes were brought into another layout on the device where they are."""
+    is_same = moved.dtype == stored.dtype == torch.int8 and moved.device == stored.device
+    return is_same and moved.shape == stored.shape and moved.stride() != stored.stride()
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:
