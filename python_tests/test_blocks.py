@@ -18,7 +18,6 @@ from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBloc
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from adpdm import ops
 from adpdm.nn import (
     LayerInfo,
     QuantConv2d,
@@ -213,27 +212,6 @@ def test_fused_block_computes_what_its_layers_compute(
         assert fused.dtype == wanted.dtype
         assert sqnr_db(fused, wanted) > WANTED_DB
     assert all(info.fused for info in describe_fusion(host))
-
-
-@pytest.mark.parametrize("kind", [spatial_attention, transformer, adaptive_block])
-def test_int8_attention_is_near_float_and_can_be_chosen_later(kind: Any, no_fallback: None) -> None:
-    host = frozen(kind())
-    args, kwargs = {
-        spatial_attention: ((IMAGE,), {}),
-        transformer: ((IMAGE,), {"encoder_hidden_states": CONTEXT, "return_dict": False}),
-        adaptive_block: ((randn(2, 24, 8),), CONDITION),
-    }[kind]
-    in_float = run(host, args, kwargs)
-    fuse_blocks(host, attention="int8")
-    in_int8 = run(host, args, kwargs)
-    assert not torch.equal(in_int8, in_float)
-    assert sqnr_db(in_int8, in_float) > 28
-    assert {i.attention for i in describe_fusion(host)} - {""} == {"int8"}
-    fuse_blocks(host)
-    assert torch.equal(run(host, args, kwargs), in_int8 if ops.HAS_FAST_INT8_ATTENTION else in_float)
-    fuse_blocks(host, attention="float")
-    assert torch.equal(run(host, args, kwargs), in_float)
-    assert {i.attention for i in describe_fusion(host)} - {""} == {"float"}
 
 
 UP = {

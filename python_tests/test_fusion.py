@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import adpdm
 from adpdm import QuantConfig, ops
 from adpdm.evaluate.metrics import energies, sqnr_db
-from adpdm.nn import QuantLayer, describe_fusion, summarize_fusion, unfused
+from adpdm.nn import QuantLayer, describe_fusion, fuse_blocks, summarize_fusion, unfused
 from adpdm.testing import ddim_scheduler, tiny_conditional_unet, tiny_unet
 
 STEPS, GROUPS = 6, 3
@@ -130,6 +131,20 @@ def test_loaded_denoiser_is_fused_and_gives_the_same_samples(
     loaded = type(unet).from_pretrained(tmp_path)
     assert describe_fusion(loaded) == describe_fusion(unet)
     assert torch.equal(predict(loaded, 332, kwargs), predict(unet, 332, kwargs))
+
+
+def test_int8_attention_is_near_float_and_can_be_chosen_later(denoiser: Any, no_fallback: None) -> None:
+    original, kwargs, _ = denoiser
+    unet = copy.deepcopy(original)
+    in_float = predict(unet, 332, kwargs)
+    fuse_blocks(unet, attention="int8")
+    in_int8 = predict(unet, 332, kwargs)
+    assert not torch.equal(in_int8, in_float)
+    assert db(in_int8, in_float) > 28
+    fuse_blocks(unet)
+    assert torch.equal(predict(unet, 332, kwargs), in_int8 if ops.HAS_FAST_INT8_ATTENTION else in_float)
+    fuse_blocks(unet, attention="float")
+    assert torch.equal(predict(unet, 332, kwargs), in_float)
 
 
 @pytest.mark.parametrize("attention", ["int8", "float", "auto"])
