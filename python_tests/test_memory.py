@@ -35,6 +35,12 @@ def resident(file: Path) -> int:
     return total
 
 
+@pytest.fixture(autouse=True)
+def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests have loaded does not count here."""
+    monkeypatch.setattr(memory, "_read", {})
+
+
 @pytest.fixture
 def mapped(tmp_path: Path) -> tuple[Path, torch.Tensor]:
     """A file of 4 MiB and its tensor, which is mapped and was read."""
