@@ -62,6 +62,7 @@ class CalibrationTrace:
     quantizers: list[dict[str, Any]] = field(default_factory=list)  # observed and covered ranges, groups
     group_gain: dict[str, dict[str, float]] = field(default_factory=dict)  # of the partition, by quantizer
     outcome: SearchOutcome | None = None
+    correction: dict[str, list[Any]] = field(default_factory=dict)  # of predictions, by step
     warnings: list[str] = field(default_factory=list)
 
     def summarize_gain(self) -> tuple[float, float, float]:
@@ -111,7 +112,7 @@ class Calibration:
 
     def run(self) -> CalibrationTrace:
         """Observe, partition, search; leaves every quantizer with its ranges and tables, in fake mode."""
-        trajectory = self._timed("trajectories", self._observe)
+        self.trajectory = trajectory = self._timed("trajectories", self._observe)
         self.call_weights = step_weights(trajectory.sensitivity)
         if not self.config.weigh_steps:
             self.call_weights = torch.ones_like(self.call_weights)

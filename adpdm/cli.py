@@ -114,6 +114,12 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
             f"groups moved {o.moved:.1%}, {o.sample_gain_db:+.2f} dB on held-out samples, "
             f"{'kept' if o.is_kept else 'put back'}"
         )
+    left = trace.correction.get("energy_left", [])
+    if min(left, default=1.0) < 1:
+        rows["corrected"] = (
+            f"predictions of {sum(x < 1 for x in left)} of {len(left)} steps, "
+            f"squared error down to {min(left):.0%} at best"
+        )
     _table(f"quantized into {out}", rows)
     for warning in trace.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}")

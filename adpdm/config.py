@@ -98,6 +98,8 @@ class QuantConfig:
         split_skip_connections: quantize the two halves of a skip concatenation separately.
         modules_to_not_convert: shell patterns of layer names that stay in full precision.
         correct_bias: remove the mean error that quantization adds to each output channel.
+        correct_prediction: take out of every prediction the part of the quantization error that is a fixed
+            combination of prediction and sample at its step (correction.py).
         timestep_policy: for timesteps that were not calibrated: the group of the `nearest`, or an `error`.
         seed: of every random draw.
     """
@@ -123,6 +125,7 @@ class QuantConfig:
     split_skip_connections: bool = True
     modules_to_not_convert: tuple[str, ...] = ()
     correct_bias: bool = True
+    correct_prediction: bool = True
     timestep_policy: TimestepPolicy = "nearest"
     seed: int = 0
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -134,7 +137,7 @@ class QuantConfig:
             raise ValueError(f"search must be a SearchConfig, got {self.search!r}")
         for name in _INTEGERS:
             _integer(name, getattr(self, name))
-        for name in ("weigh_steps", "shared_groups", "split_skip_connections", "correct_bias"):
+        for name in _SWITCHES:
             _one_of(name, getattr(self, name), (True, False))
         _within("weight_bits", self.weight_bits, MIN_BITS, MAX_BITS)
         _within("activation_bits", self.activation_bits, MIN_BITS, MAX_BITS)
@@ -197,6 +200,7 @@ class QuantConfig:
         return replace(self, **changes)
 
 
+_SWITCHES = ("weigh_steps", "shared_groups", "split_skip_connections", "correct_bias", "correct_prediction")
 _INTEGERS = (
     "weight_bits",
     "activation_bits",

@@ -20,7 +20,7 @@ ActivationScales = Literal["dynamic", "static"]
 CALIBRATED_FORMAT = 2  # 1 had a step for every training timestep, which noise levels do not fit into
 UNCALIBRATED_FORMAT = 3  # layers without scales for activations; readers of 2 refuse it by its number
 MAX_STEPS = 10_000  # calibrated timesteps: ten times the training steps of any model known to us
-CALIBRATED_KEYS = {"quant_config", "num_steps", "equalized"}
+CALIBRATED_KEYS = {"quant_config", "num_steps", "equalized", "corrects_prediction"}
 CHOICE_KEYS = {"weight_bits", "activation_bits", "activation_scales", "modules_to_not_convert"}
 COMMON_KEYS = {"quant_method", "format_version", "layers"}
 CALIBRATED_LAYER_KEYS = {"name", "weight_bits", "activation_bits", "split"}
@@ -68,6 +68,7 @@ class AdpdmConfig(QuantizationConfigMixin):
         quant_config: dict[str, Any] | None = None,
         num_steps: int | None = None,
         equalized: Sequence[str] = (),
+        corrects_prediction: bool = False,
         format_version: int | None = None,
         quant_method: str = Method.ADPDM.value,
         **unknown: Any,
@@ -75,12 +76,14 @@ class AdpdmConfig(QuantizationConfigMixin):
         if quant_method != Method.ADPDM.value:
             raise ValueError(f"quantization_config: quant_method must be 'adpdm', got {quant_method!r}")
         self.quant_method = Method.ADPDM  # type: ignore[assignment]
-        calibrated = quant_config is not None or num_steps is not None or bool(equalized)
+        found = (quant_config, num_steps, equalized or None, corrects_prediction or None)
+        calibrated = any(x is not None for x in found)
         _check_version(format_version, calibrated, calibrated or layers is not None)
         if unknown:
             raise ValueError(f"quantization_config: unknown keys {sorted(unknown, key=str)}")
         self.quant_config, self.num_steps = quant_config, num_steps
         self.equalized = _checked_names(equalized)
+        self.corrects_prediction = _checked_switch("corrects_prediction", corrects_prediction)
         self.weight_bits, self.activation_bits = weight_bits, activation_bits
         self.activation_scales: ActivationScales = activation_scales
         self.modules_to_not_convert = modules_to_not_convert
@@ -162,8 +165,10 @@ class AdpdmConfig(QuantizationConfigMixin):
         }
         if self.is_calibrated:
             found = {"quant_config": copy.deepcopy(self.quant_config), "num_steps": self.num_steps}
+            # Only where there is something to say, as checkpoints from before do not have these.
             equalized = {"equalized": list(self.equalized)} if self.equalized else {}
-            return {**common, **found, **equalized}
+            corrects = {"corrects_prediction": True} if self.corrects_prediction else {}
+            return {**common, **found, **equalized, **corrects}
         return {
             **common,
             "weight_bits": self.weight_bits,
@@ -257,6 +262,12 @@ def _checked_names(names: Any) -> tuple[str, ...]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"quantization_config: equalized must be a list of names, got {names!r}")
     return tuple(names)
+
+
+def _checked_switch(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"quantization_config: {name} must be true or false, got {value!r}")
+    return value
 
 
 def _bits(name: str, value: object, also: str = "") -> None:

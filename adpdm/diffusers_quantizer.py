@@ -14,6 +14,7 @@ from diffusers.utils.import_utils import is_transformers_available
 from torch import Tensor, nn
 
 from .config import MAX_BITS, MIN_BITS, QuantConfig
+from .correction import attach_correction, detach_correction
 from .diffusers_config import CALIBRATED_FORMAT, AdpdmConfig, Method, Row, choose_layers
 from .nn import (
     CodedLayer,
@@ -192,6 +193,7 @@ class AdpdmQuantizer(DiffusersQuantizer):
         mark_equalized(model, self.quantization_config.equalized)  # of which the float model is still made
         if hasattr(model, "adpdm_step"):
             detach_step_hook(model)
+            detach_correction(model)
             del model.adpdm_step
         # diffusers leaves the entry in the config, and would take what is saved next for quantized.
         kept = {key: value for key, value in untyped.config.items() if key != "quantization_config"}
@@ -261,6 +263,7 @@ def start_calibrated(model: nn.Module, config: AdpdmConfig) -> None:
     # The layout it was calibrated in: another one would round the float layers differently.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     attach_step_hook(model)
+    attach_correction(model)
     model.requires_grad_(
         False
     )  # as `quantize` leaves it: inputs with gradients keep blocks from running fused
@@ -315,7 +318,10 @@ def build_frozen(model: nn.Module, config: AdpdmConfig) -> None:
     ]
 
     def make_step(num_slots: int) -> StepState:
-        return StepState(num_slots, num_steps, settings.timestep_policy)
+        state = StepState(num_slots, num_steps, settings.timestep_policy)
+        if config.corrects_prediction:
+            state.set_correction(torch.zeros(num_steps, 2))
+        return state
 
     swap_layers(model, infos, settings.groups_per_layer(num_steps), make_step)
     for twin in quant_layers(model).values():
@@ -342,6 +348,7 @@ def mark_quantized(
             quant_config=config.to_dict(),
             num_steps=step.timesteps.numel(),
             equalized=equalized,
+            corrects_prediction=step.correction is not None,
             format_version=CALIBRATED_FORMAT,
         ),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .calibrate import Calibration, CalibrationTrace, silent
 from .config import AttentionProducts, QuantConfig
+from .correction import attach_correction, detach_correction, fit_correction
 from .diffusers_quantizer import mark_quantized
 from .equalize import Equalization, equalize, is_wanted
 from .nn import (
@@ -32,8 +34,8 @@ from .nn import (
 )
 from .quantizers.activation import Mode
 from .replay import Progress
-from .step import StepState, attach_step_hook
-from .trajectory import Conditioning, DenoiserCall, Sampler
+from .step import StepState, attach_step_hook, detach_step_hook
+from .trajectory import Conditioning, DenoiserCall, Sampler, Trajectory
 
 DENOISER_NAMES = ("unet", "transformer")
 CALIBRATION_DEVICES = ("cpu", "cuda")
@@ -165,18 +167,33 @@ def _quantize(
     attach_step_hook(denoiser)
     path = None if state_file is None else Path(state_file)
     quant = quant_layers(denoiser)
-    trace = Calibration(sampler, quant, step, config, progress, path).run()
+    calibration = Calibration(sampler, quant, step, config, progress, path)
+    trace = calibration.run()
     if equalized.seconds:
         trace.seconds = {"equalization": equalized.seconds, **trace.seconds}
     trace.equalization = equalized.spread
     trace.warnings += [equalized.warning] if equalized.warning else []
     layers = [replace(x, bits=quant[x.name].bits) if x.name in quant else x for x in layers]
     freeze(denoiser, config.attention)
+    if config.correct_prediction:
+        _correct_predictions(sampler, step, calibration.trajectory, trace, progress)
     mark_quantized(denoiser, config, layers, equalized.changed)
     timesteps = [float(t) for t in sampler.timesteps]
     return QuantizationReport(
         config, layers, Coverage.of(layers), trace, timesteps, describe_fusion(denoiser)
     )
+
+
+def _correct_predictions(
+    sampler: Sampler, step: StepState, trajectory: Trajectory, trace: CalibrationTrace, progress: Progress
+) -> None:
+    """Fit the correction to the model as it will run, in integers, and attach it."""
+    start = time.perf_counter()
+    found = fit_correction(sampler, trajectory, lambda done, total: progress("correction", done, total))
+    step.set_correction(found.factors)
+    attach_correction(sampler.denoiser)
+    trace.correction = {"factors": found.factors.tolist(), "energy_left": found.energy_left}
+    trace.seconds["correction"] = time.perf_counter() - start
 
 
 def _equalize(
@@ -201,7 +218,6 @@ class _Before:
             for module in modules.values()
             for name, p in module.named_parameters(recurse=False)
         ]
-        self.hooks = set(denoiser._forward_pre_hooks)
 
     def restore(self, denoiser: nn.Module) -> None:
         """Put the float layers back, in the memory format they had: another one rounds differently."""
@@ -217,9 +233,8 @@ class _Before:
             if parameter.stride() != stride:
                 before = parameter.data.new_empty_strided(parameter.shape, stride)
                 parameter.data = before.copy_(parameter.data)
-        for key in set(denoiser._forward_pre_hooks) - self.hooks:
-            del denoiser._forward_pre_hooks[key]
-            denoiser._forward_pre_hooks_with_kwargs.pop(key, None)
+        detach_correction(denoiser)
+        detach_step_hook(denoiser)
         if hasattr(denoiser, "adpdm_step"):
             del denoiser.adpdm_step
 

@@ -29,6 +29,12 @@ def add_quantize_options(sub: argparse.ArgumentParser) -> None:
         help="what attention multiplies on a CPU",
     )
     sub.add_argument(
+        "--correct-prediction",
+        default=default.correct_prediction,
+        action=argparse.BooleanOptionalAction,
+        help="weigh predictions against their samples where quantization drowns them",
+    )
+    sub.add_argument(
         "--steps", type=int, default=default.num_inference_steps, help="sampler steps to calibrate for"
     )
     sub.add_argument("--images", type=int, default=default.calibration_images, help="calibration images")
@@ -63,6 +69,7 @@ def quant_config(args: argparse.Namespace) -> QuantConfig:
         selection=args.selection,
         equalization=args.equalization,
         attention=args.attention,
+        correct_prediction=args.correct_prediction,
         num_inference_steps=args.steps,
         calibration_images=args.images,
         histogram_images=args.histogram_images,

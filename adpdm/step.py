@@ -17,6 +17,7 @@ class Record(NamedTuple):
 
     timesteps: Tensor  # [T] f32, noisiest first
     table: Tensor  # [T, num_slots] i32
+    correction: Tensor | None  # [T, 2] f32, of predictions (correction.py)
 
 
 class StepState(nn.Module):
@@ -37,8 +38,10 @@ class StepState(nn.Module):
 
     group_index: Tensor  # [num_slots] i32, groups of the current step
     step_index: Tensor  # [1] i32, current step
+    current_correction: Tensor  # [2] f32
     timesteps: Tensor  # of the record, for state_dict
     table: Tensor
+    correction: Tensor | None
 
     def __init__(
         self,
@@ -54,15 +57,24 @@ class StepState(nn.Module):
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.group_index, self.step_index = zeros(num_slots), zeros(1)
+        self.current_correction = torch.zeros(2, device=device)
         self.register_buffer("timesteps", torch.zeros(num_steps, device=device))
         self.register_buffer("table", zeros(num_steps, num_slots))
+        self.register_buffer("correction", None)
         self.take_record()
 
     def take_record(self) -> None:
         """Read what the buffers hold from now on, with the current step on their device."""
-        self.record = Record(self.timesteps.detach(), self.table.detach())
+        correction = None if self.correction is None else self.correction.detach()
+        self.record = Record(self.timesteps.detach(), self.table.detach(), correction)
         device = self.table.device
         self.group_index, self.step_index = self.group_index.to(device), self.step_index.to(device)
+        self.current_correction = self.current_correction.to(device)
+
+    def set_correction(self, correction: Tensor) -> None:
+        """Take the correction of predictions, [T, 2] f32, which is saved from now on."""
+        self.correction = correction.to(self.table.device)
+        self.take_record()
 
     def set_timesteps(self, timesteps: Tensor) -> None:
         """Take the calibrated timesteps [T], noisiest first."""
@@ -80,13 +92,18 @@ class StepState(nn.Module):
         step = distance.argmin(0, keepdim=True)
         if self.policy == "error":
             self._refuse_unknown(value, distance.index_select(0, step))
-        self.step_index.copy_(step)
-        self.group_index.copy_(self.record.table.index_select(0, step)[0])
+        self._make_current(step)
 
     def set_step(self, step: int) -> None:
         """Make step `step` of the calibrated trajectory current (calibration only)."""
-        self.step_index.fill_(step)
-        self.group_index.copy_(self.record.table[step])
+        self._make_current(torch.tensor([step], device=self.group_index.device))
+
+    def _make_current(self, step: Tensor) -> None:
+        """Copy row `step` [1] of all tables to where layers and hooks read it."""
+        self.step_index.copy_(step)
+        self.group_index.copy_(self.record.table.index_select(0, step)[0])
+        if self.record.correction is not None:
+            self.current_correction.copy_(self.record.correction.index_select(0, step)[0])
 
     def _one_value(self, timestep: Tensor | float | int) -> Tensor:
         """The timestep as [1], in the dtype it came in."""
@@ -123,10 +140,11 @@ class StepState(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow .to() to another device but not to another dtype: bfloat16 would merge timesteps."""
-        timesteps = self.timesteps
+        timesteps, correction = self.timesteps, self.correction
         super()._apply(fn, recurse)
         if self.timesteps.dtype != torch.float32:
             self.timesteps = timesteps.to(self.timesteps.device)
+            self.correction = None if correction is None else correction.to(self.timesteps.device)
         self.take_record()
         return self
 

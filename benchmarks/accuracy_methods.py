@@ -13,6 +13,7 @@ PLAIN: dict[str, Any] = {
     "raised_layers": 0.0,
     "weigh_steps": False,
     "correct_bias": False,
+    "correct_prediction": False,
 }
 PAPER_STEPS = 100
 PAPER: dict[str, Any] = {
@@ -76,20 +77,27 @@ SELECTIONS = tuple(
 IMAGES = tuple(
     _ours(f"dp, {n} histogram images", grouping="dp", histogram_images=n) for n in (1, 2, 4, 8, 16, 32)
 )
+_LATER: dict[str, Any] = {"equalization": "off", "correct_prediction": False}
 # Each row keeps the measures of the row above it.
 _MEASURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("min-max ranges", {**PLAIN, "range_method": "minmax"}),
     ("+ least-squares ranges", PLAIN),
     ("+ clipped values weighted", {**PLAIN, "range_method": "clip_weighted"}),
     ("+ steps weighed by sensitivity", {**PLAIN, "range_method": "clip_weighted", "weigh_steps": True}),
-    ("+ bias correction", {"weight_rounding": "nearest", "raised_layers": 0.0, "equalization": "off"}),
-    ("+ learned rounding", {"raised_layers": 0.0, "equalization": "off"}),
-    ("+ raised layers", {"equalization": "off"}),
-    ("+ equalization", {}),
+    ("+ bias correction", {"weight_rounding": "nearest", "raised_layers": 0.0, **_LATER}),
+    ("+ learned rounding", {"raised_layers": 0.0, **_LATER}),
+    ("+ raised layers", _LATER),
+    ("+ equalization", {"correct_prediction": False}),
+    ("+ corrected predictions", {}),
 )
 EQUALIZATIONS = tuple(
     _ours(f"{grouping}, equalization {mode}", grouping=grouping, equalization=mode)
     for mode in ("off", "on")
+    for grouping in ("shared", "dp")
+)
+CORRECTIONS = tuple(
+    _ours(f"{grouping}, {name}", grouping=grouping, correct_prediction=on)
+    for name, on in (("predictions as they are", False), ("corrected predictions", True))
     for grouping in ("shared", "dp")
 )
 ATTENTIONS = tuple(_ours(f"dp, attention in {a}", grouping="dp", attention=a) for a in ("float", "int8"))
@@ -107,6 +115,7 @@ FAMILIES: dict[str, tuple[Method, ...]] = {
     "measures": MEASURES,
     "equalization": EQUALIZATIONS,
     "attention": ATTENTIONS,
+    "correction": CORRECTIONS,
 }
 
 

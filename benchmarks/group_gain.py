@@ -43,6 +43,7 @@ def measure(subject: Subject, bits: int, weigh_steps: bool, groups: int, seed: i
         weight_rounding="nearest",
         raised_layers=0.0,
         correct_bias=False,
+        correct_prediction=False,
     )
     denoiser = subject.denoiser()
     given = subject.conditioning(denoiser)

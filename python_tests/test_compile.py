@@ -29,6 +29,7 @@ def config(**changes: Any) -> QuantConfig:
         "histogram_images": 2,
         "grouping": "uniform",
         "correct_bias": False,
+        "correct_prediction": False,  # whose regression runs the kernels, so weights were packed before
     }
     return QuantConfig(**{**values, **changes})
 

@@ -40,6 +40,7 @@ from adpdm import QuantConfig, SearchConfig
         ({"shared_groups": "false"}, "shared_groups must be one of True, False; got 'false'"),
         ({"split_skip_connections": 2}, "split_skip_connections must be one of True, False; got 2"),
         ({"correct_bias": "yes"}, "correct_bias must be one of True, False; got 'yes'"),
+        ({"correct_prediction": 1.5}, "correct_prediction must be one of True, False; got 1.5"),
     ],
 )
 def test_config_refuses_with_wanted_and_got(settings: dict[str, Any], message: str) -> None:
@@ -104,6 +105,7 @@ def test_config_json_round_trip_keeps_every_setting() -> None:
         input_output_bits=8,
         split_skip_connections=False,
         correct_bias=False,
+        correct_prediction=False,
         modules_to_not_convert=("mid_block.*", "up_blocks.0.*"),
         timestep_policy="error",
         seed=11,

@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"nn"},
     {"search", "timesteps", "partition", "trajectory", "io", "report"},
     {"replay", "evaluate"},
-    {"rounding", "precision", "bias", "equalize", "budget", "quantize_options"},
+    {"rounding", "precision", "bias", "correction", "equalize", "budget", "quantize_options"},
     {"calibrate"},
     {"diffusers_config"},
     {"diffusers_quantizer"},
