@@ -1,4 +1,5 @@
-// Inner loops of the integer kernels for AVX2: a few pixels times 16 outputs, sums in registers.
+// Inner loops of the integer kernels for AVX2: a few pixels times 16 outputs, sums in registers. Per
+// instruction set, like vec.h.
 #pragma once
 
 #include <immintrin.h>
@@ -7,7 +8,7 @@
 
 #include "cpu/igemm.h"
 
-namespace adpdm::cpu::avx2 {
+namespace adpdm::cpu::ADPDM_ISA_NAMESPACE {
 namespace {
 
 // Pixels multiplied together where both operands have 16 bits: 12 sums, 2 weights, codes and a product are
@@ -136,4 +137,4 @@ inline void start_values(const Tile& tile, int64_t rows, float* values) {
 }
 
 }  // namespace
-}  // namespace adpdm::cpu::avx2
+}  // namespace adpdm::cpu::ADPDM_ISA_NAMESPACE
