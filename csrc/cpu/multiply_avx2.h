@@ -112,12 +112,13 @@ class BlockParams {
     }
   }
 
-  // values [8 outputs from 8 * v on] += factor * (sums - correction).
-  void add(int v, __m256i sums, float* values) const {
+  // after [8 outputs from 8 * v on] = before + factor * (sums - correction).
+  void add(int v, __m256i sums, const float* before, float* after) const {
     const __m256 centred = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, correction_[v]));
-    float* at = values + 8 * v;
-    _mm256_storeu_ps(at, _mm256_fmadd_ps(centred, factor_[v], _mm256_loadu_ps(at)));
+    _mm256_storeu_ps(after + 8 * v, _mm256_fmadd_ps(centred, factor_[v], _mm256_loadu_ps(before + 8 * v)));
   }
+
+  void add(int v, __m256i sums, float* values) const { add(v, sums, values, values); }
 
  private:
   __m256i correction_[kOutputVectors];
