@@ -81,8 +81,8 @@ class QuantConfig:
             `auto` where inputs have fewer than 8 bits and no more than weights, `on`, or `off`. Layers that
             changed take no adapters.
         attention: what attention multiplies on a CPU, in blocks that run fused: codes of 8 bits (`int8`),
-            floats (`float`), or what takes less time there (`auto`: int8 with AVX-512 VNNI). Can be changed
-            later by `adpdm.nn.fuse_blocks`.
+            floats (`float`), or what takes less time there (`auto`: int8 with AVX-512 VNNI or AVX-VNNI). Can
+            be changed later by `adpdm.nn.fuse_blocks`.
         raised_layers: share of the multiply-accumulates that may have 8-bit activations, and share of the
             weights that may have 8 bits, in the layers where fewer bits were measured to cost most.
         weigh_steps: let a step's error count by what it was measured to do to the final sample; otherwise all

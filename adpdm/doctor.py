@@ -29,9 +29,13 @@ _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni")
 LEVELS: dict[str, tuple[str, ...]] = {
     "amx": (*_AVX512, "amx_tile", "amx_int8"),
     "avx512": _AVX512,
+    "avx_vnni": (*_AVX2, "avx_vnni"),
     "avx2": _AVX2,
     "portable": (),
 }
+
+# They encode the one instruction of AVX-VNNI that kernels use, too, in 256 bits.
+_EVEX_VNNI = {"avx512_vnni", "avx512vl"}
 
 # The integer kernels compute whole tiles (csrc/core/igemm.h): outputs of one group, by input channels.
 TILE_OUTPUTS, TILE_CHANNELS, TILE_CHANNELS_NIBBLES = 16, 4, 8
@@ -107,7 +111,7 @@ def diagnose(model: Path | str | None = None) -> Diagnosis:
         ValueError, OSError: the folder does not hold a model that can be loaded.
     """
     build = _native.build_info()
-    kernels = cpu_levels(build["isa"], build["cpu_features"], build["amx_obstacle"], os.environ)
+    kernels = cpu_levels(build["isa"], build["cpu_features"], build["isa_obstacles"], os.environ)
     threads = thread_facts(os.environ)
     advice = [*_kernel_advice(kernels, build["cpu_features"]), *thread_advice(threads)]
     devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
@@ -122,19 +126,20 @@ def diagnose(model: Path | str | None = None) -> Diagnosis:
 
 
 def cpu_levels(
-    active: str, features: Sequence[str], amx_obstacle: str, environment: Mapping[str, str]
+    active: str, features: Sequence[str], obstacles: Mapping[str, str], environment: Mapping[str, str]
 ) -> list[Level]:
     """Every level of CPU kernels, fastest first, and why it is or is not used.
 
     Args:
         active: the level in use.
         features: of the CPU, as the extension found them.
-        amx_obstacle: why tiles cannot be used, empty where they can.
+        obstacles: why levels cannot be used though the CPU has their features, by name; empty where they can.
         environment: ADPDM_CPU is read from it.
     """
     levels, below = [], False
+    usable = {*features, *(("avx_vnni",) if set(features) >= _EVEX_VNNI else ())}
     for name, needs in LEVELS.items():
-        missing = [feature for feature in needs if feature not in features]
+        missing = [feature for feature in needs if feature not in usable]
         if name == active:
             levels.append(Level(name, "used", ""))
             below = True
@@ -142,8 +147,8 @@ def cpu_levels(
             present = [f for f in needs if f in features and f not in _AVX2] if name != "avx2" else []
             beside = f", though it has {', '.join(present)}" if present else ""
             levels.append(Level(name, "unavailable", f"the CPU lacks {', '.join(missing)}{beside}"))
-        elif name == "amx" and amx_obstacle:
-            levels.append(Level(name, "unavailable", amx_obstacle))
+        elif obstacles.get(name):
+            levels.append(Level(name, "unavailable", obstacles[name]))
         elif below:
             levels.append(Level(name, "available", f"{active} is faster"))
         elif "ADPDM_CPU" in environment:
@@ -164,9 +169,13 @@ def _kernel_advice(kernels: Sequence[Level], features: Sequence[str]) -> list[Ad
         elif level.state == "available":
             do = "unset ADPDM_CPU"
             advice.append(Advice(f"kernels for {level.name} would run here: {level.reason}", do))
+            break
         elif level.name == "avx512" and "avx512f" in features:
             do = "nothing: without vpdpbusd the AVX2 kernels are the ones that run"
             advice.append(Advice(f"AVX-512 is present but not enough of it: {level.reason}", do))
+        elif level.name == "avx_vnni" and "avx_vnni" in features:
+            do = "build with GCC 11 and binutils 2.36, or later ones"
+            advice.append(Advice(f"this CPU's AVX-VNNI is not used: {level.reason}", do))
     if kernels[-1].state == "used" and "avx2" not in features:
         do = "expect the speed of plain C++, or use a machine with AVX2 or AVX-512 VNNI"
         advice.append(Advice("no vector instructions that adpdm has kernels for", do))

@@ -15,6 +15,7 @@ def gather_info() -> dict[str, str]:
     """Return the facts, from label to text, in the order to print them."""
     build = _native.build_info()
     threads = _native.worker_threads()
+    obstacle = build["isa_obstacles"]["amx"]
     return {
         "adpdm": __version__,
         "python": platform.python_version(),
@@ -24,7 +25,7 @@ def gather_info() -> dict[str, str]:
         "logical CPUs": str(os.cpu_count()),
         "instruction set": build["isa"],
         "CPU features": " ".join(build["cpu_features"]) or "none of those adpdm uses",
-        "AMX tiles": f"not available: {build['amx_obstacle']}" if build["amx_obstacle"] else "available",
+        "AMX tiles": f"not available: {obstacle}" if obstacle else "available",
         "worker threads": f"{threads} of torch.get_num_threads() = {torch.get_num_threads()}",
         "CUDA kernels": build["cuda_archs"] if build["cuda_built"] else "not built",
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",

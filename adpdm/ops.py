@@ -230,7 +230,7 @@ def layer_norm_quantize(
 # Without FMA instructions the native attention multiplies in software: torch's is the quicker one there.
 HAS_FAST_ATTENTION = _native.build_info()["isa"] != "portable"
 # Products of 8-bit codes take less time than float32 ones only where one instruction sums four of them.
-HAS_FAST_INT8_ATTENTION = _native.build_info()["isa"] in ("avx512", "amx")
+HAS_FAST_INT8_ATTENTION = _native.build_info()["isa"] in ("avx_vnni", "avx512", "amx")
 
 
 def attention_quantize(

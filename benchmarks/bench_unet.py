@@ -61,7 +61,9 @@ class Session:
         contestant = REGISTRY.get(name)
         is_peer = contestant is not None and contestant.is_peer
         log = self.folder / f"{name}.log"
-        return Worker(self.peers_python if is_peer else sys.executable, threads, log)
+        level = contestant.level if contestant is not None else ""
+        python = self.peers_python if is_peer else sys.executable
+        return Worker(python, threads, log, {"ADPDM_CPU": level} if level else {})
 
 
 def say(text: str) -> None:
@@ -230,7 +232,7 @@ def check(args: argparse.Namespace) -> None:
     for model in args.models:
         unets.find(model)
     if "all" in args.contestants:
-        args.contestants = [name for name, c in REGISTRY.items() if args.device in c.devices]
+        args.contestants = [n for n, c in REGISTRY.items() if args.device in c.devices and not c.level]
     unknown = [name for name in args.contestants if name not in REGISTRY]
     if unknown:
         raise ValueError(f"--contestants must be all, or of {', '.join(REGISTRY)}; got {', '.join(unknown)}")

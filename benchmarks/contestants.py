@@ -28,6 +28,7 @@ class Contestant:
         needs: packages it runs on, beyond torch.
         prepare: writes what `load` reads, in a process of its own.
         artifact: name of what `prepare` writes; contestants with the same one share it.
+        level: of our CPU kernels, as ADPDM_CPU takes it; empty: as the environment says.
     """
 
     load: Callable[[Job], Engine]
@@ -35,6 +36,7 @@ class Contestant:
     needs: tuple[str, ...] = ()
     prepare: Callable[[Job], None] | None = None
     artifact: str = ""
+    level: str = ""
 
     @property
     def is_ours(self) -> bool:
@@ -115,7 +117,12 @@ def load_ours(job: Job, weight_bits: int, dtype: torch.dtype, mode: str, attenti
 
 
 def ours(
-    weight_bits: int, dtype: torch.dtype, mode: str = "eager", *devices: str, attention: str = "auto"
+    weight_bits: int,
+    dtype: torch.dtype,
+    mode: str = "eager",
+    *devices: str,
+    attention: str = "auto",
+    level: str = "",
 ) -> Contestant:
     """A quantized contestant of this project."""
     return Contestant(
@@ -124,6 +131,7 @@ def ours(
         needs=("adpdm", "diffusers"),
         prepare=lambda job: quantize_ours(job, weight_bits),
         artifact=f"ours-w{weight_bits}a8",
+        level=level,
     )
 
 
@@ -170,5 +178,11 @@ REGISTRY: dict[str, Contestant] = {
     "ours-w4a8-bf16": ours(4, BF16),
     "ours-w8a8-bf16-graph": ours(8, BF16, "graph", "cuda"),
     "ours-w4a8-bf16-graph": ours(4, BF16, "graph", "cuda"),
+}
+# Levels of our CPU kernels against each other; a contestant fails where the CPU lacks its level.
+REGISTRY |= {
+    f"ours-w{bits}a8-graph-{level}": ours(bits, F32, "graph", "cpu", level=level)
+    for bits in (8, 4)
+    for level in ("avx2", "avx_vnni", "avx512", "amx")
 }
 DEFAULT = ("torch-fp32", "torch-bf16", "ours-w8a8", "ours-w4a8")

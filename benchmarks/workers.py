@@ -9,6 +9,7 @@ import selectors
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ class Worker:
         threads: set through the environment before any library starts its pool; None, for work that is not
             timed, takes all CPUs and lets waiting threads sleep: spinning costs minutes on a busy machine.
         log: file for all it prints.
+        extra: what else its environment holds.
     """
 
-    def __init__(self, python: str, threads: int | None, log: Path) -> None:
+    def __init__(self, python: str, threads: int | None, log: Path, extra: Mapping[str, str]) -> None:
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -47,6 +49,7 @@ class Worker:
             **os.environ,
             **{name: str(threads or os.cpu_count() or 1) for name in names},
             **({} if threads else {"OMP_WAIT_POLICY": "PASSIVE"}),
+            **extra,
             "HF_HUB_OFFLINE": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(log.parent / "inductor"),  # an older one would shorten load times
         }

@@ -1,4 +1,4 @@
-# Fails when an object compiled for AVX2, AVX-512 or AMX defines a weak symbol: the linker might keep that copy for every CPU.
+# Fails when an object compiled for AVX2, AVX-VNNI, AVX-512 or AMX defines a weak symbol: the linker might keep that copy for every CPU.
 execute_process(COMMAND ${NM} --demangle --defined-only ${LIBRARY} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
 string(REPLACE ";" " " symbols "${symbols}")
 string(REPLACE "\n" ";" lines "${symbols}")
@@ -8,10 +8,10 @@ set(found "")
 foreach(line IN LISTS lines)
   if(line MATCHES "^([^ ]+\\.o):$")
     set(object "${CMAKE_MATCH_1}")
-    if(object MATCHES "_(avx2|avx512|amx)\\.cpp\\.o$")
+    if(object MATCHES "_(avx2|avx_vnni|avx_vnni_evex|avx512|amx)\\.cpp\\.o$")
       math(EXPR checked "${checked} + 1")
     endif()
-  elseif(object MATCHES "_(avx2|avx512|amx)\\.cpp\\.o$" AND line MATCHES "^[0-9a-f]+ ([VWu]) (.*)$")
+  elseif(object MATCHES "_(avx2|avx_vnni|avx_vnni_evex|avx512|amx)\\.cpp\\.o$" AND line MATCHES "^[0-9a-f]+ ([VWu]) (.*)$")
     string(APPEND found "\n  ${object}: ${CMAKE_MATCH_2}")
   endif()
 endforeach()

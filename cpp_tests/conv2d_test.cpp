@@ -149,6 +149,8 @@ TEST(Conv2d, MatchesDefinitionForOddShapes) {
       {2, {16, 8}, {5, 5}, 40},                                   // two segments
       {1, {13, 70}, {4, 7}, 65, {3, 1}, {2, 1}, {1, 0}},          // two segments, tails everywhere
       {1, {300}, {3, 3}, 16},                                     // more than one chunk of widened weights
+      {1, {400}, {2, 3}, 16},                                     // a row of taps is more than one chunk
+      {1, {128}, {5, 5}, 16, {3, 3}, {1, 1}, {2, 2}, {2, 2}},     // a chunk ends within a row of taps
   };
   uint32_t seed = 100;
   for (const Shape& shape : shapes) {

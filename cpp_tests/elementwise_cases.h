@@ -20,7 +20,8 @@ constexpr int64_t kSizes[] = {0, 1, 15, 16, 17, 1023, 1025, 16384, 16385, 40000}
 
 inline std::vector<cpu::Isa> supported_isas() {
   std::vector<cpu::Isa> isas;
-  for (cpu::Isa isa : {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAmx}) {
+  for (cpu::Isa isa :
+       {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvxVnni, cpu::Isa::kAvx512, cpu::Isa::kAmx}) {
     if (cpu::cpu_supports(isa)) isas.push_back(isa);
   }
   return isas;

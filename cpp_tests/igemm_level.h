@@ -24,7 +24,8 @@ struct IgemmLevel {
 
 inline std::vector<IgemmLevel> igemm_levels() {
   std::vector<IgemmLevel> levels;
-  for (cpu::Isa isa : {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAmx}) {
+  for (cpu::Isa isa :
+       {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvxVnni, cpu::Isa::kAvx512, cpu::Isa::kAmx}) {
     if (!cpu::cpu_supports(isa)) continue;
     levels.push_back({cpu::isa_name(isa), isa, nullptr});
     const cpu::StripKernel* strips = cpu::strip_kernel_of(isa);

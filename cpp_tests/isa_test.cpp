@@ -3,9 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/amx_support.h"
 
@@ -20,10 +22,14 @@ ADPDM_DECLARE_PER_ISA(inline std::string level() {
 
 namespace {
 
-constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
+constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512, Isa::kAmx};
 
-// Functions per instruction set end at AVX-512; AMX uses those.
-std::string function_level(Isa isa) { return isa_name(isa == Isa::kAmx ? Isa::kAvx512 : isa); }
+// Functions per instruction set end at AVX-512, which AMX uses; those without code for AVX-VNNI are of AVX2
+// there.
+std::string function_level(Isa isa) {
+  if (isa == Isa::kAmx) return "avx512";
+  return isa_name(isa == Isa::kAvxVnni ? Isa::kAvx2 : isa);
+}
 
 std::string error_of(const std::string& request) {
   try {
@@ -39,7 +45,9 @@ TEST(Isa, EmptyRequestMeansTheBestButAmx) {
 }
 
 TEST(Isa, SupportIsDownwardClosed) {
-  for (Isa isa : kLevels) EXPECT_EQ(cpu_supports(isa), isa <= best_isa()) << isa_name(isa);
+  for (Isa isa : kLevels) {
+    EXPECT_EQ(cpu_supports(isa), isa <= best_isa() && isa_obstacle(isa).empty()) << isa_name(isa);
+  }
 }
 
 TEST(Isa, EverySupportedNameResolvesToItsLevel) {
@@ -52,7 +60,8 @@ TEST(Isa, EverySupportedNameResolvesToItsLevel) {
 TEST(Isa, UnsupportedLevelIsAnErrorNotAFallback) {
   for (Isa isa : kLevels) {
     const std::string name = isa_name(isa);
-    const std::string reason = isa == Isa::kAmx ? ": " + amx_obstacle() : "";
+    const std::string obstacle = isa_obstacle(isa);
+    const std::string reason = obstacle.empty() ? "" : ": " + obstacle;
     const std::string wanted = cpu_supports(isa)
                                    ? ""
                                    : "ADPDM_CPU: wanted " + name + ", but the best this CPU supports is " +
@@ -62,8 +71,8 @@ TEST(Isa, UnsupportedLevelIsAnErrorNotAFallback) {
 }
 
 TEST(Isa, UnknownNameIsAnError) {
-  EXPECT_EQ(error_of("sse9"), "ADPDM_CPU: wanted portable, avx2, avx512 or amx, got 'sse9'");
-  EXPECT_EQ(error_of("AVX2"), "ADPDM_CPU: wanted portable, avx2, avx512 or amx, got 'AVX2'");
+  EXPECT_EQ(error_of("sse9"), "ADPDM_CPU: wanted portable, avx2, avx_vnni, avx512 or amx, got 'sse9'");
+  EXPECT_EQ(error_of("AVX2"), "ADPDM_CPU: wanted portable, avx2, avx_vnni, avx512 or amx, got 'AVX2'");
 }
 
 TEST(Isa, AmxObstaclesAreNamedOneByOne) {
@@ -84,6 +93,28 @@ TEST(Isa, AmxObstaclesAreNamedOneByOne) {
 
 TEST(Isa, AmxIsALevelExactlyWhereNothingIsInItsWay) {
   EXPECT_EQ(cpu_supports(Isa::kAmx), cpu_supports(Isa::kAvx512) && amx_obstacle().empty());
+}
+
+TEST(Isa, AvxVnniRunsInEitherEncoding) {
+  const std::vector<std::string> features = cpu_features();
+  const auto has = [&](const char* name) {
+    return std::find(features.begin(), features.end(), name) != features.end();
+  };
+  EXPECT_EQ(has_avx_vnni(), has("avx_vnni"));
+  if (!isa_obstacle(Isa::kAvxVnni).empty()) {
+    EXPECT_FALSE(cpu_supports(Isa::kAvxVnni));
+  } else {
+    const bool encoded = has("avx_vnni") || (has("avx512_vnni") && has("avx512vl"));
+    EXPECT_EQ(cpu_supports(Isa::kAvxVnni), cpu_supports(Isa::kAvx2) && encoded);
+  }
+}
+
+TEST(Isa, FunctionsWithoutCodeForALevelAreThoseOfTheLevelBefore) {
+  for (Isa isa : kLevels) {
+    if (!cpu_supports(isa)) continue;
+    ScopedIsa scope(isa);
+    EXPECT_EQ(ADPDM_SELECT_ISA(level)(), function_level(isa));
+  }
 }
 
 TEST(Isa, ScopesNestAndSelectTheFunction) {

@@ -75,8 +75,8 @@ TEST(Linear, HandComputedTwoSegments) {
 }
 
 TEST(Linear, MatchesDefinitionOnEveryIsa) {
-  const int64_t shapes[][3] = {{1, 1, 1},    {1, 256, 64},   {7, 33, 10},
-                               {64, 64, 64}, {29, 130, 100}, {3, 4, 257}};
+  const int64_t shapes[][3] = {{1, 1, 1},      {1, 256, 64}, {7, 33, 10},  {64, 64, 64},
+                               {29, 130, 100}, {3, 4, 257},  {1, 400, 48}, {2, 600, 33}};
   std::mt19937 random(1);
   for (const auto& [rows, features, outputs] : shapes) {
     for (int bits : {3, 8}) {

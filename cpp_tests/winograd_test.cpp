@@ -27,7 +27,7 @@ cpu::Igemm small_problem() {
 }
 
 TEST(Winograd, AppliesToEvenOutputsOfStride1OnAvx2) {
-  for (cpu::Isa isa : {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvx512}) {
+  for (cpu::Isa isa : {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvxVnni, cpu::Isa::kAvx512}) {
     if (!cpu::cpu_supports(isa)) continue;
     const cpu::ScopedIsa scope(isa);
     EXPECT_EQ(cpu::winograd_applies(small_problem()), isa == cpu::Isa::kAvx2) << cpu::isa_name(isa);

@@ -307,6 +307,18 @@ def test_plot_draws_every_timed_contestant(tmp_path: Path) -> None:
     assert "openvino-fp32" not in path.read_text()
 
 
+def test_a_contestant_of_one_level_runs_at_that_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments = []
+    monkeypatch.setattr(bench_unet, "Worker", lambda *arguments: environments.append(arguments[-1]))
+    session = bench_unet.Session(tmp_path, 20, "python")
+    for name in ("ours-w8a8-graph-avx2", "ours-w8a8-graph", "reference"):
+        session.worker(name)
+    assert environments == [{"ADPDM_CPU": "avx2"}, {}, {}]
+    assert not any(REGISTRY[name].level for name in bench_unet.parse(["--contestants", "all"]).contestants)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

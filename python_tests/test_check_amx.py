@@ -2,27 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
+import check_amx
 import pytest
-
-
-def load_tool() -> ModuleType:
-    """tools/ is no package."""
-    path = Path(__file__).parents[1] / "tools" / "check_amx.py"
-    spec = importlib.util.spec_from_file_location("check_amx", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_amx"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-check_amx = load_tool()
+from machine_code import innermost_loops, parse_objdump
 
 GOOD = """
 0000000000000000 <multiply>:
@@ -49,7 +31,7 @@ GOOD = """
 
 
 def faults_of(text: str) -> list[str]:
-    return list(check_amx.find_faults(check_amx.parse_objdump(text)))
+    return check_amx.find_faults(parse_objdump(text))
 
 
 def test_good_code_has_no_faults() -> None:
@@ -57,7 +39,7 @@ def test_good_code_has_no_faults() -> None:
 
 
 def test_only_the_innermost_loop_is_taken() -> None:
-    (loop,) = check_amx.product_loops(check_amx.parse_objdump(GOOD))
+    (loop,) = innermost_loops(parse_objdump(GOOD), "tdpbssd")
     assert (loop[0].address, loop[-1].address) == (0x10, 0x4D)
 
 

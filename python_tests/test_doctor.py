@@ -23,7 +23,7 @@ VNNI, FAST_AVX512 = "avx512_vnni", LEVELS["avx512"]
 def levels(
     active: str, features: tuple[str, ...], obstacle: str = "", **environment: str
 ) -> dict[str, tuple[str, str]]:
-    found = doctor.cpu_levels(active, features, obstacle, environment)
+    found = doctor.cpu_levels(active, features, {"amx": obstacle}, environment)
     return {level.name: (level.state, level.reason) for level in found}
 
 
@@ -34,7 +34,8 @@ def test_levels_are_those_that_the_extension_decides_by() -> None:
     build = _native.build_info()
     assert [k.name for k in doctor.diagnose().kernels if k.state == "used"] == [build["isa"]]
     if "ADPDM_CPU" not in os.environ:
-        possible = [n for n, needs in LEVELS.items() if set(needs) <= set(build["cpu_features"])]
+        found = doctor.cpu_levels("", build["cpu_features"], build["isa_obstacles"], {})
+        possible = [level.name for level in found if level.state == "available"]
         assert build["isa"] == [name for name in possible if name != "amx"][0]
 
 
@@ -43,14 +44,14 @@ def test_avx512_without_vnni_is_named() -> None:
     state, reason = levels("avx2", features)["avx512"]
     assert state == "unavailable"
     assert reason == "the CPU lacks avx512_vnni, though it has avx512f, avx512bw, avx512vl, avx512dq"
-    advice = doctor._kernel_advice(doctor.cpu_levels("avx2", features, "", {}), features)
+    advice = doctor._kernel_advice(doctor.cpu_levels("avx2", features, {}, {}), features)
     assert [a.what for a in advice] == [f"AVX-512 is present but not enough of it: {reason}"]
 
 
 def test_amx_is_used_only_on_request() -> None:
     features = LEVELS["amx"]
     assert levels("avx512", features)["amx"] == ("available", "only on request: set ADPDM_CPU=amx")
-    (advice,) = doctor._kernel_advice(doctor.cpu_levels("avx512", features, "", {}), features)
+    (advice,) = doctor._kernel_advice(doctor.cpu_levels("avx512", features, {}, {}), features)
     assert "set ADPDM_CPU=amx" in advice.do
     assert levels("avx512", features, "Linux denied it")["amx"] == ("unavailable", "Linux denied it")
     assert levels("amx", features, ADPDM_CPU="amx")["amx"] == ("used", "")
@@ -60,12 +61,33 @@ def test_level_forced_by_the_environment_is_named() -> None:
     found = levels("avx2", FAST_AVX512, ADPDM_CPU="avx2")
     assert found["avx512"] == ("available", "ADPDM_CPU=avx2 asks for avx2")
     assert found["portable"] == ("available", "avx2 is faster")
-    kernels = doctor.cpu_levels("avx2", FAST_AVX512, "", {"ADPDM_CPU": "avx2"})
+    kernels = doctor.cpu_levels("avx2", FAST_AVX512, {}, {"ADPDM_CPU": "avx2"})
     assert [a.do for a in doctor._kernel_advice(kernels, FAST_AVX512)] == ["unset ADPDM_CPU"]
 
 
+def test_avx512_encodes_avx_vnni_too() -> None:
+    assert levels("avx512", FAST_AVX512)["avx_vnni"] == ("available", "avx512 is faster")
+    assert levels("avx_vnni", FAST_AVX512, ADPDM_CPU="avx_vnni")["avx_vnni"] == ("used", "")
+    features = tuple(f for f in FAST_AVX512 if f != VNNI)
+    assert levels("avx2", features)["avx_vnni"] == ("unavailable", "the CPU lacks avx_vnni")
+
+
+def test_avx_vnni_is_used_where_there_is_no_avx512() -> None:
+    features = LEVELS["avx_vnni"]
+    found = levels("avx_vnni", features)
+    assert (found["avx_vnni"][0], found["avx2"]) == ("used", ("available", "avx_vnni is faster"))
+    assert doctor._kernel_advice(doctor.cpu_levels("avx_vnni", features, {}, {}), features) == []
+
+
+def test_build_without_avx_vnni_is_named() -> None:
+    features = LEVELS["avx_vnni"]
+    kernels = doctor.cpu_levels("avx2", features, {"avx_vnni": "the compiler has none"}, {})
+    (advice,) = doctor._kernel_advice(kernels, features)
+    assert advice.what == "this CPU's AVX-VNNI is not used: the compiler has none"
+
+
 def test_old_cpu_is_told_what_to_expect() -> None:
-    (advice,) = doctor._kernel_advice(doctor.cpu_levels("portable", (), "", {}), ())
+    (advice,) = doctor._kernel_advice(doctor.cpu_levels("portable", (), {}, {}), ())
     assert advice.what == "no vector instructions that adpdm has kernels for"
 
 

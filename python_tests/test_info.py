@@ -17,9 +17,16 @@ from adpdm import _native, info
 FEATURES_OF = {
     "portable": set(),
     "avx2": {"avx2", "fma", "f16c"},
+    "avx_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
     "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
 }
 FEATURES_OF["amx"] = FEATURES_OF["avx512"] | {"amx_tile", "amx_int8"}
+
+
+def usable_features() -> set[str]:
+    """Of this CPU; that of the level avx_vnni also where AVX-512 encodes it."""
+    features = set(_native.build_info()["cpu_features"])
+    return features | ({"avx_vnni"} if features >= {"avx512_vnni", "avx512vl"} else set())
 
 
 LOAD_EXTENSION = """
@@ -48,22 +55,21 @@ def test_build_info_agrees_with_python() -> None:
     assert torch.__version__.startswith(build["torch_version_built"])
     assert build["cuda_built"] == bool(build["cuda_archs"])
     assert build["isa"] in FEATURES_OF
-    assert set(build["cpu_features"]) >= FEATURES_OF[build["isa"]]
+    assert usable_features() >= FEATURES_OF[build["isa"]]
 
 
 def test_cpu_features_are_those_the_kernel_reports() -> None:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     reported = set(next((line for line in lines if line.startswith("flags")), "").split())
-    known = FEATURES_OF["amx"] | {"avx512_bf16"}
+    known = FEATURES_OF["amx"] | FEATURES_OF["avx_vnni"] | {"avx512_bf16"}
     assert set(_native.build_info()["cpu_features"]) == known & reported
 
 
 @pytest.mark.parametrize("level", FEATURES_OF)
 def test_adpdm_cpu_chooses_the_level_or_says_that_the_cpu_lacks_it(level: str) -> None:
     result = load_with_cpu(level)
-    build = _native.build_info()
-    obstacle = build["amx_obstacle"] if level == "amx" else ""
-    if set(build["cpu_features"]) >= FEATURES_OF[level] and not obstacle:
+    obstacle = _native.build_info()["isa_obstacles"].get(level, "")
+    if usable_features() >= FEATURES_OF[level] and not obstacle:
         assert result.stdout.strip() == level, result.stderr
     else:
         assert result.returncode != 0
@@ -74,11 +80,11 @@ def test_adpdm_cpu_chooses_the_level_or_says_that_the_cpu_lacks_it(level: str) -
 def test_unknown_adpdm_cpu_is_an_error() -> None:
     result = load_with_cpu("fastest")
     assert result.returncode != 0
-    assert "ADPDM_CPU: wanted portable, avx2, avx512 or amx, got 'fastest'" in result.stderr
+    assert "ADPDM_CPU: wanted portable, avx2, avx_vnni, avx512 or amx, got 'fastest'" in result.stderr
 
 
 def test_info_says_whether_amx_can_be_used_and_if_not_why() -> None:
-    obstacle = _native.build_info()["amx_obstacle"]
+    obstacle = _native.build_info()["isa_obstacles"]["amx"]
     features = set(_native.build_info()["cpu_features"])
     if not features >= {"amx_tile", "amx_int8"}:
         assert obstacle

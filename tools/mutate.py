@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tools" / "mutants.txt"
 SOURCE = ROOT / "build/mutants/source"
 BUILD = ROOT / "build/mutants/build"
+FOLDERS = ("csrc", "cpp_tests", "benchmarks/cpu")  # what CMake builds
 # A fault may make a kernel loop for ever; the whole suite takes a fraction of this.
 TIMEOUT_SECONDS = 600
 
@@ -71,7 +72,7 @@ def run(command: list[str], timeout: float | None = None) -> subprocess.Complete
 
 def copy_tree() -> None:
     """Bring the copy up to date; files that are equal keep their time, so that little is built again."""
-    listed = run(["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "csrc", "cpp_tests"])
+    listed = run(["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", *FOLDERS])
     names = [*listed.stdout.split(), "CMakeLists.txt"]
     for old in SOURCE.rglob("*"):
         if old.is_file() and str(old.relative_to(SOURCE)) not in names:

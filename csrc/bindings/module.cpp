@@ -7,7 +7,6 @@
 #include <atomic>
 
 #include "bindings/python_tape.h"
-#include "cpu/amx_support.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
@@ -28,12 +27,22 @@ int64_t worker_threads() {
   return ranges;
 }
 
+// Why levels of CPU kernels cannot run, by their names, where something else than the CPU's features is in
+// the way.
+py::dict isa_obstacles() {
+  py::dict obstacles;
+  for (adpdm::cpu::Isa isa : {adpdm::cpu::Isa::kAvxVnni, adpdm::cpu::Isa::kAmx}) {
+    obstacles[adpdm::cpu::isa_name(isa)] = adpdm::cpu::isa_obstacle(isa);
+  }
+  return obstacles;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = ADPDM_VERSION;
   info["isa"] = adpdm::cpu::isa_name(adpdm::cpu::active_isa());
   info["cpu_features"] = adpdm::cpu::cpu_features();
-  info["amx_obstacle"] = adpdm::cpu::amx_obstacle();
+  info["isa_obstacles"] = isa_obstacles();
 #ifdef ADPDM_WITH_CUDA
   info["cuda_built"] = true;
   info["cuda_archs"] = ADPDM_CUDA_ARCHS;

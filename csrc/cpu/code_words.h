@@ -1,16 +1,19 @@
 // Codes in words of 32 bits, the operands of integer matrix products: 4 codes of 8 bits where the instruction
-// set multiplies those (AVX-512 VNNI), else 2 of 16. Per instruction set, like vec.h.
+// set multiplies those (AVX-512 VNNI, AVX-VNNI), else 2 of 16. Per instruction set, like vec.h.
 #pragma once
 
 #include <cstring>
 
 #include "cpu/vec.h"
+#if defined(ADPDM_DOT_ENCODING)
+#include "cpu/dot_quads.h"
+#endif
 
 namespace adpdm::cpu::ADPDM_ISA_NAMESPACE {
 namespace {
 
 // Rows of the left operand that are multiplied together: with 4 panels of results they keep 24 accumulators
-// of AVX-512 busy, with one panel 12 of AVX2.
+// of AVX-512 busy, with one panel 12 of AVX2 and AVX-VNNI.
 constexpr int kProductRows = 6;
 
 // Panels of 16 columns that are multiplied together.
@@ -80,11 +83,43 @@ ADPDM_VEC void multiply_panels(const uint32_t* left, int64_t left_step, const ui
 
 #elif defined(__AVX2__)
 
-constexpr int kWordCodes = 2;
-
 ADPDM_VEC Vec load_integers(const int32_t* p) {
   return Vec(_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
+
+#if defined(ADPDM_DOT_ENCODING)
+
+constexpr int kWordCodes = 4;
+
+// 16 floats in [-128, 255], rounded to even -> 16 / kWordCodes words.
+ADPDM_VEC void store_words(uint32_t* p, const Vec* x) {
+  const __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(x[0].v), _mm256_cvtps_epi32(x[1].v));
+  const __m256i low_bytes = _mm256_and_si256(pairs, _mm256_set1_epi16(0xff));
+  const __m256i quads = _mm256_packus_epi16(low_bytes, low_bytes);
+  const __m256i in_order = _mm256_permutevar8x32_epi32(quads, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(in_order));
+}
+
+// rows [kWordCodes][16 lanes], integers held as floats -> 16 words, one of each lane.
+ADPDM_VEC void store_interleaved(uint32_t* p, const Vec (*rows)[kVecs]) {
+  const __m256i byte = _mm256_set1_epi32(0xff);
+  for (int v = 0; v < kVecs; ++v) {
+    const auto codes = [&](int row) { return _mm256_and_si256(_mm256_cvtps_epi32(rows[row][v].v), byte); };
+    const __m256i low = _mm256_or_si256(codes(0), _mm256_slli_epi32(codes(1), 8));
+    const __m256i high = _mm256_or_si256(codes(2), _mm256_slli_epi32(codes(3), 8));
+    const __m256i words = _mm256_or_si256(low, _mm256_slli_epi32(high, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + v * Vec::kSize), words);
+  }
+}
+
+// sums + the products in each lane, codes unsigned.
+ADPDM_VEC __m256i multiply_add(__m256i sums, __m256i codes, __m256i columns) {
+  return dot_quads(sums, codes, columns);
+}
+
+#else
+
+constexpr int kWordCodes = 2;
 
 // 16 floats in [-128, 255], rounded to even -> 16 / kWordCodes words.
 ADPDM_VEC void store_words(uint32_t* p, const Vec* x) {
@@ -102,6 +137,15 @@ ADPDM_VEC void store_interleaved(uint32_t* p, const Vec (*rows)[kVecs]) {
   }
 }
 
+// sums + the products in each lane. The empty asm keeps GCC 12 from making all products first.
+ADPDM_VEC __m256i multiply_add(__m256i sums, __m256i codes, __m256i columns) {
+  __m256i total = _mm256_add_epi32(sums, _mm256_madd_epi16(codes, columns));
+  asm("" : "+x"(total));
+  return total;
+}
+
+#endif
+
 ADPDM_VEC float maximum_of(const Vec* lanes) {
   const __m256 eight = _mm256_max_ps(lanes[0].v, lanes[1].v);
   __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -112,7 +156,7 @@ ADPDM_VEC float maximum_of(const Vec* lanes) {
 // The bits of x as an integer, converted to float.
 ADPDM_VEC Vec bits_as_number(Vec x) { return Vec(_mm256_cvtepi32_ps(_mm256_castps_si256(x.v))); }
 
-// multiply() for one panel. The empty asm keeps GCC 12 from making all products first.
+// multiply() for one panel.
 ADPDM_VEC void multiply_panel(const uint32_t* left, int64_t left_step, const uint32_t* right, int64_t words,
                               const int32_t* first, int32_t* sums, int64_t sums_step) {
   const auto vector = [](const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); };
@@ -128,10 +172,8 @@ ADPDM_VEC void multiply_panel(const uint32_t* left, int64_t left_step, const uin
 #pragma GCC unroll 6
     for (int row = 0; row < kProductRows; ++row) {
       const __m256i codes = _mm256_set1_epi32(static_cast<int32_t>(left[row * left_step + word]));
-      registers[row][0] = _mm256_add_epi32(registers[row][0], _mm256_madd_epi16(codes, low));
-      asm("" : "+x"(registers[row][0]));
-      registers[row][1] = _mm256_add_epi32(registers[row][1], _mm256_madd_epi16(codes, high));
-      asm("" : "+x"(registers[row][1]));
+      registers[row][0] = multiply_add(registers[row][0], codes, low);
+      registers[row][1] = multiply_add(registers[row][1], codes, high);
     }
   }
 #pragma GCC unroll 6

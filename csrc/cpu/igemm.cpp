@@ -108,7 +108,7 @@ void skip_pixels(int64_t pixels, TileOutput& output) {
 void run_igemm(const Igemm& problem) {
   const int64_t pixels = problem.images * problem.rows * problem.columns;
   if (const StripKernel* strips = select_strip_kernel(pixels)) return run_strips(problem, *strips);
-  const IgemmKernel& kernel = ADPDM_SELECT_ISA(igemm_kernel);
+  const IgemmKernel& kernel = ADPDM_SELECT_ISA_OR_VNNI(igemm_kernel);
   const Partition part = make_partition(problem, kernel);
   const int64_t grain = ceil_div(kMinStepsPerThread, steps_per_tile(problem, part));
   const int64_t items = problem.groups * part.slabs * part.tiles;

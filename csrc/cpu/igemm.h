@@ -66,7 +66,7 @@ struct IgemmKernel {
   int max_pixels[kMaxTileBlocks + 1];  // by number of blocks
 };
 
-ADPDM_DECLARE_PER_ISA(extern const IgemmKernel igemm_kernel)
+ADPDM_DECLARE_PER_ISA_AND_VNNI(extern const IgemmKernel igemm_kernel)
 
 // Where one segment's codes lie, halo included; steps are bytes between neighbouring output pixels.
 struct IgemmInput {

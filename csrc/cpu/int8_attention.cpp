@@ -87,7 +87,7 @@ HeadRows rows_of(const AttentionQuantizeArgs& args, const TokenView& view, int64
 }  // namespace
 
 void int8_attention(const AttentionQuantizeArgs& args, const Quantizer& quantizer) {
-  const Int8AttentionKernel& kernel = ADPDM_SELECT_ISA(int8_attention_kernel);
+  const Int8AttentionKernel& kernel = ADPDM_SELECT_ISA_OR_VNNI(int8_attention_kernel);
   const HeadSizes sizes = sizes_of(args, kernel.word_codes);
   const int64_t all_heads = args.batch * args.heads;
   const int64_t round_heads =

@@ -52,6 +52,6 @@ struct Int8AttentionKernel {
                  const Quantizer& quantizer, const Int8Scratch& scratch, int8_t* codes, int64_t code_step);
 };
 
-ADPDM_DECLARE_PER_ISA(extern const Int8AttentionKernel int8_attention_kernel)
+ADPDM_DECLARE_PER_ISA_AND_VNNI(extern const Int8AttentionKernel int8_attention_kernel)
 
 }  // namespace adpdm::cpu

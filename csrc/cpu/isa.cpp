@@ -6,12 +6,16 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "cpu/amx_support.h"
 
 namespace adpdm::cpu {
 namespace {
 
-constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
+constexpr Isa kLevels[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512, Isa::kAmx};
 constexpr int kNotForced = -1;
 std::atomic<int> forced_isa{kNotForced};
 
@@ -19,6 +23,20 @@ struct Feature {
   const char* name;
   bool present;
 };
+
+#if defined(ADPDM_AVX_VNNI)
+constexpr bool kAvxVnniBuilt = true;
+#else
+constexpr bool kAvxVnniBuilt = false;
+#endif
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports of GCC 10 does not know it. Its registers are those of AVX2.
+bool probe_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) != 0;
+}
+#endif
 
 // __builtin_cpu_supports reads CPUID and, for AVX and AVX-512, asks XGETBV whether the OS saves the
 // registers.
@@ -29,6 +47,7 @@ std::vector<Feature> probe_features() {
   return {{"avx2", __builtin_cpu_supports("avx2") != 0},
           {"fma", __builtin_cpu_supports("fma") != 0},
           {"f16c", __builtin_cpu_supports("f16c") != 0},
+          {"avx_vnni", probe_avx_vnni()},
           {"avx512f", __builtin_cpu_supports("avx512f") != 0},
           {"avx512bw", __builtin_cpu_supports("avx512bw") != 0},
           {"avx512vl", __builtin_cpu_supports("avx512vl") != 0},
@@ -65,6 +84,8 @@ const char* isa_name(Isa isa) {
       return "amx";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvxVnni:
+      return "avx_vnni";
     case Isa::kAvx2:
       return "avx2";
     case Isa::kPortable:
@@ -73,13 +94,23 @@ const char* isa_name(Isa isa) {
   return "portable";
 }
 
+std::string isa_obstacle(Isa isa) {
+  if (isa == Isa::kAmx) return amx_obstacle();
+  if (isa == Isa::kAvxVnni && !kAvxVnniBuilt) return "the compiler of this build has no AVX-VNNI";
+  return "";
+}
+
+bool has_avx_vnni() {
+  static const bool present = has_all({"avx_vnni"});
+  return present;
+}
+
 bool cpu_supports(Isa isa) {
   if (isa == Isa::kPortable) return true;
-  const bool avx2 = has_all({"avx2", "fma", "f16c"});
-  if (isa == Isa::kAvx2) return avx2;
-  const bool avx512 = avx2 && has_all({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"});
-  if (isa == Isa::kAvx512) return avx512;
-  return avx512 && amx_obstacle().empty();
+  if (!has_all({"avx2", "fma", "f16c"}) || !isa_obstacle(isa).empty()) return false;
+  if (isa == Isa::kAvx2) return true;
+  if (isa == Isa::kAvxVnni) return has_avx_vnni() || has_all({"avx512_vnni", "avx512vl"});
+  return has_all({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"});
 }
 
 Isa best_isa() {
@@ -97,13 +128,14 @@ Isa resolve_isa(const std::string& request) {
   for (Isa isa : kLevels) {
     if (request != isa_name(isa)) continue;
     if (!cpu_supports(isa)) {
-      const std::string reason = isa == Isa::kAmx ? ": " + amx_obstacle() : "";
+      const std::string obstacle = isa_obstacle(isa);
       throw std::runtime_error("ADPDM_CPU: wanted " + request + ", but the best this CPU supports is " +
-                               isa_name(best_isa()) + reason);
+                               isa_name(best_isa()) + (obstacle.empty() ? "" : ": " + obstacle));
     }
     return isa;
   }
-  throw std::runtime_error("ADPDM_CPU: wanted portable, avx2, avx512 or amx, got '" + request + "'");
+  throw std::runtime_error("ADPDM_CPU: wanted portable, avx2, avx_vnni, avx512 or amx, got '" + request +
+                           "'");
 }
 
 Isa active_isa() {

@@ -6,20 +6,29 @@
 
 namespace adpdm::cpu {
 
-// Ordered: a CPU that has a level has all levels before it.
+// Ordered: a CPU that has a level has all levels before it that this build has.
 enum class Isa {
   kPortable = 0,  // the compiler's baseline for the architecture
   kAvx2 = 1,      // AVX2, FMA, F16C
-  kAvx512 = 2,    // AVX-512 F, BW, VL, DQ and VNNI
-  kAmx = 3,       // AMX tiles of int8 for integer layers (igemm_strips.h), all else as kAvx512
+  // vpdpbusd in 256 bits for integer layers and int8 attention, all else as kAvx2. AVX-VNNI has it, and so
+  // has AVX-512 VNNI with VL, in another encoding.
+  kAvxVnni = 2,
+  kAvx512 = 3,  // AVX-512 F, BW, VL, DQ and VNNI
+  kAmx = 4,     // AMX tiles of int8 for integer layers (igemm_strips.h), all else as kAvx512
 };
 
-// "portable", "avx2", "avx512", "amx": the names ADPDM_CPU takes.
+// "portable", "avx2", "avx_vnni", "avx512", "amx": the names ADPDM_CPU takes.
 const char* isa_name(Isa isa);
 
-// Whether this CPU and its operating system can run code of that level. kAmx asks Linux for permission
-// (amx_support.h).
+// A clause that says why this build or system cannot run code of that level; empty where the CPU alone
+// decides. kAmx asks Linux for permission (amx_support.h).
+std::string isa_obstacle(Isa isa);
+
+// Whether this CPU, its operating system and this build can run code of that level.
 bool cpu_supports(Isa isa);
+
+// Whether kAvxVnni runs vpdpbusd as AVX-VNNI encodes it; if not, as AVX-512 does.
+bool has_avx_vnni();
 
 // The highest level cpu_supports().
 Isa best_isa();
@@ -71,7 +80,7 @@ class ScopedIsa {
 // The function of that name for active_isa().
 #define ADPDM_SELECT_ISA(function)                                             \
   (::adpdm::cpu::active_isa() >= ::adpdm::cpu::Isa::kAvx512 ? avx512::function \
-   : ::adpdm::cpu::active_isa() == ::adpdm::cpu::Isa::kAvx2 ? avx2::function   \
+   : ::adpdm::cpu::active_isa() >= ::adpdm::cpu::Isa::kAvx2 ? avx2::function   \
                                                             : portable::function)
 #else
 #define ADPDM_DECLARE_PER_ISA(...) \
@@ -79,4 +88,23 @@ class ScopedIsa {
   __VA_ARGS__;                     \
   }
 #define ADPDM_SELECT_ISA(function) (portable::function)
+#endif
+
+// The same for functions that have code of their own at kAvxVnni.
+#if defined(ADPDM_AVX_VNNI)
+#define ADPDM_DECLARE_PER_ISA_AND_VNNI(...) \
+  ADPDM_DECLARE_PER_ISA(__VA_ARGS__)        \
+  namespace avx_vnni {                      \
+  __VA_ARGS__;                              \
+  }                                         \
+  namespace avx_vnni_evex {                 \
+  __VA_ARGS__;                              \
+  }
+#define ADPDM_SELECT_ISA_OR_VNNI(function)                                                \
+  (::adpdm::cpu::active_isa() != ::adpdm::cpu::Isa::kAvxVnni ? ADPDM_SELECT_ISA(function) \
+   : ::adpdm::cpu::has_avx_vnni()                            ? avx_vnni::function         \
+                                                             : avx_vnni_evex::function)
+#else
+#define ADPDM_DECLARE_PER_ISA_AND_VNNI(...) ADPDM_DECLARE_PER_ISA(__VA_ARGS__)
+#define ADPDM_SELECT_ISA_OR_VNNI(function) ADPDM_SELECT_ISA(function)
 #endif

@@ -1,4 +1,5 @@
-// Inner loops of the integer kernels for AVX2: a few pixels times 16 outputs, sums in registers.
+// Inner loops of the integer kernels for AVX2: a few pixels times 16 outputs, sums in registers. Per
+// instruction set, like vec.h.
 #pragma once
 
 #include <immintrin.h>
@@ -7,7 +8,7 @@
 
 #include "cpu/igemm.h"
 
-namespace adpdm::cpu::avx2 {
+namespace adpdm::cpu::ADPDM_ISA_NAMESPACE {
 namespace {
 
 // Pixels multiplied together where both operands have 16 bits: 12 sums, 2 weights, codes and a product are
@@ -111,12 +112,13 @@ class BlockParams {
     }
   }
 
-  // values [8 outputs from 8 * v on] += factor * (sums - correction).
-  void add(int v, __m256i sums, float* values) const {
+  // after [8 outputs from 8 * v on] = before + factor * (sums - correction).
+  void add(int v, __m256i sums, const float* before, float* after) const {
     const __m256 centred = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, correction_[v]));
-    float* at = values + 8 * v;
-    _mm256_storeu_ps(at, _mm256_fmadd_ps(centred, factor_[v], _mm256_loadu_ps(at)));
+    _mm256_storeu_ps(after + 8 * v, _mm256_fmadd_ps(centred, factor_[v], _mm256_loadu_ps(before + 8 * v)));
   }
+
+  void add(int v, __m256i sums, float* values) const { add(v, sums, values, values); }
 
  private:
   __m256i correction_[kOutputVectors];
@@ -136,4 +138,4 @@ inline void start_values(const Tile& tile, int64_t rows, float* values) {
 }
 
 }  // namespace
-}  // namespace adpdm::cpu::avx2
+}  // namespace adpdm::cpu::ADPDM_ISA_NAMESPACE
