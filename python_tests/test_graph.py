@@ -309,6 +309,16 @@ def test_tape_makes_calls_on_equal_constants_once() -> None:
 
 
 @torch.no_grad()
+def test_tape_makes_calls_with_equal_numbers_once() -> None:
+    def scaled(x: Tensor) -> Tensor:
+        return x * 2 + (x * 2).exp() + x * 3
+
+    taped = Taped(scaled, torch.ones(4))
+    assert len(taped.recorder._tape) == 5  # two products, exp, two additions
+    assert torch.equal(taped(torch.full((4,), 2.0)), scaled(torch.full((4,), 2.0)))
+
+
+@torch.no_grad()
 def test_tape_keeps_equal_calls_apart_where_one_is_written() -> None:
     def written(x: Tensor) -> Tensor:
         first, second = x + 1, x + 1
