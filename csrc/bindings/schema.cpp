@@ -81,4 +81,12 @@ TORCH_LIBRARY(adpdm, m) {
   m.def(
       "attention_quantize(Tensor query, Tensor key, Tensor value, Tensor scale, Tensor zero_point, Tensor "
       "group_index, int heads, int num_bits, bool int8=False) -> Tensor");
+
+  // Float rows of a transformer block, on the CPU: second(silu(first(waves))) + table[labels] [N, D] of waves
+  // [1 or N, K]; and layer(silu(embedding)) [N, 6 * C] as scale beside shift [N, 2 * C] and gate [N, C] of
+  // the attention, then of the feed-forward net. The layer's outputs are shift, scale and gate, twice.
+  m.def(
+      "class_embedding(Tensor waves, Tensor first_weight, Tensor? first_bias, Tensor second_weight, Tensor? "
+      "second_bias, Tensor table, Tensor labels) -> Tensor");
+  m.def("adaptive_rows(Tensor embedding, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)");
 }
