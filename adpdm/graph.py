@@ -111,14 +111,14 @@ class _Captured:
     recorder: Recorder
     inputs: list[Tensor]
     outputs: list[Any]
-    outputs_spec: pytree.TreeSpec
+    rebuild: Callable[[list[Any]], Any]  # what the forward returns, of its leaves
 
     def run(self, tensors: list[Tensor]) -> Any:
         for static, given in zip(self.inputs, tensors, strict=True):
             static.copy_(given)
         self.recorder.replay()
         fresh = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.outputs]
-        return pytree.tree_unflatten(fresh, self.outputs_spec)
+        return self.rebuild(fresh)
 
 
 class _Parts:
@@ -203,10 +203,9 @@ class GraphedForward:
         (sample, time, *args), kwargs = _unflatten(own, spec)
         time = time.expand(sample.shape[0])
         recorder = self._make_recorder(device)
-        outputs, outputs_spec = pytree.tree_flatten(
-            recorder.record(lambda: self._forward(sample, time, *args, **kwargs))
-        )
-        return _Captured(recorder, [x for x in own if isinstance(x, Tensor)], outputs, outputs_spec)
+        result = recorder.record(lambda: self._forward(sample, time, *args, **kwargs))
+        inputs = [x for x in own if isinstance(x, Tensor)]
+        return _Captured(recorder, inputs, pytree.tree_leaves(result), _rebuild(result))
 
 
 _LEAVES = (Tensor, bool, int, float, str, type(None))
@@ -230,6 +229,15 @@ def _unflatten(leaves: list[Any], spec: Any) -> tuple[Sequence[Any], dict[str, A
         return args, kwargs
     count, *names = spec
     return leaves[:count], dict(zip(names, leaves[count:], strict=True))
+
+
+def _rebuild(result: Any) -> Callable[[list[Any]], Any]:
+    """Makes such a result of other leaves; what diffusers returns, tensors by name, without pytree."""
+    if isinstance(result, dict) and all(isinstance(value, Tensor) for value in result.values()):
+        kind, names = type(result), list(result)
+        return lambda leaves: kind(**dict(zip(names, leaves, strict=True)))
+    spec = pytree.tree_structure(result)
+    return lambda leaves: pytree.tree_unflatten(leaves, spec)
 
 
 def _leaf_key(leaf: Any, device: torch.device) -> Hashable:

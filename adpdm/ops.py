@@ -115,6 +115,13 @@ def observe(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> N
     _ops.observe(x, counts, extrema, step_index)
 
 
+def set_step(
+    timestep: Tensor, timesteps: Tensor, table: Tensor, step_index: Tensor, group_index: Tensor
+) -> None:
+    """Write the nearest step and its groups, on the CPU; see `reference.set_step`."""
+    _ops.set_step.default(timestep, timesteps, table, step_index, group_index)
+
+
 def pack_weight(codes: Tensor, num_bits: int, groups: int = 1) -> Tensor:
     """Rearrange weight codes [O, C/groups, kh, kw] or [O, K] i8 for the kernels of their device, opaque."""
     return _ops.pack_weight(codes, num_bits, groups)  # type: ignore[no-any-return]
@@ -377,6 +384,11 @@ def _(
 
 @torch.library.register_fake("adpdm::observe")
 def _(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("adpdm::set_step")
+def _(timestep: Tensor, timesteps: Tensor, table: Tensor, step_index: Tensor, group_index: Tensor) -> None:
     return None
 
 

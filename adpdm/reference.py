@@ -442,6 +442,18 @@ def attention_quantize(
     return quantize(attended, o.scale, o.zero_point, o.group_index, o.num_bits)
 
 
+def set_step(
+    timestep: Tensor, timesteps: Tensor, table: Tensor, step_index: Tensor, group_index: Tensor
+) -> None:
+    """Write the first of the nearest timesteps [T] f32 and its row of the table [T, S] i32, in place.
+
+    Args: timestep [1] of any type; step_index [1] i32; group_index [S] i32.
+    """
+    step = (timesteps - timestep.float()).abs().argmin(0, keepdim=True)
+    step_index.copy_(step)
+    group_index.copy_(table.index_select(0, step)[0])
+
+
 def class_embedding(
     waves: Tensor, first: torch.nn.Linear, second: torch.nn.Linear, table: Tensor, labels: Tensor
 ) -> Tensor:

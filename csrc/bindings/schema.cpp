@@ -38,6 +38,11 @@ TORCH_LIBRARY(adpdm, m) {
   // Statistics: counts [T, 2049] i64 and extrema [T, 2] f32 (min, max), row step_index [1] i32.
   m.def("observe(Tensor x, Tensor(a!) counts, Tensor(b!) extrema, Tensor step_index) -> ()");
 
+  // The step of timesteps [T] f32 nearest to a timestep [1], and its row of table [T, S] i32; on the CPU.
+  m.def(
+      "set_step(Tensor timestep, Tensor timesteps, Tensor table, Tensor(a!) step_index, Tensor(b!) "
+      "group_index) -> ()");
+
   // Integer layers over one or two input segments, each with its own quantizer and weight columns:
   // y = sum_s scale_s[g] * weight_scale_s[o] * (acc_s - zero_point_s[g] * weight_sum_s[o]) + bias[o], then
   // (y * row_scale + row_bias + residual) * output_scale, the activation, and the result as dtype or as
