@@ -17,7 +17,7 @@ from adpdm.nn.embedding_blocks import rows_of_block
 from adpdm.nn.fusion import FusedBlock
 
 pytestmark = pytest.mark.skipif(
-    not ops.HAS_FAST_EMBEDDING, reason="without FMA instructions torch's operators run"
+    not ops.HAS_FAST_EMBEDDING, reason="wanted a CPU level with FMA: without, torch's operators run"
 )
 
 
