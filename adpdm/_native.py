@@ -45,4 +45,5 @@ def load_extension() -> ModuleType:
 _extension = load_extension()
 build_info = _extension.build_info
 worker_threads = _extension.worker_threads
+Children = _extension.Children
 Tape = _extension.Tape

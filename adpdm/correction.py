@@ -24,13 +24,12 @@ class Correction:
     """What `fit_correction` found.
 
     Args:
-        factors: [T, 2] f32, shares of prediction and sample that the error is made of, at each step; 0 where
-            they gain too little.
+        weights: [T, 2] f32, of prediction and sample at each step; 1 and 0 where others gain too little.
         energy_left: squared error behind the correction over that before it, at each step, each image
             corrected by what the others say.
     """
 
-    factors: Tensor
+    weights: Tensor
     energy_left: list[float]
 
 
@@ -70,33 +69,35 @@ def _regress(moments: Tensor) -> Correction:
     Args: moments [T, B, 3, 3] f64 of prediction, sample and error.
     """
     total = moments.sum(1)
-    others = _factors(total[:, None] - moments)  # [T, B, 2]: for each image by all but that image
+    others = _shares(total[:, None] - moments)  # [T, B, 2]: for each image by all but that image
     coefficients = torch.cat([-others, torch.ones_like(others[..., :1])], -1)
     errors = torch.einsum("tbi,tbij,tbj->t", coefficients, moments, coefficients)
     energy = total[:, 2, 2]
     left = errors / energy.clamp_min(torch.finfo(energy.dtype).tiny)
     helps = errors < (1 - MIN_GAIN) * energy
-    factors = torch.where(helps[:, None], _factors(total), 0.0)
-    return Correction(factors.float(), torch.where(helps, left, 1.0).tolist())
+    shares = torch.where(helps[:, None], _shares(total), 0.0)
+    weights = torch.tensor([1.0, 0.0], dtype=shares.dtype, device="cpu") - shares
+    return Correction(weights.float(), torch.where(helps, left, 1.0).tolist())
 
 
-def _factors(moments: Tensor) -> Tensor:
-    """Shares of prediction and sample that are nearest to the error, [*, 2], of moments [*, 3, 3]."""
+def _shares(moments: Tensor) -> Tensor:
+    """What of prediction and sample is nearest to the error, [*, 2], by moments [*, 3, 3]."""
     inverse = torch.linalg.pinv(moments[..., :2, :2], rtol=SINGULAR, hermitian=True)
-    factors: Tensor = (inverse @ moments[..., :2, 2:])[..., 0]
-    return factors
+    shares: Tensor = (inverse @ moments[..., :2, 2:])[..., 0]
+    return shares
 
 
-def correct(prediction: Tensor, sample: Tensor, factors: Tensor) -> Tensor:
-    """Prediction [B, C or more, *] less the error expected of it, in its own dtype.
+def correct(prediction: Tensor, sample: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of a prediction [B, C or more, *] and its sample, in the dtype of the prediction.
 
     Args:
         sample: [B, C, *], what the denoiser was given.
-        factors: [2] f32, of the current step.
+        weights: [2] f32, of the current step.
     """
-    channels, factors = sample.shape[1], factors.to(prediction.device)
-    exact = prediction[:, :channels].float()
-    result = (exact - (factors[0] * exact + factors[1] * sample.float())).to(prediction.dtype)
+    channels = sample.shape[1]
+    of_prediction, of_sample = weights.to(prediction.device).unbind()
+    scaled = prediction[:, :channels].float() * of_prediction
+    result = torch.addcmul(scaled, sample.float(), of_sample).to(prediction.dtype)
     if prediction.shape[1] == channels:
         return result
     return torch.cat([result, prediction[:, channels:]], 1)
@@ -109,13 +110,13 @@ class _Correct:
         self.sample_name = sample_name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        factors: Tensor = module.get_submodule("adpdm_step").current_correction  # type: ignore[assignment]
+        weights: Tensor = module.get_submodule("adpdm_step").current_correction  # type: ignore[assignment]
         sample = args[0] if args else kwargs[self.sample_name]
         if isinstance(output, Tensor):
-            return correct(output, sample, factors)
+            return correct(output, sample, weights)
         if isinstance(output, tuple):
-            return (correct(output[0], sample, factors), *output[1:])
-        output.sample = correct(output.sample, sample, factors)
+            return (correct(output[0], sample, weights), *output[1:])
+        output.sample = correct(output.sample, sample, weights)
         return output
 
 

@@ -320,7 +320,7 @@ def build_frozen(model: nn.Module, config: AdpdmConfig) -> None:
     def make_step(num_slots: int) -> StepState:
         state = StepState(num_slots, num_steps, settings.timestep_policy)
         if config.corrects_prediction:
-            state.set_correction(torch.zeros(num_steps, 2))
+            state.set_correction(torch.tensor([[1.0, 0.0]] * num_steps))
         return state
 
     swap_layers(model, infos, settings.groups_per_layer(num_steps), make_step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -111,22 +111,21 @@ class _Captured:
     recorder: Recorder
     inputs: list[Tensor]
     outputs: list[Any]
-    outputs_spec: pytree.TreeSpec
+    rebuild: Callable[[list[Any]], Any]  # what the forward returns, of its leaves
 
     def run(self, tensors: list[Tensor]) -> Any:
         for static, given in zip(self.inputs, tensors, strict=True):
             static.copy_(given)
         self.recorder.replay()
         fresh = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.outputs]
-        return pytree.tree_unflatten(fresh, self.outputs_spec)
+        return self.rebuild(fresh)
 
 
 class _Parts:
     """What a recording takes for granted of a denoiser: modules, which adapters act how much, attention."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        parents = [m._modules for m in denoiser.modules() if m._modules]
-        self._children = [(children, tuple(children.values())) for children in parents]
+        self._children = _native.Children([m._modules for m in denoiser.modules() if m._modules])
         self._adapters = list(adapters_of(denoiser).values())
         forwards = [m.__dict__.get("forward") for m in denoiser.modules()]
         self._attentions = [f for f in forwards if isinstance(f, FusedAttention)]
@@ -138,10 +137,7 @@ class _Parts:
 
     def are_as_recorded(self) -> bool:
         """Whether nothing was exchanged, activated, rescaled or folded in since."""
-        return (
-            all(tuple(now.values()) == then for now, then in self._children)
-            and self._read() == self._settings
-        )
+        return self._children.unchanged() and self._read() == self._settings
 
 
 def _settings(adapter: Any) -> Hashable:
@@ -189,25 +185,59 @@ class GraphedForward:
             self._captured.clear()
             self._parts = _Parts(self._denoiser)
         # A number would be burnt into the graph: as a tensor it is an input like the others.
-        time = torch.as_tensor(timestep).to(sample.device).reshape(-1)[:1].expand(sample.shape[0])
-        leaves, spec = pytree.tree_flatten(((sample, time, *args), kwargs))
+        time = torch.as_tensor(timestep).to(sample.device).reshape(-1)[:1]
+        leaves, spec = _flatten((sample, time, *args), kwargs)
         key = (spec, *(_leaf_key(leaf, sample.device) for leaf in leaves))
         captured = self._captured.get(key)
         if captured is None:
             captured = self._captured[key] = self._capture(leaves, spec, sample.device)
         return captured.run([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
-    def _capture(self, leaves: list[Any], spec: pytree.TreeSpec, device: torch.device) -> _Captured:
+    def _capture(self, leaves: list[Any], spec: Hashable, device: torch.device) -> _Captured:
         if len(self._captured) == self._max_graphs:
             raise RuntimeError(
                 f"adpdm.graph: wanted at most max_graphs={self._max_graphs} different inputs (shapes, "
                 "dtypes, flags), got another one; raise max_graphs, or keep shapes fixed"
             )
         own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(own, spec)
+        (sample, time, *args), kwargs = _unflatten(own, spec)
+        time = time.expand(sample.shape[0])
         recorder = self._make_recorder(device)
-        outputs, outputs_spec = pytree.tree_flatten(recorder.record(lambda: self._forward(*args, **kwargs)))
-        return _Captured(recorder, [x for x in own if isinstance(x, Tensor)], outputs, outputs_spec)
+        result = recorder.record(lambda: self._forward(sample, time, *args, **kwargs))
+        inputs = [x for x in own if isinstance(x, Tensor)]
+        return _Captured(recorder, inputs, pytree.tree_leaves(result), _rebuild(result))
+
+
+_LEAVES = (Tensor, bool, int, float, str, type(None))
+
+
+def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Hashable]:
+    """The leaves of a call's arguments, and where they belong.
+
+    Most calls have nothing nested, and pytree would take longer over them than a small layer does.
+    """
+    values = [*args, *kwargs.values()]
+    if all(isinstance(value, _LEAVES) for value in values):
+        return values, (len(args), *kwargs)
+    return pytree.tree_flatten((args, kwargs))
+
+
+def _unflatten(leaves: list[Any], spec: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+    """Inverse of `_flatten`."""
+    if isinstance(spec, pytree.TreeSpec):
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return args, kwargs
+    count, *names = spec
+    return leaves[:count], dict(zip(names, leaves[count:], strict=True))
+
+
+def _rebuild(result: Any) -> Callable[[list[Any]], Any]:
+    """Makes such a result of other leaves; what diffusers returns, tensors by name, without pytree."""
+    if isinstance(result, dict) and all(isinstance(value, Tensor) for value in result.values()):
+        kind, names = type(result), list(result)
+        return lambda leaves: kind(**dict(zip(names, leaves, strict=True)))
+    spec = pytree.tree_structure(result)
+    return lambda leaves: pytree.tree_unflatten(leaves, spec)
 
 
 def _leaf_key(leaf: Any, device: torch.device) -> Hashable:

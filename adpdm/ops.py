@@ -115,6 +115,20 @@ def observe(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> N
     _ops.observe(x, counts, extrema, step_index)
 
 
+def set_step(
+    timestep: Tensor,
+    timesteps: Tensor,
+    table: Tensor,
+    correction: Tensor | None,
+    step_index: Tensor,
+    group_index: Tensor,
+    current_correction: Tensor,
+) -> None:
+    """Write the nearest step and its rows, on the CPU; see `reference.set_step`."""
+    current = (step_index, group_index, current_correction)
+    _ops.set_step.default(timestep, timesteps, table, correction, *current)
+
+
 def pack_weight(codes: Tensor, num_bits: int, groups: int = 1) -> Tensor:
     """Rearrange weight codes [O, C/groups, kh, kw] or [O, K] i8 for the kernels of their device, opaque."""
     return _ops.pack_weight(codes, num_bits, groups)  # type: ignore[no-any-return]
@@ -227,8 +241,8 @@ def layer_norm_quantize(
     )
 
 
-# Without FMA instructions the native attention multiplies in software: torch's is the quicker one there.
-HAS_FAST_ATTENTION = _native.build_info()["isa"] != "portable"
+# Without FMA instructions these kernels would multiply in software: torch's are the quicker ones there.
+HAS_FAST_ATTENTION = HAS_FAST_EMBEDDING = _native.build_info()["isa"] != "portable"
 # Products of 8-bit codes take less time than float32 ones only where one instruction sums four of them.
 HAS_FAST_INT8_ATTENTION = _native.build_info()["isa"] in ("avx_vnni", "avx512", "amx")
 
@@ -245,6 +259,19 @@ def attention_quantize(
     return _ops.attention_quantize.default(  # type: ignore[no-any-return]
         query, key, value, q.scale, q.zero_point, q.group_index, heads, q.num_bits, int8
     )
+
+
+def class_embedding(
+    waves: Tensor, first: torch.nn.Linear, second: torch.nn.Linear, table: Tensor, labels: Tensor
+) -> Tensor:
+    """Embedding [N, D] of timesteps and classes, on the CPU; see `reference.class_embedding`."""
+    layers = (first.weight, first.bias, second.weight, second.bias)
+    return _ops.class_embedding.default(waves, *layers, table, labels)  # type: ignore[no-any-return]
+
+
+def adaptive_rows(embedding: Tensor, layer: torch.nn.Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Modulation and gate of both parts of a block, on the CPU; see `reference.adaptive_rows`."""
+    return _ops.adaptive_rows.default(embedding, layer.weight, layer.bias)  # type: ignore[no-any-return]
 
 
 # ---- autograd ----------------------------------------------------------------------------------------------
@@ -367,6 +394,11 @@ def _(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> None:
     return None
 
 
+@torch.library.register_fake("adpdm::set_step")
+def _(timestep: Tensor, *rest: Any) -> None:
+    return None
+
+
 def _results(outputs: int, activation: int) -> int:
     return outputs // 2 if activation == Activation.GEGLU else outputs
 
@@ -413,3 +445,17 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 @torch.library.register_fake("adpdm::attention_quantize")
 def _(query: Tensor, *rest: Any) -> Tensor:
     return torch.empty(query.shape, dtype=torch.int8, device=query.device)
+
+
+@torch.library.register_fake("adpdm::class_embedding")
+def _(waves: Tensor, *rest: Any) -> Tensor:
+    *_, table, labels = rest
+    return waves.new_empty([labels.shape[0], table.shape[1]])
+
+
+@torch.library.register_fake("adpdm::adaptive_rows")
+def _(embedding: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels = weight.shape[0] // 6
+    modulation, gate = ((embedding.shape[0], width) for width in (2 * channels, channels))
+    first, second = ((embedding.new_empty(modulation), embedding.new_empty(gate)) for _ in range(2))
+    return (*first, *second)

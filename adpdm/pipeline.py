@@ -190,9 +190,9 @@ def _correct_predictions(
     """Fit the correction to the model as it will run, in integers, and attach it."""
     start = time.perf_counter()
     found = fit_correction(sampler, trajectory, lambda done, total: progress("correction", done, total))
-    step.set_correction(found.factors)
+    step.set_correction(found.weights)
     attach_correction(sampler.denoiser)
-    trace.correction = {"factors": found.factors.tolist(), "energy_left": found.energy_left}
+    trace.correction = {"weights": found.weights.tolist(), "energy_left": found.energy_left}
     trace.seconds["correction"] = time.perf_counter() - start
 
 

@@ -440,3 +440,52 @@ def attention_quantize(
     o = quantizer
     attended = attend(query, key, value, heads, int8).float()
     return quantize(attended, o.scale, o.zero_point, o.group_index, o.num_bits)
+
+
+def set_step(
+    timestep: Tensor,
+    timesteps: Tensor,
+    table: Tensor,
+    correction: Tensor | None,
+    step_index: Tensor,
+    group_index: Tensor,
+    current_correction: Tensor,
+) -> None:
+    """Write the first of the nearest timesteps and its rows of the tables, in place.
+
+    Args:
+        timestep: [1] of any type.
+        timesteps: [T] f32.
+        table, correction: [T, S] i32, [T, 2] f32.
+        step_index, group_index, current_correction: [1] i32, [S] i32, [2] f32.
+    """
+    step = (timesteps - timestep.float()).abs().argmin(0, keepdim=True)
+    step_index.copy_(step)
+    group_index.copy_(table.index_select(0, step)[0])
+    if correction is not None:
+        current_correction.copy_(correction.index_select(0, step)[0])
+
+
+def class_embedding(
+    waves: Tensor, first: torch.nn.Linear, second: torch.nn.Linear, table: Tensor, labels: Tensor
+) -> Tensor:
+    """second(silu(first(waves))) + table[labels], [N, D] f64 of what float32 holds.
+
+    Args: waves [1 or N, K] f32; table [classes, D] f32; labels [N] i64.
+    """
+    hidden = F.silu(_dense(waves, first))
+    return _dense(hidden, second) + table.double()[labels]
+
+
+def adaptive_rows(embedding: Tensor, layer: torch.nn.Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """layer(silu(embedding)) in f64: modulation [N, 2C] (scale, shift) and gate [N, C], twice (adaLN-Zero).
+
+    Args: embedding [N, D] f32; layer with 6C outputs: shift, scale and gate, twice.
+    Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", section 3.2.
+    """
+    parts = _dense(F.silu(embedding.double()), layer).chunk(6, 1)
+    return torch.cat([parts[1], parts[0]], 1), parts[2], torch.cat([parts[4], parts[3]], 1), parts[5]
+
+
+def _dense(x: Tensor, layer: torch.nn.Linear) -> Tensor:
+    return F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())

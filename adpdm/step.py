@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .config import TimestepPolicy
 
 
@@ -17,7 +18,7 @@ class Record(NamedTuple):
 
     timesteps: Tensor  # [T] f32, noisiest first
     table: Tensor  # [T, num_slots] i32
-    correction: Tensor | None  # [T, 2] f32, of predictions (correction.py)
+    correction: Tensor | None  # [T, 2] f32, weights of prediction and sample (correction.py)
 
 
 class StepState(nn.Module):
@@ -88,6 +89,11 @@ class StepState(nn.Module):
                 for a timestep outside the calibrated ones under the policy `error`.
         """
         value = self._one_value(timestep)
+        on_cpu = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and self.policy == "nearest":
+            current = (self.step_index, self.group_index, self.current_correction)
+            ops.set_step(value, *self.record, *current)
+            return
         distance = (self.record.timesteps - value.float()).abs()
         step = distance.argmin(0, keepdim=True)
         if self.policy == "error":
@@ -109,10 +115,12 @@ class StepState(nn.Module):
         """The timestep as [1], in the dtype it came in."""
         if not isinstance(timestep, Tensor):
             return torch.tensor([timestep], device=self.group_index.device)
+        if timestep.numel() == 1:
+            return timestep.detach().reshape(1).to(self.group_index.device)
         flat = timestep.detach().reshape(-1)
         if flat.numel() == 0:
             raise ValueError("timestep must hold at least one value, got an empty tensor")
-        if flat.numel() > 1 and flat.device.type == "cpu":
+        if flat.device.type == "cpu":
             _demand(
                 (flat == flat[0]).all(),
                 "adpdm quantizes one timestep per call, but the batch mixes timesteps; "

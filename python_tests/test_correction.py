@@ -43,7 +43,7 @@ def quantized(**changes: Any) -> tuple[Any, adpdm.QuantizationReport]:
 
 @pytest.fixture(scope="module")
 def corrected() -> Any:
-    """A denoiser with factors that are set, as random weights err without a pattern; not to be changed."""
+    """A denoiser with weights that are set, as random weights err without a pattern; not to be changed."""
     model = quantized()[0]
     model.adpdm_step.set_correction(torch.linspace(-0.3, 0.4, 2 * STEPS).view(STEPS, 2))
     return model
@@ -86,7 +86,7 @@ def test_known_shares_are_found_at_every_step() -> None:
     sampler.denoiser = Distorted(exact, shares)  # type: ignore[assignment]
     seen: list[tuple[int, int]] = []
     found = fit_correction(sampler, trajectory, lambda done, total: seen.append((done, total)))
-    assert torch.allclose(found.factors, wanted, atol=1e-4)
+    assert torch.allclose(found.weights, torch.tensor([1.0, 0.0]) - wanted, atol=1e-4)
     assert max(found.energy_left) < 1e-6
     assert seen == [(i + 1, STEPS) for i in range(STEPS)]
 
@@ -95,13 +95,13 @@ def test_known_shares_are_found_at_every_step() -> None:
 def test_exact_predictions_and_proportional_ones_are_left_alone() -> None:
     sampler = Sampler(tiny_unet(), ddim_scheduler(), (1, 8, 8), STEPS)
     trajectory = sampler.run(0, 0, 2)
-    assert fit_correction(sampler, trajectory, lambda *_: None).factors.abs().max() < 1e-6
+    assert fit_correction(sampler, trajectory, lambda *_: None).weights.tolist() == [[1.0, 0.0]] * STEPS
     # Predictions that are the sample, but for their size: their moments have no inverse.
     same = replace(trajectory, noise_preds=trajectory.samples)
     half = {int(t): (0.5, 0.0) for t in sampler.calls}
     sampler.denoiser = Distorted(lambda sample, _: UNet2DOutput(sample=sample), half)  # type: ignore[assignment]
     found = fit_correction(sampler, same, lambda *_: None)
-    assert found.factors.isfinite().all()
+    assert found.weights.isfinite().all()
     assert max(found.energy_left) < 1e-6
 
 
@@ -114,49 +114,50 @@ def test_what_does_not_help_other_images_is_left_out() -> None:
     errors = 0.1 * noise(*trajectory.samples.shape)
     noisy = replace(trajectory, noise_preds=trajectory.noise_preds + errors)
     found = fit_correction(sampler, noisy, lambda *_: None)
-    rows = list(zip(found.factors.tolist(), found.energy_left, strict=True))
+    rows = list(zip(found.weights.tolist(), found.energy_left, strict=True))
     assert any(left == 1.0 for _, left in rows)
-    assert all((factors == [0.0, 0.0]) == (left == 1.0) for factors, left in rows)
+    assert all((weights == [1.0, 0.0]) == (left == 1.0) for weights, left in rows)
     alone = replace(trajectory, **{k: getattr(noisy, k)[:, :1] for k in ("samples", "noise_preds")})
-    assert not fit_correction(sampler, alone, lambda *_: None).factors.any()  # no other image says anything
+    found = fit_correction(sampler, alone, lambda *_: None)  # no other image says anything
+    assert found.weights.tolist() == [[1.0, 0.0]] * STEPS
 
 
 def test_the_trace_tells_what_was_found() -> None:
     model, report = quantized()
-    assert len(report.trace.correction["factors"]) == len(report.trace.correction["energy_left"]) == STEPS
+    assert len(report.trace.correction["weights"]) == len(report.trace.correction["energy_left"]) == STEPS
     assert all(0 <= left <= 1 for left in report.trace.correction["energy_left"])
     assert report.trace.seconds["correction"] > 0
-    assert torch.equal(model.adpdm_step.correction, torch.tensor(report.trace.correction["factors"]))
+    assert torch.equal(model.adpdm_step.correction, torch.tensor(report.trace.correction["weights"]))
 
 
 # ---- where it acts -----------------------------------------------------------------------------------------
 
 
-def test_correct_subtracts_shares_of_prediction_and_sample() -> None:
+def test_correct_weighs_prediction_and_sample() -> None:
     prediction, sample = noise(2, 3, 4, 4), noise(2, 3, 4, 4, seed=1)
-    factors = torch.tensor([0.25, -0.5])
-    assert torch.allclose(correct(prediction, sample, factors), 0.75 * prediction + 0.5 * sample)
+    weights = torch.tensor([0.75, 0.5])
+    assert torch.allclose(correct(prediction, sample, weights), 0.75 * prediction + 0.5 * sample)
     packed = correct(
-        prediction.flatten(2), sample.flatten(2), factors
+        prediction.flatten(2), sample.flatten(2), weights
     )  # as transformers over latents give it
-    assert torch.equal(packed, correct(prediction, sample, factors).flatten(2))
+    assert torch.equal(packed, correct(prediction, sample, weights).flatten(2))
 
 
 def test_learned_variances_stay_as_they_are() -> None:
-    both, sample, factors = noise(2, 6, 4, 4), noise(2, 3, 4, 4, seed=1), torch.tensor([0.25, -0.5])
-    got = correct(both, sample, factors)
+    both, sample, weights = noise(2, 6, 4, 4), noise(2, 3, 4, 4, seed=1), torch.tensor([0.75, 0.5])
+    got = correct(both, sample, weights)
     assert torch.equal(got[:, 3:], both[:, 3:])
-    assert torch.equal(got[:, :3], correct(both[:, :3], sample, factors))
+    assert torch.equal(got[:, :3], correct(both[:, :3], sample, weights))
 
 
 def test_half_precision_is_corrected_in_float32() -> None:
-    """Shares that cancel: in bfloat16 their difference would be lost."""
+    """Rounded once, at the end."""
     sample = noise(2, 3, 4, 4)
     prediction = (sample * (1 + 2**-7)).bfloat16()
-    factors = torch.tensor([0.7, -0.7])
-    got = correct(prediction, sample.bfloat16(), factors)
+    weights = torch.tensor([0.3, 0.7])
+    got = correct(prediction, sample.bfloat16(), weights)
     assert got.dtype == torch.bfloat16
-    assert torch.equal(got, correct(prediction.float(), sample.bfloat16().float(), factors).bfloat16())
+    assert torch.equal(got, correct(prediction.float(), sample.bfloat16().float(), weights).bfloat16())
 
 
 def test_every_form_of_output_is_corrected(corrected: Any) -> None:
@@ -185,9 +186,9 @@ def test_bare_tensors_are_corrected() -> None:
     adpdm.correction.attach_correction(model)
     x = noise(2, 3)
     assert torch.equal(model(x, 9), x)
-    assert torch.equal(model(x, 2), x)  # nearest is 1, whose share of the sample is all of it
+    assert torch.equal(model(x, 2), x)  # nearest is 1, where the sample is all
     state.set_correction(torch.tensor([[0.5, 0.0], [0.0, 2.0]]))
-    assert torch.equal(model(x, 0), torch.zeros_like(x))
+    assert torch.equal(model(x, 0), 2 * x)
 
 
 def test_captured_and_compiled_predictions_are_corrected(corrected: Any) -> None:
@@ -228,8 +229,8 @@ def test_without_the_setting_nothing_is_corrected(corrected: Any, tmp_path: Path
     for timestep in (900, 10):
         raw = predict(plain, timestep).sample
         got = predict(corrected, timestep).sample
-        factors = corrected.adpdm_step.current_correction
-        assert torch.equal(got, correct(raw, noise(2, 1, 8, 8), factors))
+        weights = corrected.adpdm_step.current_correction
+        assert torch.equal(got, correct(raw, noise(2, 1, 8, 8), weights))
         assert not torch.equal(got, raw)
     plain.save_pretrained(tmp_path)
     assert (

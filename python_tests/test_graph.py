@@ -115,6 +115,39 @@ def test_capture_refuses_more_graphs_than_agreed(denoiser: Denoiser) -> None:
         denoiser(torch.ones(2, 2), 1)
 
 
+@torch.no_grad()
+def test_capture_takes_what_is_nested(denoiser: Denoiser) -> None:
+    def forward(sample: Tensor, timestep: Tensor, given: Any, scale: float = 1.0) -> Any:
+        return [sample * given["factor"] + given["others"][0], scale * timestep]
+
+    denoiser.forward = forward  # type: ignore[method-assign]
+    graphed = graph.capture(denoiser, make_recorder=Rerun)
+    for factor in (2.0, 3.0):
+        given = {"factor": torch.tensor(factor), "others": [torch.ones(2)]}
+        result, time = denoiser(torch.ones(1, 2), 1, given, scale=0.5)
+        assert result.tolist() == [[factor + 1.0] * 2]
+        assert time.tolist() == [0.5]
+    denoiser(torch.ones(1, 2), 1, {**given, "more": 1})
+    denoiser(torch.ones(1, 2), 1, given, 0.5)  # the same by position is another call
+    assert len(graphed) == 3
+
+
+def test_children_notice_every_exchange() -> None:
+    first, second = nn.Sequential(nn.ReLU(), nn.ReLU()), nn.Sequential(nn.SiLU())
+    children = _native.Children([first._modules, second._modules])
+    assert children.unchanged()
+    kept = second[0]
+    second[0] = nn.SiLU()
+    assert not children.unchanged()
+    second[0] = kept
+    assert children.unchanged()
+    first[0], first[1] = first[1], first[0]
+    assert not children.unchanged()
+    first[0], first[1] = first[1], first[0]
+    first.append(nn.ReLU())
+    assert not children.unchanged()
+
+
 def test_capture_refuses_gradients(denoiser: Denoiser) -> None:
     graph.capture(denoiser, make_recorder=Rerun)
     with pytest.raises(RuntimeError, match="no gradients"):
@@ -306,6 +339,16 @@ def test_tape_makes_calls_on_equal_constants_once() -> None:
     assert len(taped.recorder._tape) == 4 + (1 + 4) + 2 + 2 + 2 + 1
     for x in (torch.ones(2, 4), torch.rand(2, 4)):
         assert torch.equal(taped(x), twice(x))
+
+
+@torch.no_grad()
+def test_tape_makes_calls_with_equal_numbers_once() -> None:
+    def scaled(x: Tensor) -> Tensor:
+        return x * 2 + (x * 2).exp() + x * 3
+
+    taped = Taped(scaled, torch.ones(4))
+    assert len(taped.recorder._tape) == 5  # two products, exp, two additions
+    assert torch.equal(taped(torch.full((4,), 2.0)), scaled(torch.full((4,), 2.0)))
 
 
 @torch.no_grad()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from adpdm import ops, reference
 from adpdm.config import TimestepPolicy
 from adpdm.step import StepState, attach_step_hook
 
@@ -199,3 +204,59 @@ def test_hook_can_be_removed() -> None:
     denoiser = Denoiser()
     attach_step_hook(denoiser).remove()
     assert denoiser(torch.zeros(1), 600) == 0
+
+
+@given(
+    timesteps=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=12),
+    timestep=st.one_of(st.floats(-2e4, 2e4, width=32), st.just(math.nan), st.integers(-5, 2000)),
+    slots=st.integers(0, 3),
+    corrects=st.booleans(),
+)
+def test_set_step_matches_reference(
+    timesteps: list[float], timestep: float, slots: int, corrects: bool
+) -> None:
+    table = torch.arange(len(timesteps) * slots, dtype=torch.int32).view(len(timesteps), slots)
+    correction = torch.arange(2.0 * len(timesteps)).view(-1, 2) if corrects else None
+    results = []
+    for set_step in (ops.set_step, reference.set_step):
+        current = [torch.full((1,), -1).int(), torch.full((slots,), -1).int(), torch.full((2,), -1.0)]
+        set_step(torch.tensor([timestep]), torch.tensor(timesteps), table, correction, *current)
+        results.append([x.tolist() for x in current])
+    assert results[0] == results[1]
+
+
+def step_arguments() -> dict[str, Tensor]:
+    return {
+        "timestep": torch.tensor([3]),
+        "timesteps": torch.tensor([9.0, 2.0]),
+        "table": torch.tensor([[1, 2, 3], [4, 5, 6]]).int(),
+        "correction": torch.tensor([[1.0, 0.0], [0.5, 0.25]]),
+        "step_index": torch.zeros(1).int(),
+        "group_index": torch.zeros(3).int(),
+        "current_correction": torch.zeros(2),
+    }
+
+
+def test_set_step_passes_opcheck() -> None:
+    torch.library.opcheck(torch.ops.adpdm.set_step.default, tuple(step_arguments().values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"timestep": torch.zeros(2)}, ValueError, "timestep must hold 1 value, got 2"),
+        ({"timesteps": torch.zeros(0)}, ValueError, "timesteps must have at least 1 element, got 0"),
+        ({"timesteps": torch.zeros(2).int()}, TypeError, "timesteps must be"),
+        ({"table": torch.zeros(2, 2).int()}, ValueError, r"table must have shape \[2, 3\], got \[2, 2\]"),
+        ({"table": torch.zeros(3, 2).int().t()}, ValueError, "table must be contiguous"),
+        ({"table": torch.zeros(2, 3)}, TypeError, "table must be"),
+        ({"step_index": torch.zeros(2).int()}, ValueError, r"step_index must have shape \[1\], got \[2\]"),
+        ({"group_index": torch.zeros(3)}, TypeError, "group_index must be"),
+        ({"correction": torch.zeros(2, 3)}, ValueError, r"correction must have shape \[2, 2\], got \[2, 3\]"),
+        ({"correction": torch.zeros(2, 2).int()}, TypeError, "correction must be"),
+        ({"current_correction": torch.zeros(3)}, ValueError, r"current_correction must have shape \[2\]"),
+    ],
+)
+def test_set_step_refuses(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"set_step: {message}"):
+        torch.ops.adpdm.set_step(**{**step_arguments(), **change})

@@ -52,6 +52,8 @@ class FusedBlock:
         NotFusable: for settings that the subclass does not know.
     """
 
+    is_float = False  # reads no codes: a matter of speed, of which nothing is reported
+
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self.forward = type(block).forward  # torch.compile reads no attributes of classes allowed in graphs
@@ -305,7 +307,7 @@ def fuse_blocks(denoiser: nn.Module, attention: AttentionProducts = "auto") -> N
         attention: what attention multiplies on a CPU, see `QuantConfig`; blocks that are fused already
             change over.
     """
-    for _, block, kind in _known_blocks(denoiser):
+    for _, block, kind in _blocks(denoiser):
         if "forward" not in block.__dict__:
             try:
                 block.forward = kind(block)
@@ -372,14 +374,19 @@ def _reason(block: nn.Module, kind: type[FusedBlock]) -> str:
     return "not fused: see fuse_blocks"
 
 
-def _known_blocks(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module, type[FusedBlock]]]:
-    """Blocks with something quantized inside, inner ones first."""
+def _blocks(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module, type[FusedBlock]]]:
+    """Blocks with a fused form, inner ones first."""
     for name, module in reversed(list(denoiser.named_modules())):
         kind = KINDS.get(type(module).__name__)
         # Not those of single pipelines: AudioLDM 2 has a CrossAttnUpBlock2D of its own.
-        if kind is None or not type(module).__module__.startswith("diffusers.models."):
-            continue
-        if any(isinstance(m, QuantLayer) for m in module.modules()):
+        if kind is not None and type(module).__module__.startswith("diffusers.models."):
+            yield name, module, kind
+
+
+def _known_blocks(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module, type[FusedBlock]]]:
+    """Those that run on codes, with something quantized inside."""
+    for name, module, kind in _blocks(denoiser):
+        if not kind.is_float and any(isinstance(m, QuantLayer) for m in module.modules()):
             yield name, module, kind
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import AttentionProducts
 from ..ops import Activation
+from .embedding_blocks import rows_of_block
 from .fusion import FusedBlock, NormCodes, fuses, grad_checkpointed, pack_of
 from .layers import QuantConv2d, QuantLayer, QuantLinear
 from .packed import Packed, agree, pack, quantize
@@ -305,13 +306,9 @@ class FusedTransformer(FusedBlock):
         if not self.is_adaptive:
             return _PLAIN, _PLAIN
         norm: Any = self.block.norm1
-        rows = norm.linear(norm.silu(norm.emb(timestep, class_labels, hidden_dtype=x.dtype))).float()
-        parts = rows.expand(x.shape[0], -1).chunk(6, 1)  # shift, scale and gate, twice
-        first, second = (
-            _Adaptive(torch.cat([scale, shift], 1), gate.contiguous())
-            for shift, scale, gate in (parts[:3], parts[3:])
-        )
-        return first, second
+        embedding = norm.emb(timestep, class_labels, hidden_dtype=x.dtype)
+        first, first_gate, second, second_gate = rows_of_block(norm, embedding, x.shape[0])
+        return _Adaptive(first, first_gate), _Adaptive(second, second_gate)
 
     def run(self, x: Tensor, context: Tensor | None, first: _Adaptive, second: _Adaptive) -> Tensor:
         """The block on tokens x [N, L, C] float, with a context [N, M, D] float for cross-attention."""

@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "bindings/python_children.h"
 #include "bindings/python_tape.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -66,5 +67,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info, "Facts about this build and this CPU.");
   module.def("worker_threads", &worker_threads,
              "Threads the CPU kernels are spread over; starts torch's pool.");
+  adpdm::bindings::register_children(module);
   adpdm::bindings::register_tape(module);
 }

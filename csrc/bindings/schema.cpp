@@ -38,6 +38,12 @@ TORCH_LIBRARY(adpdm, m) {
   // Statistics: counts [T, 2049] i64 and extrema [T, 2] f32 (min, max), row step_index [1] i32.
   m.def("observe(Tensor x, Tensor(a!) counts, Tensor(b!) extrema, Tensor step_index) -> ()");
 
+  // The step of timesteps [T] f32 nearest to a timestep [1], and its rows of table [T, S] i32 and of
+  // correction [T, 2] f32; on the CPU.
+  m.def(
+      "set_step(Tensor timestep, Tensor timesteps, Tensor table, Tensor? correction, Tensor(a!) step_index, "
+      "Tensor(b!) group_index, Tensor(c!) current_correction) -> ()");
+
   // Integer layers over one or two input segments, each with its own quantizer and weight columns:
   // y = sum_s scale_s[g] * weight_scale_s[o] * (acc_s - zero_point_s[g] * weight_sum_s[o]) + bias[o], then
   // (y * row_scale + row_bias + residual) * output_scale, the activation, and the result as dtype or as
@@ -81,4 +87,12 @@ TORCH_LIBRARY(adpdm, m) {
   m.def(
       "attention_quantize(Tensor query, Tensor key, Tensor value, Tensor scale, Tensor zero_point, Tensor "
       "group_index, int heads, int num_bits, bool int8=False) -> Tensor");
+
+  // Float rows of a transformer block, on the CPU: second(silu(first(waves))) + table[labels] [N, D] of waves
+  // [1 or N, K]; and layer(silu(embedding)) [N, 6 * C] as scale beside shift [N, 2 * C] and gate [N, C] of
+  // the attention, then of the feed-forward net. The layer's outputs are shift, scale and gate, twice.
+  m.def(
+      "class_embedding(Tensor waves, Tensor first_weight, Tensor? first_bias, Tensor second_weight, Tensor? "
+      "second_bias, Tensor table, Tensor labels) -> Tensor");
+  m.def("adaptive_rows(Tensor embedding, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)");
 }

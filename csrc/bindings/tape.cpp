@@ -194,11 +194,19 @@ bool Tape::is_number(const at::Tensor& tensor) const {
   return slot != kNone && kinds_[static_cast<size_t>(slot)] == Kind::kNumbers;
 }
 
+// Each call wraps the numbers in its arguments into tensors of its own.
+bool Tape::is_same_number(const at::Tensor& a, const at::Tensor& b) {
+  const bool wrapped =
+      a.unsafeGetTensorImpl()->is_wrapped_number() && b.unsafeGetTensorImpl()->is_wrapped_number();
+  return wrapped && a.scalar_type() == b.scalar_type() &&
+         std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
+}
+
 bool Tape::is_same_value(const c10::IValue& a, const c10::IValue& b) {
   if (a.isTensor() && b.isTensor()) {
     const at::Tensor &x = a.toTensor(), &y = b.toTensor();
     if (!x.defined() || !y.defined()) return !x.defined() && !y.defined();
-    return memory_of(x) == memory_of(y);
+    return memory_of(x) == memory_of(y) || is_same_number(x, y);
   }
   if (a.isList() && b.isList()) {
     const auto x = a.toListRef(), y = b.toListRef();

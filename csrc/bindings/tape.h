@@ -63,6 +63,7 @@ class Tape {
     size_t operator()(const Memory& memory) const;
   };
 
+  static bool is_same_number(const at::Tensor& a, const at::Tensor& b);
   static bool is_same_value(const c10::IValue& a, const c10::IValue& b);
   static bool is_same_call(const Call& a, const Call& b);
   static Memory memory_of(const at::Tensor& tensor);

@@ -1,0 +1,109 @@
+"""Float parts of transformers in fewer passes on the CPU: embeddings, rows they make of a block, patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .fusion import FusedBlock, fuses
+
+
+def _reads(*tensors: Tensor | None) -> bool:
+    """Whether the kernels read these where they lie."""
+    return ops.HAS_FAST_EMBEDDING and all(
+        x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous())
+        for x in tensors
+    )
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether nobody looks at a module, or has changed it: adapters, hooks, offloading."""
+    state = module.__dict__
+    hooked = state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state
+    return type(module) is kind and not hooked
+
+
+@fuses("CombinedTimestepLabelEmbeddings")
+class FusedClassEmbedding(FusedBlock):
+    """Sinusoids through two layers, and the row of the class added, in one call."""
+
+    is_float = True
+
+    def inspect(self) -> None:
+        b: Any = self.block
+        self.skip("timestep_embedder", type(b.timestep_embedder))
+        known = type(b.timestep_embedder).__name__ == "TimestepEmbedding"
+        self.require(known and b.timestep_embedder.post_act is None, "its timestep_embedder is another")
+        self.first: nn.Linear = self.skip("timestep_embedder.linear_1", nn.Linear)
+        self.skip("timestep_embedder.act", nn.SiLU)
+        self.second: nn.Linear = self.skip("timestep_embedder.linear_2", nn.Linear)
+        self.skip("class_embedder", type(b.class_embedder))
+        self.require(type(b.class_embedder).__name__ == "LabelEmbedding", "its class_embedder is another")
+        self.table: nn.Embedding = self.skip("class_embedder.embedding_table", nn.Embedding)
+        self.require(self.table.max_norm is None, "its table is normalized")
+
+    def __call__(
+        self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype | None = None
+    ) -> Any:
+        first, second, table = self.first, self.second, self.table.weight
+        weights = (first.weight, first.bias, second.weight, second.bias, table)
+        rows = class_labels.shape[0] if class_labels.dim() == 1 else 0
+        fits = class_labels.dtype == torch.int64 and timestep.shape[0] in (1, rows)
+        if not fits or hidden_dtype != torch.float32 or not _reads(*weights) or not self.applies():
+            return self.per_layer(timestep, class_labels, hidden_dtype)
+        block: Any = self.block
+        waves = block.time_proj(timestep).to(hidden_dtype)
+        return ops.class_embedding(waves, first, second, table, class_labels.contiguous())
+
+
+def rows_of_block(
+    norm: Any,  # AdaLayerNormZero
+    embedding: Tensor,  # [N or 1, D] float
+    images: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Modulation [N, 2C] f32 (scale, shift) and gate [N, C] f32 of the attention, then of the rest."""
+    layer = norm.linear
+    if _is_plain(layer, nn.Linear) and _is_plain(norm.silu, nn.SiLU):
+        rows = embedding.expand(images, -1).contiguous()
+        if _reads(rows, layer.weight, layer.bias):
+            return ops.adaptive_rows(rows, layer)
+    rows = layer(norm.silu(embedding)).float().expand(images, -1)
+    first, second = (
+        (torch.cat([scale, shift], 1), gate.contiguous())
+        for shift, scale, gate in (rows.chunk(6, 1)[:3], rows.chunk(6, 1)[3:])
+    )
+    return (*first, *second)
+
+
+@fuses("PatchEmbed")
+class FusedPatches(FusedBlock):
+    """The convolution of patches as a matrix product: with so few channels oneDNN takes ten times as long."""
+
+    is_float = True
+
+    def inspect(self) -> None:
+        b: Any = self.block
+        self.require(b.flatten and not b.layer_norm, "its result is no plain list of tokens")
+        self.require(not b.pos_embed_max_size, "it crops positions")
+        self.proj: nn.Conv2d = self.skip("proj", nn.Conv2d)
+        conv = self.proj
+        whole = conv.kernel_size == conv.stride and conv.dilation == (1, 1) and conv.groups == 1
+        self.require(whole and conv.padding == (0, 0), "its patches overlap, have gaps or reach out")
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        block: Any = self.block
+        high, wide = self.proj.kernel_size
+        height, width = latent.shape[-2] // high, latent.shape[-1] // wide
+        known = block.pos_embed is None or (height, width) == (block.height, block.width)
+        whole = latent.dim() == 4 and latent.shape[-2:] == (height * high, width * wide)
+        weights = (self.proj.weight, self.proj.bias, block.pos_embed)
+        if not known or not whole or not _reads(*weights) or not self.applies(latent):
+            return self.per_layer(latent)  # type: ignore[no-any-return]
+        patches = latent.unflatten(3, (width, wide)).unflatten(2, (height, high))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(latent.shape[0], height * width, -1)
+        tokens = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return tokens if block.pos_embed is None else tokens + block.pos_embed

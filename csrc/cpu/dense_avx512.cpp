@@ -1,0 +1,3 @@
+// dense.inc for AVX-512.
+#define ADPDM_ISA_NAMESPACE avx512
+#include "cpu/dense.inc"
