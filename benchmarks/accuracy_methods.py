@@ -49,6 +49,10 @@ def _ours(name: str, **settings: Any) -> Method:
     return Method(name, settings, {})
 
 
+def _uncorrected(name: str, **settings: Any) -> Method:
+    return Method(name, {"correct_prediction": False, **settings}, {})
+
+
 # Others' strategies as they are described, on our kernels: not their code, and not their whole method.
 STRATEGIES = (
     _plain("shared, min-max", grouping="shared", range_method="minmax"),
@@ -70,12 +74,14 @@ STRATEGIES = (
 )
 # 1024 images of 100 steps take an hour on two cores: not among the default rows.
 PAPER_SETTING = (Method("ADP-DM, paper's setting", PAPER, {"entropy_weight": 0.8, "keep_if_worse": True}),)
-GROUPS = tuple(_ours(f"dp, {g} groups", grouping="dp", num_groups=g) for g in (1, 2, 4, 8, 16))
+# Rows of the families that follow differ by what they name; corrected predictions would cover some of it.
+GROUPS = tuple(_uncorrected(f"dp, {g} groups", grouping="dp", num_groups=g) for g in (1, 2, 4, 8, 16))
 SELECTIONS = tuple(
-    _ours(f"dp, {s} timesteps", grouping="dp", selection=s) for s in ("srm", "uniform", "normal", "random")
+    _uncorrected(f"dp, {s} timesteps", grouping="dp", selection=s)
+    for s in ("srm", "uniform", "normal", "random")
 )
 IMAGES = tuple(
-    _ours(f"dp, {n} histogram images", grouping="dp", histogram_images=n) for n in (1, 2, 4, 8, 16, 32)
+    _uncorrected(f"dp, {n} histogram images", grouping="dp", histogram_images=n) for n in (1, 2, 4, 8, 16, 32)
 )
 _LATER: dict[str, Any] = {"equalization": "off", "correct_prediction": False}
 # Each row keeps the measures of the row above it.
@@ -91,16 +97,17 @@ _MEASURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("+ corrected predictions", {}),
 )
 EQUALIZATIONS = tuple(
-    _ours(f"{grouping}, equalization {mode}", grouping=grouping, equalization=mode)
+    _uncorrected(f"{grouping}, equalization {mode}", grouping=grouping, equalization=mode)
     for mode in ("off", "on")
     for grouping in ("shared", "dp")
 )
-CORRECTIONS = tuple(
-    _ours(f"{grouping}, {name}", grouping=grouping, correct_prediction=on)
-    for name, on in (("predictions as they are", False), ("corrected predictions", True))
-    for grouping in ("shared", "dp")
+CORRECTIONS = (
+    *(_uncorrected(f"{g}, predictions as they are", grouping=g) for g in ("shared", "dp")),
+    *(method for method in STRATEGIES if method.name in ("ours, shared", "ours, dp")),
 )
-ATTENTIONS = tuple(_ours(f"dp, attention in {a}", grouping="dp", attention=a) for a in ("float", "int8"))
+ATTENTIONS = tuple(
+    _uncorrected(f"dp, attention in {a}", grouping="dp", attention=a) for a in ("float", "int8")
+)
 MEASURES = tuple(
     Method(f"{name}, {grouping}", {**settings, "grouping": grouping}, {})
     for name, settings in _MEASURES
