@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from .bias import correct_bias
 from .config import QuantConfig
+from .correction import corrected
 from .nn import QuantLayer
 from .partition import all_step_errors, fit_ranges, group_gain, initial_tables
 from .precision import RAISED_BITS, measure_sensitivity, raise_bits
@@ -330,9 +332,11 @@ class Calibration:
         return [replace(self._batch(fresh, k, images, k), weight=float(self.call_weights[k])) for k in calls]
 
     def _sample_error(self) -> float:
-        """Mean squared error of the held-out final samples, as layers quantize now."""
+        """Mean squared error of the held-out final samples, as layers quantize now, corrected as in use."""
         first = self.config.histogram_images + self.config.calibration_images
-        made = self.sampler.run(self.config.seed, first, self.config.search.batch_size)
+        correct = self.config.correct_prediction
+        with corrected(self.sampler, self.trajectory) if correct else nullcontext():
+            made = self.sampler.run(self.config.seed, first, self.config.search.batch_size)
         return float((made.final - self._fresh.final).double().square().mean())
 
     def _harden(

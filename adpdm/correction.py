@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,24 @@ class _Correct:
             return (correct(output[0], sample, weights), *output[1:])
         output.sample = correct(output.sample, sample, weights)
         return output
+
+
+@contextmanager
+def corrected(
+    sampler: Sampler, trajectory: Trajectory, watch: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[Correction]:
+    """Correct the denoiser as it quantizes now, until the block ends; arguments as of `fit_correction`."""
+    denoiser = sampler.denoiser
+    step = denoiser.get_submodule("adpdm_step")
+    assert isinstance(step, StepState)
+    found = fit_correction(sampler, trajectory, watch)
+    step.set_correction(found.weights)
+    attach_correction(denoiser)
+    try:
+        yield found
+    finally:
+        detach_correction(denoiser)
+        step.set_correction(None)
 
 
 def attach_correction(denoiser: nn.Module) -> None:

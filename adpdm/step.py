@@ -72,9 +72,9 @@ class StepState(nn.Module):
         self.group_index, self.step_index = self.group_index.to(device), self.step_index.to(device)
         self.current_correction = self.current_correction.to(device)
 
-    def set_correction(self, correction: Tensor) -> None:
-        """Take the correction of predictions, [T, 2] f32, which is saved from now on."""
-        self.correction = correction.to(self.table.device)
+    def set_correction(self, correction: Tensor | None) -> None:
+        """Take the correction of predictions, [T, 2] f32, which is saved from now on; None takes it away."""
+        self.correction = None if correction is None else correction.to(self.table.device)
         self.take_record()
 
     def set_timesteps(self, timesteps: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import adpdm
 from adpdm import QuantConfig
-from adpdm.correction import correct, fit_correction
+from adpdm.correction import correct, corrected, fit_correction
 from adpdm.graph import capture
 from adpdm.step import StepState, attach_step_hook
 from adpdm.testing import ddim_scheduler, tiny_transformer, tiny_unet
@@ -42,7 +42,7 @@ def quantized(**changes: Any) -> tuple[Any, adpdm.QuantizationReport]:
 
 
 @pytest.fixture(scope="module")
-def corrected() -> Any:
+def steady() -> Any:
     """A denoiser with weights that are set, as random weights err without a pattern; not to be changed."""
     model = quantized()[0]
     model.adpdm_step.set_correction(torch.linspace(-0.3, 0.4, 2 * STEPS).view(STEPS, 2))
@@ -160,12 +160,12 @@ def test_half_precision_is_corrected_in_float32() -> None:
     assert torch.equal(got, correct(prediction.float(), sample.bfloat16().float(), weights).bfloat16())
 
 
-def test_every_form_of_output_is_corrected(corrected: Any) -> None:
-    wanted = predict(corrected, 500).sample
-    as_tuple = predict(corrected, 500, return_dict=False)
+def test_every_form_of_output_is_corrected(steady: Any) -> None:
+    wanted = predict(steady, 500).sample
+    as_tuple = predict(steady, 500, return_dict=False)
     assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[0], wanted)
-    by_name = corrected(
+    by_name = steady(
         hidden_states=noise(2, 1, 8, 8), timestep=torch.tensor([500] * 2), class_labels=torch.tensor([0, 2])
     )
     assert isinstance(by_name, Transformer2DModelOutput)
@@ -191,45 +191,65 @@ def test_bare_tensors_are_corrected() -> None:
     assert torch.equal(model(x, 0), 2 * x)
 
 
-def test_captured_and_compiled_predictions_are_corrected(corrected: Any) -> None:
-    wanted = [predict(corrected, t).sample for t in (900, 10)]
-    graphed = copy.deepcopy(corrected)
+def test_captured_and_compiled_predictions_are_corrected(steady: Any) -> None:
+    wanted = [predict(steady, t).sample for t in (900, 10)]
+    graphed = copy.deepcopy(steady)
     capture(graphed)
     assert all(torch.equal(predict(graphed, t).sample, w) for t, w in zip((900, 10), wanted, strict=True))
     torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(corrected), fullgraph=True, backend="eager")
+    compiled = torch.compile(copy.deepcopy(steady), fullgraph=True, backend="eager")
     assert all(torch.equal(predict(compiled, t).sample, w) for t, w in zip((900, 10), wanted, strict=True))
+
+
+def test_a_correction_for_a_while_leaves_nothing_behind() -> None:
+    model, _ = quantized(correct_prediction=False)
+    raw = predict(model, 900).sample
+    sampler = Sampler(model, ddim_scheduler(), (1, 8, 8), STEPS, LABELS)
+    trajectory = sampler.run(0, 0, 4)
+    shifted = replace(trajectory, noise_preds=0.5 * trajectory.noise_preds)  # of which half is error
+
+    def use() -> None:
+        with corrected(sampler, shifted) as found:
+            assert min(found.energy_left) < 0.1
+            assert torch.allclose(predict(model, 900).sample, 0.5 * raw, atol=1e-5)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        use()
+    assert not model._forward_hooks
+    assert model.adpdm_step.correction is None
+    assert torch.equal(predict(model, 900).sample, raw)
 
 
 # ---- saved, loaded, undone ---------------------------------------------------------------------------------
 
 
-def test_a_saved_model_keeps_its_correction(corrected: Any, tmp_path: Path) -> None:
-    corrected.save_pretrained(tmp_path)
+def test_a_saved_model_keeps_its_correction(steady: Any, tmp_path: Path) -> None:
+    steady.save_pretrained(tmp_path)
     loaded = DiTTransformer2DModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded.adpdm_step.correction, corrected.adpdm_step.correction)
-    assert torch.equal(predict(loaded, 500).sample, predict(corrected, 500).sample)
+    assert torch.equal(loaded.adpdm_step.correction, steady.adpdm_step.correction)
+    assert torch.equal(predict(loaded, 500).sample, predict(steady, 500).sample)
     half = DiTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert torch.equal(half.adpdm_step.correction, corrected.adpdm_step.correction)
+    assert torch.equal(half.adpdm_step.correction, steady.adpdm_step.correction)
 
 
-def test_the_clock_keeps_its_correction_in_float32(corrected: Any) -> None:
-    step = copy.deepcopy(corrected.adpdm_step)
+def test_the_clock_keeps_its_correction_in_float32(steady: Any) -> None:
+    step = copy.deepcopy(steady.adpdm_step)
     step.to(torch.bfloat16)
-    assert torch.equal(step.correction, corrected.adpdm_step.correction)
+    assert torch.equal(step.correction, steady.adpdm_step.correction)
     step.set_step(1)
-    assert torch.equal(step.current_correction, corrected.adpdm_step.correction[1])
+    assert torch.equal(step.current_correction, steady.adpdm_step.correction[1])
 
 
-def test_without_the_setting_nothing_is_corrected(corrected: Any, tmp_path: Path) -> None:
+def test_without_the_setting_nothing_is_corrected(steady: Any, tmp_path: Path) -> None:
     plain, report = quantized(correct_prediction=False)
     assert report.trace.correction == {}
     assert not plain._forward_hooks
     assert plain.adpdm_step.correction is None
     for timestep in (900, 10):
         raw = predict(plain, timestep).sample
-        got = predict(corrected, timestep).sample
-        weights = corrected.adpdm_step.current_correction
+        got = predict(steady, timestep).sample
+        weights = steady.adpdm_step.current_correction
         assert torch.equal(got, correct(raw, noise(2, 1, 8, 8), weights))
         assert not torch.equal(got, raw)
     plain.save_pretrained(tmp_path)
@@ -248,7 +268,7 @@ def rewrite(folder: Path, drop: str, **changes: Any) -> None:
     save_file({k: v for k, v in tensors.items() if k != drop}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def test_checkpoints_from_before_load(corrected: Any, tmp_path: Path) -> None:
+def test_checkpoints_from_before_load(steady: Any, tmp_path: Path) -> None:
     plain, _ = quantized(correct_prediction=False)
     plain.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -259,8 +279,8 @@ def test_checkpoints_from_before_load(corrected: Any, tmp_path: Path) -> None:
     assert torch.equal(predict(loaded, 500).sample, predict(plain, 500).sample)
 
 
-def test_broken_checkpoints_are_refused(corrected: Any, tmp_path: Path) -> None:
-    corrected.save_pretrained(tmp_path)
+def test_broken_checkpoints_are_refused(steady: Any, tmp_path: Path) -> None:
+    steady.save_pretrained(tmp_path)
     rewrite(tmp_path, drop="adpdm_step.correction")
     with pytest.raises(ValueError, match=r"missing tensors \['adpdm_step.correction'\]"):
         DiTTransformer2DModel.from_pretrained(tmp_path)
@@ -269,8 +289,8 @@ def test_broken_checkpoints_are_refused(corrected: Any, tmp_path: Path) -> None:
         DiTTransformer2DModel.from_pretrained(tmp_path)
 
 
-def test_dequantize_takes_it_away(corrected: Any) -> None:
-    model = copy.deepcopy(corrected)
+def test_dequantize_takes_it_away(steady: Any) -> None:
+    model = copy.deepcopy(steady)
     model.dequantize()
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
