@@ -200,7 +200,8 @@ def test_reference_holds_what_adpdm_calibrates_on(tmp_path: Path) -> None:
         num_inference_steps=unet.calibration_steps,
         histogram_images=unet.calibration_images,
         correct_bias=False,
-        weight_rounding="nearest",  # neither this nor the bias then replays the inputs
+        correct_prediction=False,
+        weight_rounding="nearest",  # none of these then replays the inputs
     )
     adpdm.quantize(model, config, scheduler=unets.scheduler("tiny"))
     handle.remove()
