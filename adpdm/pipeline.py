@@ -187,11 +187,12 @@ def _quantize(
 def _correct_predictions(
     sampler: Sampler, step: StepState, trajectory: Trajectory, trace: CalibrationTrace, progress: Progress
 ) -> None:
-    """Fit the correction to the model as it will run, in integers, and attach it."""
+    """Fit the correction to the model as it will run, in integers; attach it if it pays at any step."""
     start = time.perf_counter()
     found = fit_correction(sampler, trajectory, lambda done, total: progress("correction", done, total))
-    step.set_correction(found.weights)
-    attach_correction(sampler.denoiser)
+    if min(found.energy_left) < 1:
+        step.set_correction(found.weights)
+        attach_correction(sampler.denoiser)
     trace.correction = {"weights": found.weights.tolist(), "energy_left": found.energy_left}
     trace.seconds["correction"] = time.perf_counter() - start
 
