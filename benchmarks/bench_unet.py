@@ -254,7 +254,8 @@ def check(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Case], bool]:
     """Run all cases: what is known about the run, the cases, and whether it was interrupted."""
-    settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if key != "show"}
+    of_this_machine = ("show", "plot", "output", "peers_python")  # paths, which say nothing about the figures
+    settings = {key: value for key, value in vars(args).items() if key not in of_this_machine}
     result = {"machine": results.machine_state(args.device), "settings": settings}
     cases: list[Case] = []
     with tempfile.TemporaryDirectory(prefix="bench_unet-", ignore_cleanup_errors=True) as folder:
