@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .config import QuantConfig
+from .correction import CORRECTION_IMAGES
 from .trajectory import Sampler
 
 # In forward passes of one image, for each image and call of a trajectory:
@@ -109,6 +110,9 @@ def estimate(config: QuantConfig, num_calls: int, image_seconds: float) -> float
         generated = config.calibration_images * num_calls / 2  # selected steps lie anywhere
         trained = (search.num_steps + search.refit_steps) * search.batch_size * TRAIN
         passes += generated + trained + HELD_OUT_TRAJECTORIES * search.batch_size * num_calls
+    if config.correct_prediction:
+        fits = 3 if config.grouping == "search" else 1  # to judge it before and after; of the finished model
+        passes += fits * min(CORRECTION_IMAGES, config.histogram_images) * num_calls
     return PARTITION_SECONDS + RESERVE * passes * image_seconds
 
 

@@ -33,6 +33,7 @@ def test_estimate_is_proportional_to_the_denoiser_and_grows_with_the_work() -> N
     ):
         assert seconds_of(ASKED.replace(**more)) > seconds_of(ASKED), more
     assert estimate(ASKED, 100, 0.01) > seconds_of(ASKED)
+    assert seconds_of(ASKED.replace(correct_prediction=False)) < seconds_of(ASKED)
     assert seconds_of(ASKED.replace(grouping="dp")) < seconds_of(ASKED) / 3
 
 
