@@ -121,7 +121,9 @@ def test_same_minor_version(built: str, running: str, same: bool) -> None:
 
 
 # On CUDA torch's operators run in their place: its attention, with `quantize` after it, its linear layers.
-CPU_ONLY = {f"adpdm::{name}" for name in ("attention_quantize", "class_embedding", "adaptive_rows", "set_step")}
+CPU_ONLY = {
+    f"adpdm::{name}" for name in ("attention_quantize", "class_embedding", "adaptive_rows", "set_step")
+}
 
 
 def test_every_operator_has_a_kernel_for_every_device_that_was_built() -> None:
