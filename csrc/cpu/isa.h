@@ -33,8 +33,8 @@ bool has_avx_vnni();
 // The highest level cpu_supports().
 Isa best_isa();
 
-// The level that runs unless another is asked for: the highest that has been run on a CPU. AMX has not been
-// yet, so it waits to be asked for (docs/cpu_backlog.md).
+// The level that runs unless another is asked for: the highest that has been run on a CPU, kAvxVnni in the
+// encoding of AVX-512. AMX has not been yet, so it waits to be asked for (docs/cpu_backlog.md).
 Isa default_isa();
 
 // The level a request means; an empty request means default_isa(). Throws std::runtime_error for a name that
