@@ -9,13 +9,16 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor, nn
 
 from .budget import fit_budget
 from .conditioning import (
@@ -161,10 +164,20 @@ def _save(pipe: Any, values: dict[str, Any], out: Path) -> None:
 
 def _sample(args: argparse.Namespace) -> dict[str, Any]:
     pipe = load_pipeline(args.model, local_files_only=True)
+    asked = _asked(args, pipe)
     result = generate(
-        find_denoiser(pipe), pipe.scheduler, args.images, args.steps, args.seed, min(args.images, args.batch)
+        asked.denoisers[0],
+        pipe.scheduler,
+        args.images,
+        args.steps,
+        args.seed,
+        min(args.images, args.batch),
+        conditioning=asked.conditioning,
+        call=asked.call,
     )
-    save_image_grid(result.samples, Path(args.out))
+    samples = result.samples
+    with torch.no_grad():
+        save_image_grid(samples if asked.decode is None else asked.decode(samples), Path(args.out))
     seconds = float(result.seconds_per_step.mean())
     values = {"out": args.out, "images": args.images, "seed": args.seed, "seconds_per_step": seconds}
     _table(f"{args.images} images in {args.out}", {"seconds per step": f"{seconds:.4f}"})
@@ -173,19 +186,17 @@ def _sample(args: argparse.Namespace) -> dict[str, Any]:
 
 def _dataset(args: argparse.Namespace) -> dict[str, Any]:
     pipe = load_pipeline(args.model, local_files_only=True)
-    denoiser = find_denoiser(pipe)
-    given, call = _given(args, pipe, args.images)
-    shape = try_call(denoiser, pipe.scheduler, args.steps, given, call)
+    asked = _asked(args, pipe)
     settings = SampleSettings(args.images, args.steps, args.seed, args.batch)
     with _progress() as progress:
         made = sample_set(
-            denoiser,
+            asked.denoisers[0],
             pipe.scheduler,
             Path(args.out),
             settings,
-            conditioning=given,
-            call=call,
-            decode=decoder_of(pipe, shape),
+            conditioning=asked.conditioning,
+            call=asked.call,
+            decode=asked.decode,
             progress=lambda done, total, what: progress(what, done, total),
         )
     left = len(made.missing())
@@ -213,18 +224,31 @@ def _distance(args: argparse.Namespace) -> dict[str, Any]:
     return found.to_dict()
 
 
-def _given(args: argparse.Namespace, pipe: Any, num_images: int) -> tuple[Conditioning, DenoiserCall | None]:
-    """What the options of a conditional denoiser say."""
-    denoiser = find_denoiser(pipe)
+@dataclass(frozen=True)
+class _Asked:
+    """What the options of sampling say, tried with one call of each denoiser."""
+
+    denoisers: list[nn.Module]  # guided where that is asked for
+    conditioning: Conditioning
+    call: DenoiserCall | None
+    decode: Callable[[Tensor], Tensor] | None
+
+
+def _asked(args: argparse.Namespace, pipe: Any, *others: Any) -> _Asked:
+    """How the denoisers of pipelines are sampled; the first of them encodes texts and decodes latents."""
+    denoisers = [find_denoiser(each) for each in (pipe, *others)]
     files = [None if name is None else Path(name) for name in (args.call, args.constants)]
-    call, given = read_call(files[0], files[1], denoiser), Conditioning()
+    call, given = read_call(files[0], files[1], denoisers[0]), Conditioning()
     if args.conditioning is not None:
-        given = read_conditioning(Path(args.conditioning), denoiser, num_images)
+        given = read_conditioning(Path(args.conditioning), denoisers[0], args.images)
     if args.prompt:
         if "encoder_hidden_states" in given:
             raise ValueError("--prompt and --conditioning must not both give encoder_hidden_states, got both")
-        given = {**given, **conditioning_of_prompts(pipe, args.prompt, num_images)}
-    return given, call
+        given = {**given, **conditioning_of_prompts(pipe, args.prompt, args.images)}
+    if args.guidance_scale is not None:
+        denoisers = guided(pipe, denoisers, args.guidance_scale, given)
+    shapes = [try_call(denoiser, pipe.scheduler, args.steps, given, call) for denoiser in denoisers]
+    return _Asked(denoisers, given, call, decoder_of(pipe, shapes[0]))
 
 
 def _compare(args: argparse.Namespace) -> EvaluationResult:
@@ -233,21 +257,15 @@ def _compare(args: argparse.Namespace) -> EvaluationResult:
     config = EvaluationConfig(
         num_images=args.images, num_inference_steps=args.steps, seed=args.seed, batch_size=args.batch
     )
-    pair = [find_denoiser(reference), find_denoiser(quantized)]
-    given, call = _given(args, reference, args.images)
-    if args.guidance_scale is not None:
-        pair = guided(reference, pair, args.guidance_scale, given)
-    for denoiser in pair:
-        shape = try_call(denoiser, reference.scheduler, args.steps, given, call)
+    asked = _asked(args, reference, quantized)
     with _progress() as progress:
         return compare(
-            pair[0],
-            pair[1],
+            *asked.denoisers,
             reference.scheduler,
             config,
-            conditioning=given,
-            call=call,
-            decode=decoder_of(reference, shape),
+            conditioning=asked.conditioning,
+            call=asked.call,
+            decode=asked.decode,
             paths=(Path(args.original), Path(args.quantized)),
             progress=lambda done, total, what: progress(what, done, total),
         )
@@ -364,6 +382,7 @@ def _add_sampling_commands(command: Callable[..., argparse.ArgumentParser]) -> N
     sub.add_argument("model")
     sub.add_argument("--out", default="samples.png")
     _add_sampling_options(sub)
+    _add_conditioning_options(sub)
 
     sub = command(
         "dataset", _dataset, "Sample a large set of images into a folder; goes on where it was interrupted."
@@ -393,7 +412,6 @@ def _add_sampling_commands(command: Callable[..., argparse.ArgumentParser]) -> N
         _add_sampling_options(sub)
         if name == "evaluate":
             _add_conditioning_options(sub)
-            sub.add_argument("--guidance-scale", type=float, help="classifier-free guidance of both models")
         else:  # its measurements of layers run the denoiser on images alone
             sub.set_defaults(conditioning=None, call=None, constants=None, prompt=None, guidance_scale=None)
 
@@ -421,6 +439,9 @@ def _add_conditioning_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--constants", metavar="FILE.safetensors", help="tensors that every call is given as they are"
+    )
+    sub.add_argument(
+        "--guidance-scale", type=float, help="of classifier-free guidance, 1 is the condition alone"
     )
 
 

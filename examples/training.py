@@ -153,12 +153,19 @@ class Trainer:
         temporary = self.state_path.with_suffix(".tmp")
         torch.save(state, temporary)
         os.replace(temporary, self.state_path)
-        model = type(self.denoiser).from_config(self.denoiser.config)
-        model.load_state_dict(self.ema)
-        model.half().save_pretrained(self.out / self.recipe.folder)
-        self.scheduler.save_pretrained(self.out / "scheduler")
+        self._save_model()
         replace_text(self.out / CURVE_FILE, self.curve.csv())
         replace_text(self.out / RECORD_FILE, json.dumps(self._record(), indent=2) + "\n")
+
+    def _save_model(self) -> None:
+        self._averaged().half().save_pretrained(self.out / self.recipe.folder)
+        self.scheduler.save_pretrained(self.out / "scheduler")
+
+    def _averaged(self) -> Any:
+        """A copy of the model with the weights of the moving average, on the CPU."""
+        model = type(self.denoiser).from_config(self.denoiser.config)
+        model.load_state_dict(self.ema)
+        return model
 
     def _commands(self, args: argparse.Namespace) -> list[dict[str, Any]]:
         """The commands that trained and where each began; one that is repeated to continue stands once."""
@@ -189,20 +196,16 @@ class Trainer:
     def train_step(
         self,
         forward: Callable[..., Any],
-        images: Tensor,  # [N, C, H, W] u8 on the device
+        images: Tensor,  # [N, C, H, W] u8 pixels or f32 latents, on the device
         labels: Tensor,  # [N] i64 on the CPU
         learning_rate: float,
     ) -> None:
         """One optimizer step on a random batch."""
-        batch, generator, device = self.recipe.batch_size, self.generator, self.device
-        index = torch.randint(0, len(images), (batch,), generator=generator)
-        clean = self._flipped(images[index.to(device)].float() / 127.5 - 1)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        timestep = torch.randint(0, NUM_TRAIN_TIMESTEPS, (batch,), generator=generator).to(device)
-        noisy = self.scheduler.add_noise(clean, noise, timestep).to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
-            noise_pred = forward(noisy, timestep, **self._condition(labels[index])).sample
-        loss = F.mse_loss(noise_pred.float(), noise)
+        batch = self.recipe.batch_size
+        index = torch.randint(0, len(images), (batch,), generator=self.generator)
+        drawn = images[index.to(self.device)]
+        clean = self._flipped(drawn if drawn.is_floating_point() else drawn.float() / 127.5 - 1)
+        loss = self.loss(forward, clean, labels[index])
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -212,6 +215,21 @@ class Trainer:
         self.step, self.seen = self.step + 1, self.seen + batch
         self.curve.add(loss)
         self._update_ema()
+
+    def loss(
+        self,
+        forward: Callable[..., Any],
+        clean: Tensor,  # [B, C, H, W] f32
+        labels: Tensor,  # [B] i64 on the CPU
+    ) -> Tensor:
+        """Squared error of the predicted noise, []."""
+        device = self.device
+        noise = torch.randn(clean.shape, generator=self.generator).to(device)
+        timestep = torch.randint(0, NUM_TRAIN_TIMESTEPS, (len(clean),), generator=self.generator).to(device)
+        noisy = self.scheduler.add_noise(clean, noise, timestep).to(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            noise_pred = forward(noisy, timestep, **self._condition(labels)).sample
+        return F.mse_loss(noise_pred.float(), noise)
 
     def _flipped(
         self,
@@ -300,10 +318,10 @@ def parse(parser: argparse.ArgumentParser, script: str, words: Sequence[str] | N
     return args
 
 
-def train(recipe: Recipe, args: argparse.Namespace) -> None:
+def train(recipe: Recipe, args: argparse.Namespace, trainer_type: type[Trainer] = Trainer) -> None:
     """Train until the images or the minutes are used up; an interrupted run continues from its last state."""
     images, labels = recipe.data.load(args.data)
-    trainer = Trainer(recipe, args)
+    trainer = trainer_type(recipe, args)
     images = images.to(trainer.device)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     forward = torch.compile(trainer.denoiser) if args.compile else trainer.denoiser

@@ -7,6 +7,7 @@ import string
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
@@ -15,7 +16,9 @@ from safetensors.torch import save_file
 import adpdm
 from adpdm import DenoiserCall, cli
 from adpdm.conditioning import read_call, read_conditioning, try_call
-from adpdm.evaluate import EvaluationConfig, GuidedDenoiser, compare
+from adpdm.demo import save_image_grid
+from adpdm.evaluate import EvaluationConfig, GuidedDenoiser, SampleSet, compare, generate
+from adpdm.evaluate.sampling import to_uint8
 from adpdm.testing import (
     CROSS_ATTENTION_DIM,
     ddim_scheduler,
@@ -152,6 +155,40 @@ def test_evaluate_guides_away_from_no_class(folder: Path, capsys: pytest.Capture
     plain = json.loads(capsys.readouterr().out)["psnr_db"]
     assert results[0] == pytest.approx(plain, abs=0.5)  # twice the batch may round otherwise
     assert abs(results[1] - plain) > 0.5
+
+
+def decoded(folder: Path, count: int, scale: float) -> torch.Tensor:
+    """The first samples of seed 0 by the pipeline's own parts, [N, C, H, W] f32 in [-1, 1]."""
+    pipe = adpdm.load_pipeline(folder)
+    guided = GuidedDenoiser(pipe.unet, scale, null_text=embeddings(pipe, [""]))
+    text = {"encoder_hidden_states": embeddings(pipe, ["a cat", "a dog"] * count)[:count]}
+    latents = generate(guided, pipe.scheduler, count, 2, 0, 2, conditioning=text).samples
+    assert latents.abs().max() > 2  # which an image would not hold
+    with torch.no_grad():
+        images: torch.Tensor = torch.cat([pipe.vae.decode(z / 0.5).sample for z in latents.split(1)])
+    return images.clamp(-1, 1)
+
+
+GUIDED = ("--prompt", "a cat", "--prompt", "a dog", "--guidance-scale", "3")
+
+
+def test_sample_decodes_guided_latents_of_texts(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grid.png"
+    assert cli.main(["sample", str(texts / "quantized"), *SAMPLING, *GUIDED, "--out", str(out)]) == 0
+    save_image_grid(decoded(texts / "quantized", 4, 3.0), tmp_path / "wanted.png")
+    assert out.read_bytes() == (tmp_path / "wanted.png").read_bytes()
+
+
+def test_dataset_decodes_guided_latents_and_knows_its_guidance(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["dataset", str(texts / "quantized"), "--out", str(tmp_path / "set"), *SAMPLING]
+    assert cli.main([*command, *GUIDED]) == 0
+    wanted = to_uint8(decoded(texts / "quantized", 4, 3.0))
+    assert np.array_equal(SampleSet.open(tmp_path / "set").images(), wanted)
+    capsys.readouterr()
+    assert cli.main([*command, *GUIDED[:-1], "4"]) == 1
+    assert "holds samples of another model, scheduler, condition, guidance or setting" in error_of(capsys)
 
 
 def test_guidance_without_a_condition_is_refused(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:

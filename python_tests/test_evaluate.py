@@ -96,7 +96,7 @@ def test_generate_is_independent_of_batch_size(scheduler):
     runs = [evaluate.generate(Denoiser(0.3, 0.1), scheduler(), 5, 4, 7, size, SHAPE) for size in (5, 2)]
     assert torch.equal(runs[0].samples, runs[1].samples)
     assert runs[0].samples.shape == (5, *SHAPE)
-    assert runs[0].samples.abs().max() <= 1
+    assert runs[0].samples.isfinite().all()
     assert runs[1].seconds_per_step.shape == (3, len(runs[0].timesteps))
     other = evaluate.generate(Denoiser(0.3, 0.1), scheduler(), 5, 4, 8, 5, SHAPE)
     assert not torch.equal(runs[0].samples, other.samples)

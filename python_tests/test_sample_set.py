@@ -117,7 +117,7 @@ def test_samples_of_another_model_or_setting_are_left_alone(
     make(tmp_path / "set")
     before = contents(tmp_path / "set")
     with pytest.raises(
-        ValueError, match="holds samples of another model, scheduler, conditioning or setting"
+        ValueError, match="holds samples of another model, scheduler, condition, guidance or setting"
     ):
         make(tmp_path / "set", settings, seed)
     assert contents(tmp_path / "set") == before

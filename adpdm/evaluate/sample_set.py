@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from adpdm.evaluate.guidance import GuidedDenoiser
 from adpdm.evaluate.sampling import Progress, generate, to_uint8
 from adpdm.schedulers import identity
 from adpdm.trajectory import Conditioning, DenoiserCall, pick
@@ -128,7 +129,7 @@ def sample_set(
     Returns: the set, which other processes may still be filling.
 
     Raises:
-        ValueError: for a folder with samples of another model, scheduler or setting.
+        ValueError: for a folder with samples of another model, scheduler, conditioning, guidance or setting.
     """
     result = _begin(folder, settings, _fingerprint(denoiser, scheduler, conditioning))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -165,7 +166,7 @@ def _begin(folder: Path, settings: SampleSettings, fingerprint: str) -> SampleSe
         fixed = {**found, "settings": {**found["settings"], "num_images": settings.num_images}}
         if fixed != manifest:
             raise ValueError(
-                f"{folder} holds samples of another model, scheduler, conditioning or setting "
+                f"{folder} holds samples of another model, scheduler, condition, guidance or setting "
                 f"({found['settings']}); wanted {asdict(settings)}: give another folder"
             )
         if found["settings"]["num_images"] >= settings.num_images:
@@ -178,9 +179,12 @@ def _begin(folder: Path, settings: SampleSettings, fingerprint: str) -> SampleSe
 
 
 def _fingerprint(denoiser: nn.Module, scheduler: Any, conditioning: Conditioning | None) -> str:
-    """sha256 over weights, scheduler and conditioning."""
+    """sha256 over weights, scheduler, conditioning and guidance."""
     digest = hashlib.sha256(identity(scheduler).encode())
     given = [(keystr(path), x) for path, x in tree_flatten_with_path(conditioning or {})[0]]
+    if isinstance(denoiser, GuidedDenoiser):
+        digest.update(f"guidance {denoiser.scale} {denoiser.null_class}".encode())
+        given += [] if denoiser.null_text is None else [("null_text", denoiser.null_text)]
     for name, tensor in [*denoiser.state_dict().items(), *given]:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -26,7 +26,7 @@ class GenerationResult:
     """What `generate` returns.
 
     Args:
-        samples: [N, C, H, W] f32, clamped to [-1, 1].
+        samples: [N, *] f32, as the scheduler leaves them: images in [-1, 1] or a little beyond, or latents.
         timesteps: [M] values given to the denoiser, in the order of its calls.
         seconds_per_step: [batches, M] wall time of one denoiser call and scheduler step of one batch.
     """
@@ -195,6 +195,6 @@ def generate(
                 on_step(k, timestep, model_input, noise_pred)
             if progress is not None:
                 progress(number * len(timesteps) + k + 1, len(slices) * len(timesteps), "sampling")
-        samples.append(path.sample.float().clamp(-1, 1))
+        samples.append(path.sample.float())
         seconds.append(row)
     return GenerationResult(torch.cat(samples), timesteps, np.array(seconds))
