@@ -360,8 +360,14 @@ def _trace_forward(sampler: Sampler) -> None:
 
 
 def load_pipeline(path: Path | str, **kwargs: Any) -> Any:
-    """Load a diffusers pipeline, or a bare UNet2DModel with scheduler/ beside it as a DDIMPipeline."""
+    """Load a diffusers pipeline, or a bare UNet2DModel with scheduler/ beside it as a DDIMPipeline.
+
+    In float32 unless `torch_dtype` says otherwise: transformers would load a text encoder in the dtype of its
+    file, whose embeddings a float32 denoiser refuses.
+    """
     folder = Path(path)
+    if not kwargs.keys() & {"torch_dtype", "dtype"}:
+        kwargs["torch_dtype"] = torch.float32
     if (folder / "model_index.json").exists() or not folder.exists():
         return DiffusionPipeline.from_pretrained(str(path), **kwargs)
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel

@@ -1,6 +1,6 @@
 """Captions of class labels, and a tiny CLIP that reads them: tokenizer and text encoder of random weights.
 
-A text encoder need not be trained for captions this few: the denoiser learns any fixed encoding that tells them
+A text encoder need not be trained for so few captions: the denoiser learns any fixed encoding that tells them
 apart. What it has not seen in training means nothing to it.
 """
 

@@ -3,9 +3,9 @@
     python examples/fetch_cifar10.py --out cifar10.npz
     python examples/train_autoencoder.py --data cifar10.npz --out runs/cifar10-autoencoder --images 200000
 
-Images of 32x32x3 become latents of 8x8x8, a sixth of the numbers, in which `train_latent.py` trains a denoiser.
-1 M parameters, 70 images/s on one thread of a shared EPYC. Interrupt it whenever you like: the same command
-continues.
+Images of 32x32x3 become latents of 8x8x8, a sixth of the numbers, in which `train_latent.py` trains a
+denoiser. 1 M parameters, 70 images/s on one thread of a shared EPYC. Interrupt it whenever you like: the same
+command continues.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     python examples/train_latent.py --data cifar10.npz --autoencoder runs/cifar10-autoencoder/vae \
         --out runs/sd-cifar10 --images 1000000
 
-The output folder is a StableDiffusionPipeline: a U-Net with cross-attention (12.5 M parameters, 60 images/s on
-one thread of a shared EPYC), the autoencoder, and a text encoder of random weights that tells the captions of
-`captions.py` apart ("a photo of a cat"). Interrupt it whenever you like: the same command continues.
+The output folder is a StableDiffusionPipeline: a U-Net with cross-attention (12.5 M parameters, 60 images/s
+on one thread of a shared EPYC), the autoencoder, and a text encoder of random weights that tells the captions
+of `captions.py` apart ("a photo of a cat"). Interrupt it whenever you like: the same command continues.
 """
 
 from __future__ import annotations
@@ -129,9 +129,7 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argument_parser(__doc__, CIFAR10)
-    parser.add_argument(
-        "--autoencoder", type=Path, required=True, help="vae/ that train_autoencoder.py wrote"
-    )
+    parser.add_argument("--autoencoder", type=Path, required=True, help="vae/ of train_autoencoder.py")
     args = parse(parser, __file__, words)
     data = replace(
         CIFAR10, load=lambda path: load_latents(path, args.autoencoder, args.out / "latents.safetensors")

@@ -1,0 +1,230 @@
+"""Training in latents: captions and their encoder, the autoencoder, the pipeline that comes out."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+import adpdm
+
+pytest.importorskip("transformers", reason="it encodes captions")
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import captions  # noqa: E402
+import train_autoencoder  # noqa: E402
+import train_latent  # noqa: E402
+import training  # noqa: E402
+
+BATCH = 4
+
+
+def tiny_autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=32,
+        latent_channels=8,
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+    )
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=8,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=captions.HIDDEN_SIZE,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models and batches, in both scripts."""
+    small = partial(training.Recipe)
+
+    def recipe(make: Any, *args: Any, **settings: Any) -> training.Recipe:
+        return small(make, *args, **{**settings, "batch_size": BATCH})
+
+    for script in (train_autoencoder, train_latent):
+        monkeypatch.setattr(script, "Recipe", recipe)
+    monkeypatch.setattr(train_autoencoder, "make_autoencoder", tiny_autoencoder)
+    monkeypatch.setattr(train_latent, "make_unet", tiny_unet)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images of noise, darker from left to right, in the file that fetch_cifar10.py writes."""
+    path = tmp_path_factory.mktemp("data") / "cifar10.npz"
+    noise = np.random.default_rng(0).integers(0, 128, (12, 32, 32, 3))
+    pixels = (noise + np.linspace(127, 0, 32)[None, None, :, None]).astype(np.uint8)
+    np.savez(path, x_train=pixels, y_train=np.arange(12, dtype=np.uint8) % 10)
+    return path
+
+
+def run(script: ModuleType, data: Path, out: Path, steps: int, *options: str | Path) -> Path:
+    words = ["--data", data, "--out", out, "--images", steps * BATCH, "--decay-images", 0, *options]
+    script.main([str(word) for word in words])
+    return out
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def autoencoder(tmp_path: Path) -> Path:
+    """A folder with random weights and a scaling factor."""
+    torch.manual_seed(0)
+    vae = tiny_autoencoder()
+    vae.register_to_config(scaling_factor=2.0)
+    vae.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_every_word_of_the_captions_is_one_token(tmp_path: Path) -> None:
+    tokenizer = captions.make_tokenizer()
+    for text in captions.all_captions():
+        ids = tokenizer(text).input_ids
+        assert len(ids) == len(text.split()) + 2, text  # begin and end
+        assert tokenizer.unk_token_id not in ids[:-1]
+    tokenizer.save_pretrained(tmp_path)
+    again = type(tokenizer).from_pretrained(tmp_path)
+    assert again("a photo of an automobile").input_ids == tokenizer("a photo of an automobile").input_ids
+    assert len(tokenizer("zebra").input_ids) == 5 + 2  # a word it does not know, letter by letter
+
+
+def test_captions_are_told_apart_and_their_encoder_depends_on_the_seed_alone() -> None:
+    tokenizer = captions.make_tokenizer()
+    texts = captions.all_captions()
+    assert len(texts) == len(set(texts)) == 31
+    assert "a photo of an airplane" in texts
+    first, again, other = (
+        captions.encode(tokenizer, captions.make_text_encoder(tokenizer, seed), texts) for seed in (0, 0, 1)
+    )
+    assert first.shape == (31, captions.MAX_TOKENS, captions.HIDDEN_SIZE)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=0.1)
+    distances = torch.cdist(first.flatten(1), first.flatten(1)).fill_diagonal_(torch.inf)
+    assert distances.min() > 0.1 * distances[distances.isfinite()].mean()
+
+
+def test_merges_take_the_most_frequent_pair_first() -> None:
+    merges = [("a", "b</w>"), ("a", "d</w>"), ("c", "ab</w>"), ("c", "ad</w>")]
+    assert captions.merges_of(["ab", "cab", "cad"]) == merges  # equally frequent ones in alphabetical order
+
+
+def test_autoencoder_resumes_to_the_same_files_and_scales_latents(data: Path, tmp_path: Path) -> None:
+    whole = run(train_autoencoder, data, tmp_path / "whole", 6)
+    for steps in (1, 4, 6):
+        parts = run(train_autoencoder, data, tmp_path / "parts", steps)
+    assert weights(parts / "vae") == weights(whole / "vae")
+    assert not (whole / "scheduler").exists()  # it is no denoiser
+    vae = AutoencoderKL.from_pretrained(whole / "vae").float()
+    images, _ = train_autoencoder.CIFAR10.load(data)
+    with torch.no_grad():
+        latents = vae.encode(images.float() / 127.5 - 1).latent_dist.mean
+    assert float(latents.std()) * vae.config.scaling_factor == pytest.approx(1, abs=0.01)  # rounded weights
+
+
+def test_autoencoder_learns(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CURVE_STEPS", 10)
+    curve = run(train_autoencoder, data, tmp_path, 40) / "loss.csv"
+    losses = [float(row.split(",")[1]) for row in curve.read_text().splitlines()[1:]]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_autoencoder_is_not_compiled(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(train_autoencoder, data, tmp_path / "out", 1, "--compile")
+    assert "--compile" in capsys.readouterr().err
+
+
+def test_latents_are_those_of_images_and_their_mirror_images(
+    data: Path, autoencoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kept in a file, and made again for another autoencoder."""
+    cache = tmp_path / "out" / "latents.safetensors"
+    latents, labels = train_latent.load_latents(data, autoencoder, cache)
+    images, wanted = train_latent.CIFAR10.load(data)
+    assert labels.tolist() == [*wanted.tolist(), *wanted.tolist()]
+    vae = AutoencoderKL.from_pretrained(autoencoder)
+    with torch.no_grad():
+        exact = 2 * vae.encode(torch.cat([images, images.flip(3)]).float() / 127.5 - 1).latent_dist.mean
+    assert latents.shape == (24, 8, 8, 8)
+    assert (latents - exact).abs().max() < 0.02 * exact.abs().max()  # encoded in bfloat16
+    before = cache.stat().st_mtime_ns
+    assert torch.equal(train_latent.load_latents(data, autoencoder, cache)[0], latents)
+    assert cache.stat().st_mtime_ns == before
+    vae.encoder.conv_in.bias.data += 1
+    vae.save_pretrained(autoencoder)
+    assert not torch.equal(train_latent.load_latents(data, autoencoder, cache)[0], latents)
+
+
+def test_pipeline_resumes_to_the_same_bytes_and_samples_texts(
+    data: Path, autoencoder: Path, tmp_path: Path
+) -> None:
+    options = ("--autoencoder", autoencoder)
+    whole = run(train_latent, data, tmp_path / "whole", 4, *options)
+    for steps in (1, 4):
+        parts = run(train_latent, data, tmp_path / "parts", steps, *options)
+    assert weights(parts / "unet") == weights(whole / "unet")
+    assert '"data": "CIFAR-10"' in (whole / "training.json").read_text()
+    pipe = adpdm.load_pipeline(whole)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.config.clip_sample is False  # latents are not images
+    images = [
+        pipe(text, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+        for text in ("a cat", "a dog")
+    ]
+    assert images[0].shape == (1, 32, 32, 3)
+    assert not np.array_equal(*images)
+    text = pipe.encode_prompt(["a photo of a frog"], "cpu", 1, False)[0]
+    tokenizer = captions.make_tokenizer()
+    trained = captions.encode(tokenizer, captions.make_text_encoder(tokenizer, 0), ["a photo of a frog"])
+    assert torch.allclose(text.float(), trained, atol=0.01)  # weights in float16
+
+
+def test_images_are_conditioned_on_captions_of_their_class(
+    data: Path, autoencoder: Path, tmp_path: Path
+) -> None:
+    parser = training.argument_parser("", train_latent.CIFAR10)
+    parser.add_argument("--autoencoder", type=Path)
+    words = ["--data", str(data), "--out", str(tmp_path / "out"), "--autoencoder", str(autoencoder)]
+    recipe = training.Recipe(tiny_unet, "unet", 1e-3, num_classes=10)
+    trainer = train_latent.LatentTrainer(recipe, training.parse(parser, "x.py", words))
+    labels = torch.arange(10).repeat(100)
+    given = trainer._condition(labels)["encoder_hidden_states"]
+    rows = torch.cdist(given.flatten(1), trainer.embeddings.flatten(1)).argmin(1)
+    dropped = rows == len(trainer.embeddings) - 1
+    assert 60 < dropped.sum() < 140  # a tenth, 4 standard deviations
+    assert torch.equal(rows[~dropped] % 10, labels[~dropped])
+    templates = (rows[~dropped] // 10).bincount()
+    assert len(templates) == 3
+    assert templates.min() > 200
+
+
+def test_recipes_are_as_their_scripts_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with torch.device("meta"):
+        sizes = [
+            sum(p.numel() for p in make().parameters()) / 1e6
+            for make in (train_autoencoder.make_autoencoder, train_latent.make_unet)
+        ]
+    assert [round(size, 1) for size in sizes] == [1.0, 12.5]
