@@ -103,16 +103,18 @@ def _time_batch(sampler: Sampler, batch: int) -> float:
 
 def estimate(config: QuantConfig, num_calls: int, image_seconds: float) -> float:
     """Seconds of `adpdm.quantize`, for a denoiser that takes `image_seconds` for each image of a pass."""
+    rows = 1 if config.guidance_scale == 1 else 2  # of an image, with its condition and with none
     fewer_bits = min(config.weight_bits, config.activation_bits) < 8
-    passes = config.histogram_images * num_calls * (OBSERVE + (FIT_FEWER_BITS if fewer_bits else FIT_8_BITS))
+    observed = rows * config.histogram_images
+    passes = observed * num_calls * (OBSERVE + (FIT_FEWER_BITS if fewer_bits else FIT_8_BITS))
     if config.grouping == "search":
         search = config.search
-        generated = config.calibration_images * num_calls / 2  # selected steps lie anywhere
+        generated = rows * config.calibration_images * num_calls / 2  # selected steps lie anywhere
         trained = (search.num_steps + search.refit_steps) * search.batch_size * TRAIN
-        passes += generated + trained + HELD_OUT_TRAJECTORIES * search.batch_size * num_calls
+        passes += generated + trained + HELD_OUT_TRAJECTORIES * rows * search.batch_size * num_calls
     if config.correct_prediction:
         fits = 3 if config.grouping == "search" else 1  # to judge it before and after; of the finished model
-        passes += fits * min(CORRECTION_IMAGES, config.histogram_images) * num_calls
+        passes += fits * min(CORRECTION_IMAGES, observed) * num_calls
     return PARTITION_SECONDS + RESERVE * passes * image_seconds
 
 

@@ -283,7 +283,7 @@ class Calibration:
         call = self._call_at(step_index, round_index)
         made = self.sampler.run(self.config.seed, first, count, stop=call)
         search.set_mode(mode)
-        return self._batch(made, call, torch.arange(count, device="cpu"), round_index)
+        return self._batch(made, call, torch.arange(made.samples.shape[1], device="cpu"), round_index)
 
     def _call_at(self, step_index: int, round_index: int) -> int:
         """The call that shows a step in a round: where a scheduler comes back to a timestep, each in turn."""
@@ -407,7 +407,8 @@ class Calibration:
 
     def _given_tensors(self) -> list[tuple[Any, Tensor]]:
         """Tensors of conditioning and constants, with their paths, in one order."""
-        given = [self.sampler.conditioning, self.sampler.call.constants]
+        null = {} if self.sampler.guidance is None else self.sampler.guidance.null
+        given = [self.sampler.conditioning, self.sampler.call.constants, null]
         return [(path, x) for path, x in tree_flatten_with_path(given)[0] if isinstance(x, Tensor)]
 
     def _save(self, search: GroupSearch, selector: TimestepSelector, rounds_done: int) -> None:

@@ -260,7 +260,8 @@ def _compare(args: argparse.Namespace) -> EvaluationResult:
     asked = _asked(args, reference, quantized)
     with _progress() as progress:
         return compare(
-            *asked.denoisers,
+            asked.denoisers[0],
+            asked.denoisers[1],
             reference.scheduler,
             config,
             conditioning=asked.conditioning,

@@ -16,6 +16,7 @@ Objective = Literal["teacher", "noise"]
 
 MIN_BITS, MAX_BITS = 2, 8
 MAX_GROUPS = 256  # more than any use was found for
+MAX_GUIDANCE = 100.0  # more than any image was found to bear
 MAX_LOGIT = 80.0  # exp of the difference of two such still is a float32
 
 
@@ -90,6 +91,8 @@ class QuantConfig:
         shared_groups: one partition for the whole network instead of one per layer.
         num_inference_steps: of the sampler that is calibrated for; T, the number of different timesteps it
             visits, is another one with some schedulers.
+        guidance_scale: of the classifier-free guidance that the model will be sampled under, 1 for none.
+            Calibration images are generated under it, and both predictions of every step are calibrated.
         selection: how timesteps of calibration images are chosen.
         calibration_images: images generated for the search in total, in rounds of `round_size`.
         histogram_images: full trajectories whose activations fill the histograms.
@@ -116,6 +119,7 @@ class QuantConfig:
     weigh_steps: bool = True
     shared_groups: bool = False
     num_inference_steps: int = 50
+    guidance_scale: float = 1.0
     selection: Selection = "srm"
     calibration_images: int = 128
     round_size: int = 16
@@ -145,6 +149,7 @@ class QuantConfig:
         for name in ("num_inference_steps", "calibration_images", "round_size", "histogram_images"):
             _at_least(name, getattr(self, name), 1)
         _within("raised_layers", self.raised_layers, 0.0, 1.0)
+        _within("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
         _within("exclude_first", self.exclude_first, 0.0, 0.9)
         _one_of("grouping", self.grouping, get_args(Grouping))
         _one_of("range_method", self.range_method, get_args(RangeMethod))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from .calibrate import Calibration, CalibrationTrace, silent
 from .config import AttentionProducts, QuantConfig
@@ -35,7 +36,7 @@ from .nn import (
 from .quantizers.activation import Mode
 from .replay import Progress
 from .step import StepState, attach_step_hook, detach_step_hook
-from .trajectory import Conditioning, DenoiserCall, Sampler, Trajectory
+from .trajectory import Conditioning, DenoiserCall, Guidance, Sampler, Trajectory
 
 DENOISER_NAMES = ("unet", "transformer")
 CALIBRATION_DEVICES = ("cpu", "cuda")
@@ -88,6 +89,7 @@ def quantize(
     conditioning: Conditioning | None = None,
     call: DenoiserCall | None = None,
     prompts: Sequence[str] | None = None,
+    null_conditioning: Conditioning | None = None,
     progress: Progress = silent,
     state_file: Path | str | None = None,
 ) -> QuantizationReport:
@@ -102,6 +104,8 @@ def quantize(
             or dicts of them, e.g. added_cond_kwargs; image i is generated under entry i modulo N.
         call: what else the denoiser is given, where it takes more than images, timestep and conditioning.
         prompts: texts to encode with the pipeline instead.
+        null_conditioning: tensors [1, ...] that stand for no condition, under `config.guidance_scale`; known
+            for prompts (the empty text) and for transformers with a class for none.
         progress: called with (phase, done, total).
         state_file: the search saves itself here after every round and resumes from it.
 
@@ -113,7 +117,13 @@ def quantize(
     """
     config = config or QuantConfig()
     sampler = calibration_sampler(
-        pipe_or_denoiser, config, scheduler=scheduler, conditioning=conditioning, call=call, prompts=prompts
+        pipe_or_denoiser,
+        config,
+        scheduler=scheduler,
+        conditioning=conditioning,
+        call=call,
+        prompts=prompts,
+        null_conditioning=null_conditioning,
     )
     denoiser = sampler.denoiser
     before = _Before(denoiser)
@@ -132,17 +142,24 @@ def calibration_sampler(
     conditioning: Conditioning | None = None,
     call: DenoiserCall | None = None,
     prompts: Sequence[str] | None = None,
+    null_conditioning: Conditioning | None = None,
 ) -> Sampler:
     """What `quantize` calibrates with, its arguments checked; nothing is changed or run but text encoders."""
     denoiser = find_denoiser(pipe_or_denoiser)
     _check_denoiser(denoiser)
     scheduler = _find_scheduler(pipe_or_denoiser, scheduler)
     if prompts is not None:
-        conditioning = {**(conditioning or {}), **_encoded(pipe_or_denoiser, prompts)}
+        text, empty = _encoded(pipe_or_denoiser, prompts)
+        if config.guidance_scale == 1:
+            text = torch.cat([empty, text])  # guidance will ask for it
+        elif not conditioning and null_conditioning is None:
+            null_conditioning = {"encoder_hidden_states": empty}
+        conditioning = {**(conditioning or {}), "encoder_hidden_states": text}
     _check_conditioning(denoiser, conditioning)
     _check_objective(scheduler, config)
+    guidance = _guidance(denoiser, config.guidance_scale, conditioning or {}, null_conditioning)
     shape = call.sample_shape if call and call.sample_shape else _sample_shape(denoiser)
-    return Sampler(denoiser, scheduler, shape, config.num_inference_steps, conditioning, call)
+    return Sampler(denoiser, scheduler, shape, config.num_inference_steps, conditioning, call, guidance)
 
 
 def _quantize(
@@ -295,11 +312,45 @@ def _sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:
     return int(config.in_channels), int(height), int(width)
 
 
-def _encoded(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Text embeddings of prompts, and of the empty one that classifier-free guidance uses."""
+def _encoded(pipe: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Text embeddings of prompts [N, L, D], and of the empty one [1, L, D], which stands for none."""
     if not prompts:
         raise ValueError("quantize: prompts must hold at least one text, got none")
-    return {"encoder_hidden_states": encode_texts("quantize", pipe, ["", *prompts])}
+    encoded = encode_texts("quantize", pipe, ["", *prompts])
+    return encoded[1:], encoded[:1]
+
+
+def _guidance(
+    denoiser: nn.Module, scale: float, conditioning: Conditioning, null: Conditioning | None
+) -> Guidance | None:
+    """What images of the calibration are guided by; None where they are not."""
+    if scale == 1:
+        if null is not None:
+            raise ValueError(
+                "quantize: null_conditioning is for guidance: wanted config.guidance_scale, got 1 (none)"
+            )
+        return None
+    classes = getattr(getattr(denoiser, "config", None), "num_embeds_ada_norm", None)
+    if null is None and set(conditioning) == {"class_labels"} and classes is not None:
+        null = {"class_labels": torch.tensor([classes], device="cpu")}
+    wanted = _row_shapes(conditioning)
+    if null is None or not wanted:
+        raise ValueError(
+            f"quantize: guidance_scale={scale:g} needs prompts, class labels of a transformer with a class "
+            "for none, or conditioning and null_conditioning; got "
+            f"{sorted(conditioning) or 'no conditioning'}"
+        )
+    if _row_shapes(null) != wanted or any(len(x) != 1 for x in tree_leaves(null)):
+        raise ValueError(
+            f"quantize: null_conditioning must have one row of {wanted}, as the conditioning; got "
+            f"{ {keystr(path): tuple(x.shape) for path, x in tree_flatten_with_path(null)[0]} }"
+        )
+    return Guidance(scale, null)
+
+
+def _row_shapes(conditioning: Conditioning) -> dict[str, tuple[int, ...]]:
+    """The shape of a row of every tensor, by its path."""
+    return {keystr(path): tuple(x.shape[1:]) for path, x in tree_flatten_with_path(conditioning)[0]}
 
 
 def encode_texts(verb: str, pipe: Any, texts: Sequence[str]) -> Tensor:
@@ -362,14 +413,15 @@ def _trace_forward(sampler: Sampler) -> None:
 def load_pipeline(path: Path | str, **kwargs: Any) -> Any:
     """Load a diffusers pipeline, or a bare UNet2DModel with scheduler/ beside it as a DDIMPipeline.
 
-    In float32 unless `torch_dtype` says otherwise: transformers would load a text encoder in the dtype of its
-    file, whose embeddings a float32 denoiser refuses.
+    In float32 unless `torch_dtype` says otherwise: diffusers does so by itself, but transformers loads a text
+    encoder in the dtype of its file, and a float32 denoiser refuses the embeddings of a float16 one.
     """
     folder = Path(path)
-    if not kwargs.keys() & {"torch_dtype", "dtype"}:
-        kwargs["torch_dtype"] = torch.float32
     if (folder / "model_index.json").exists() or not folder.exists():
-        return DiffusionPipeline.from_pretrained(str(path), **kwargs)
+        pipe = DiffusionPipeline.from_pretrained(str(path), **kwargs)
+        if not kwargs.keys() & {"torch_dtype", "dtype"}:
+            _to_float32(pipe)
+        return pipe
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     for part in ("unet", "scheduler"):
@@ -379,3 +431,11 @@ def load_pipeline(path: Path | str, **kwargs: Any) -> Any:
             )
     unet = UNet2DModel.from_pretrained(folder / "unet", **kwargs)
     return DDIMPipeline(unet, DDIMScheduler.from_pretrained(folder / "scheduler"))
+
+
+def _to_float32(pipe: Any) -> None:
+    """Convert the models that are not of diffusers, unless they are quantized."""
+    for part in pipe.components.values():
+        is_quantized = getattr(part, "hf_quantizer", None) is not None
+        if isinstance(part, nn.Module) and not isinstance(part, ModelMixin) and not is_quantized:
+            part.float()

@@ -51,6 +51,12 @@ def add_quantize_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--exclude", action="append", default=[], help="layer name pattern to leave in float")
     sub.add_argument("--timestep-policy", default=default.timestep_policy, choices=("nearest", "error"))
     sub.add_argument("--prompt", action="append", help="calibration prompt of a text-to-image pipeline")
+    sub.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=default.guidance_scale,
+        help="of the classifier-free guidance that it will be sampled under; calibrates with it",
+    )
     sub.add_argument("--seed", type=int, default=default.seed)
     sub.add_argument("--resume", action="store_true", help="continue an interrupted search")
     sub.add_argument("--offline", action="store_true", help="never ask the model hub")
@@ -73,6 +79,7 @@ def quant_config(args: argparse.Namespace) -> QuantConfig:
         num_inference_steps=args.steps,
         calibration_images=args.images,
         histogram_images=args.histogram_images,
+        guidance_scale=args.guidance_scale,
         modules_to_not_convert=tuple(args.exclude),
         timestep_policy=args.timestep_policy,
         seed=args.seed,

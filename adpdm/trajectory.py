@@ -24,7 +24,7 @@ Conditioning = dict[str, Any]  # tensors [N, ...], or dicts of them
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Inputs and outputs of the denoiser at the M calls of the sampler."""
+    """Inputs and outputs of the denoiser at the M calls of the sampler, two rows per image under guidance."""
 
     samples: Tensor  # [M, B, *], as the denoiser sees them
     noise_preds: Tensor  # [M, B, *]
@@ -96,6 +96,39 @@ def join(parts: Sequence[Conditioning]) -> Conditioning:
     return tree_map(lambda *values: torch.cat(values), *parts)  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of a sampler (Ho and Salimans 2022).
+
+    Every image is a pair of rows, of one sample under its condition and under none.
+
+    Args:
+        scale: 1 is the conditional prediction alone.
+        null: conditioning that stands for none, tensors [1, ...] as those of the sampler.
+    """
+
+    scale: float
+    null: Conditioning
+
+    @staticmethod
+    def paired(sample: Tensor) -> Tensor:
+        """Every row [B, *] twice, [2 B, *]."""
+        return in_channels_last(sample.repeat_interleave(2, 0))
+
+    def conditions(self, conditioning: Conditioning) -> Conditioning:
+        """Rows [B, ...] each followed by none, [2 B, ...]."""
+
+        def pairs(rows: Tensor, none: Tensor) -> Tensor:
+            return torch.stack([rows, none.expand_as(rows)], 1).flatten(0, 1)
+
+        return tree_map(pairs, conditioning, self.null)  # type: ignore[no-any-return]
+
+    def combined(self, predictions: Tensor) -> Tensor:
+        """The guided prediction [B, *] of pairs [2 B, *]."""
+        conditional, unconditional = predictions[0::2], predictions[1::2]
+        return unconditional + self.scale * (conditional - unconditional)
+
+
 class Sampler:
     """A denoiser, its scheduler and its conditioning as one function from noise to samples.
 
@@ -110,6 +143,7 @@ class Sampler:
         conditioning: tensors [N, ...] by argument name, in dicts where the denoiser wants dicts; image i uses
             entry i modulo N.
         call: what else the denoiser is given.
+        guidance: makes two rows of a trajectory of every image, of one sample under its condition and none.
     """
 
     def __init__(
@@ -120,11 +154,16 @@ class Sampler:
         num_inference_steps: int,
         conditioning: Conditioning | None = None,
         call: DenoiserCall | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         self.denoiser, self.sample_shape = denoiser, sample_shape
         self.scheduler = copy.deepcopy(scheduler)
         self.conditioning: Conditioning = tree_map(lambda x: _moved(x, self.device), conditioning or {})
         self.call = (call or DenoiserCall()).on(self.device)
+        self.guidance = guidance
+        if guidance is not None:
+            null = tree_map(lambda x: _moved(x, self.device), guidance.null)
+            self.guidance = Guidance(guidance.scale, null)
         self.scheduler.set_timesteps(num_inference_steps, **self.call.schedule)
         self.calls: Tensor = self.scheduler.timesteps
         given = self.call.given_timestep(self.calls).float()
@@ -136,8 +175,8 @@ class Sampler:
         """The same with another number of steps, unless the call says itself at which steps it samples."""
         if self.call.schedule:
             return self
-        settings = (self.scheduler, self.sample_shape, num_inference_steps, self.conditioning, self.call)
-        return Sampler(self.denoiser, *settings)
+        given = (self.conditioning, self.call, self.guidance)
+        return Sampler(self.denoiser, self.scheduler, self.sample_shape, num_inference_steps, *given)
 
     @property
     def device(self) -> torch.device:
@@ -166,7 +205,7 @@ class Sampler:
             stop: last call to make (inclusive); None goes to the end.
             on_step: called with the number of the call before the denoiser runs.
         """
-        scheduler = copy.deepcopy(self.scheduler)
+        scheduler, guidance = copy.deepcopy(self.scheduler), self.guidance
         generators = [
             torch.Generator().manual_seed(seed * SEED_STRIDE + i) for i in range(first, first + batch)
         ]
@@ -174,6 +213,8 @@ class Sampler:
         noise = torch.cat([torch.randn(shape, generator=g, device="cpu") for g in generators]).to(self.device)
         sample = in_channels_last(first_sample(scheduler, noise))
         conditioning = self.conditions(first, batch)
+        if guidance is not None:
+            conditioning = guidance.conditions(conditioning)
         extra = self._step_arguments(scheduler, generators)
         samples, preds, sensitivity = [], [], []
         last = len(self.calls) - 1 if stop is None else stop
@@ -181,16 +222,16 @@ class Sampler:
             if on_step is not None:
                 on_step(index)
             seen = model_input(scheduler, sample, timestep)
-            pred = self.predict(seen, timestep, conditioning)
-            samples.append(seen)
-            preds.append(pred)
+            samples.append(seen if guidance is None else guidance.paired(seen))
+            preds.append(self.predict(samples[-1], timestep, conditioning))
+            pred = preds[-1] if guidance is None else guidance.combined(preds[-1])
             probe = self._probe(scheduler, pred, timestep, sample, generators)
             sample = scheduler.step(pred, timestep, sample, **extra).prev_sample
             sensitivity.append(float((probe - sample).double().square().mean()) / PROBE_SIZE**2)
         return Trajectory(
             torch.stack(samples),
             torch.stack(preds),
-            sample,
+            sample if guidance is None else guidance.paired(sample),
             torch.tensor(sensitivity, dtype=torch.float64, device="cpu"),
             conditioning,
         )

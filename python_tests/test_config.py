@@ -97,6 +97,7 @@ def test_config_json_round_trip_keeps_every_setting() -> None:
         weigh_steps=False,
         shared_groups=True,
         num_inference_steps=20,
+        guidance_scale=7.5,
         selection="normal",
         calibration_images=7,
         round_size=3,

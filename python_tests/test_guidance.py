@@ -1,8 +1,9 @@
-"""Classifier-free guidance as a denoiser: its formula, its one call, and quantized models under it."""
+"""Classifier-free guidance: its formula, its one call, calibration under it, and quantized models."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 import adpdm
 from adpdm import QuantConfig
 from adpdm.evaluate import EvaluationConfig, GuidedDenoiser, compare, generate
-from adpdm.testing import tiny_transformer
+from adpdm.pipeline import calibration_sampler
+from adpdm.testing import CROSS_ATTENTION_DIM, ddim_scheduler, tiny_conditional_unet, tiny_transformer
+from adpdm.trajectory import Guidance, Sampler
 
 NULL = 10
 
@@ -90,3 +93,146 @@ def test_guided_transformer_samples_and_is_compared_when_quantized() -> None:
     plain = generate(original, scheduler, 3, 4, conditioning=labels).samples
     guided = generate(pair[0], scheduler, 3, 4, conditioning=labels).samples
     assert (guided - plain).abs().max() > 0.01
+
+
+# ---- calibration -------------------------------------------------------------------------------------------
+
+
+class Sized(Labelled):
+    """Labelled, with a parameter to say where it is, and predictions that shrink."""
+
+    def __init__(self) -> None:
+        super().__init__(as_tuple=False)
+        self.here = nn.Parameter(torch.zeros(1))
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> object:
+        return super().forward(0.1 * sample, timestep, class_labels)
+
+
+def sampler(scale: float | None, labels: Tensor) -> Sampler:
+    guidance = None if scale is None else Guidance(scale, {"class_labels": torch.tensor([NULL])})
+    return Sampler(Sized(), ddim_scheduler(), (1, 2, 2), 5, {"class_labels": labels}, guidance=guidance)
+
+
+def test_trajectories_are_those_of_the_guided_denoiser_in_pairs() -> None:
+    labels = torch.tensor([1, 4])
+    made = sampler(3.0, labels).run(seed=5, first=0, batch=2)
+    plain = Sampler(
+        GuidedDenoiser(Sized(), 3.0, NULL), ddim_scheduler(), (1, 2, 2), 5, {"class_labels": labels}
+    )
+    wanted = plain.run(seed=5, first=0, batch=2)
+    assert made.conditioning["class_labels"].tolist() == [1, NULL, 4, NULL]
+    for rows in (made.samples[:, 0::2], made.samples[:, 1::2]):
+        assert torch.allclose(rows, wanted.samples, atol=1e-5)
+    conditional, none = made.noise_preds[:, 0::2], made.noise_preds[:, 1::2]
+    assert torch.allclose(none + 3 * (conditional - none), wanted.noise_preds, atol=1e-5)
+    assert torch.allclose(made.final, wanted.final.repeat_interleave(2, 0), atol=1e-5)
+    assert torch.allclose(made.sensitivity, wanted.sensitivity)
+
+
+def test_a_scale_of_one_is_the_condition_alone() -> None:
+    labels = torch.tensor([1, 4])
+    made, wanted = (sampler(scale, labels).run(seed=5, first=0, batch=2) for scale in (1.0, None))
+    assert torch.allclose(made.samples[:, 0::2], wanted.samples, atol=1e-6)
+    assert wanted.samples.shape[1] == 2
+
+
+def trained_like_transformer(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    denoiser = tiny_transformer(patch_size=2, num_embeds_ada_norm=NULL)
+    for parameter in denoiser.parameters():  # those that start at zero hide the class
+        nn.init.normal_(parameter, std=0.2)
+    return denoiser
+
+
+def test_observed_ranges_are_those_of_both_predictions_under_guidance() -> None:
+    """At every step, what the first attention's input is on guided samples, under classes and none."""
+    labels, scheduler = torch.tensor([1, 7]), diffusers.DDIMScheduler()
+    config = QuantConfig(
+        num_groups=2, num_inference_steps=4, histogram_images=2, grouping="dp", guidance_scale=5.0
+    )
+    given = {"class_labels": labels}
+    report = adpdm.quantize(trained_like_transformer(), config, scheduler=scheduler, conditioning=given)
+    layer = "transformer_blocks.0.attn1.to_q"
+    observed = next(q["observed"] for q in report.trace.quantizers if q["name"] == layer)
+
+    original, seen = trained_like_transformer(), []
+    original.get_submodule(layer).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    guidance = Guidance(5.0, {"class_labels": torch.tensor([NULL])})
+    shape = (original.config.in_channels, original.config.sample_size, original.config.sample_size)
+    Sampler(original, scheduler, shape, 4, given, guidance=guidance).run(config.seed, 0, 2)
+    assert [len(x) for x in seen] == [4] * 4
+    wanted = [[float(x.min()), float(x.max())] for x in seen]
+    assert torch.allclose(torch.tensor(observed), torch.tensor(wanted), atol=1e-5)
+
+
+def test_search_works_on_pairs() -> None:
+    search = adpdm.SearchConfig(num_steps=2, refit_steps=1, batch_size=2)
+    few = {"num_groups": 2, "num_inference_steps": 4, "histogram_images": 2, "calibration_images": 2}
+    config = QuantConfig(**few, round_size=2, guidance_scale=3.0, search=search)
+    labels = {"class_labels": torch.tensor([1, 7])}
+    report = adpdm.quantize(
+        trained_like_transformer(), config, scheduler=diffusers.DDIMScheduler(), conditioning=labels
+    )
+    assert report.trace.outcome is not None
+    assert len(report.trace.losses) == 3
+
+
+TEXT = {"encoder_hidden_states": torch.zeros(2, 5, CROSS_ATTENTION_DIM)}
+NONE = {"encoder_hidden_states": torch.ones(1, 5, CROSS_ATTENTION_DIM)}
+
+
+def text_sampler(scale: float, **given: Any) -> Sampler:
+    config = QuantConfig(guidance_scale=scale)
+    return calibration_sampler(tiny_conditional_unet(), config, scheduler=ddim_scheduler(), **given)
+
+
+def test_prompts_are_guided_away_from_the_empty_text() -> None:
+    def encode_prompt(prompt: list[str], device: str, num_images_per_prompt: int,
+                      do_classifier_free_guidance: bool) -> tuple[Tensor, None]:  # fmt: skip
+        numbers = torch.tensor([float(len(text)) for text in prompt])
+        return numbers.view(-1, 1, 1).expand(-1, 5, CROSS_ATTENTION_DIM), None
+
+    pipe = SimpleNamespace(
+        unet=tiny_conditional_unet(), scheduler=ddim_scheduler(), encode_prompt=encode_prompt
+    )
+    made = calibration_sampler(pipe, QuantConfig(guidance_scale=7.5), prompts=["a", "bcd"])
+    assert made.guidance is not None
+    assert made.guidance.scale == 7.5
+    assert made.guidance.null["encoder_hidden_states"].unique().tolist() == [0]
+    assert made.conditioning["encoder_hidden_states"][:, 0, 0].tolist() == [1, 3]
+    plain = calibration_sampler(pipe, QuantConfig(), prompts=["a", "bcd"])
+    assert plain.guidance is None
+    assert plain.conditioning["encoder_hidden_states"][:, 0, 0].tolist() == [0, 1, 3]
+
+
+def test_what_stands_for_no_condition_can_be_given() -> None:
+    made = text_sampler(3.0, conditioning=TEXT, null_conditioning=NONE)
+    assert made.guidance is not None
+    assert torch.equal(made.guidance.null["encoder_hidden_states"], NONE["encoder_hidden_states"])
+    assert made.with_steps(3).guidance == made.guidance
+
+
+@pytest.mark.parametrize(
+    ("scale", "given", "message"),
+    [
+        (3.0, {"conditioning": TEXT}, r"guidance_scale=3 needs prompts, .*; got \['encoder_hidden_states'\]"),
+        (1.0, {"conditioning": TEXT, "null_conditioning": NONE}, "null_conditioning is for guidance"),
+        (3.0, {"conditioning": TEXT, "null_conditioning": TEXT}, "must have one row of .*2, 5"),
+        (
+            3.0,
+            {"conditioning": TEXT, "null_conditioning": {"class_labels": torch.zeros(1)}},
+            r"must have one row of .*encoder_hidden_states.*got .*class_labels",
+        ),
+    ],
+)
+def test_guidance_of_calibration_that_does_not_fit_is_refused(
+    scale: float, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        text_sampler(scale, **given)
+
+
+def test_guidance_scale_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"guidance_scale must be in \[0.0, 100.0\], got -1"):
+        QuantConfig(guidance_scale=-1.0)

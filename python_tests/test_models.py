@@ -11,7 +11,7 @@ import torch
 
 import adpdm
 from adpdm.config import Grouping
-from adpdm.evaluate import generate, psnr
+from adpdm.evaluate import GuidedDenoiser, generate, psnr
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -36,8 +36,8 @@ def test_a_model_predicts_the_noise_of_a_noisy_image(name: str) -> None:
     assert float((predicted - noise).square().mean()) < 0.05
 
 
-def quality(grouping: Grouping, steps: int = STEPS, **settings: Any) -> float:
-    """PSNR in dB of the transformer at some steps."""
+def quality(grouping: Grouping, steps: int = STEPS, scale: float | None = None, **settings: Any) -> float:
+    """PSNR in dB of the transformer at some steps, sampled under guidance where there is a scale."""
     subject = find_subject("dit-fashion-mnist-32")
     original, quantized, scheduler = subject.denoiser(), subject.denoiser(), subject.scheduler()
     classes = subject.conditioning(original)
@@ -46,9 +46,11 @@ def quality(grouping: Grouping, steps: int = STEPS, **settings: Any) -> float:
         grouping=grouping,
     )
     adpdm.quantize(quantized, config, scheduler=scheduler, conditioning=classes)
+    pair = [original, quantized]
+    if scale is not None:
+        pair = [GuidedDenoiser(denoiser, scale, null_class=10) for denoiser in pair]
     samples = [
-        generate(denoiser, scheduler, 10, steps, 1234, 10, conditioning=classes).samples
-        for denoiser in (original, quantized)
+        generate(denoiser, scheduler, 10, steps, 1234, 10, conditioning=classes).samples for denoiser in pair
     ]
     return psnr(*samples)
 
@@ -65,3 +67,9 @@ def test_corrected_predictions_pay_where_quantization_drowns_them() -> None:
     low = {"activation_bits": 4, "raised_layers": 0.0, "histogram_images": 4}
     plain, corrected = (quality("dp", steps=30, correct_prediction=on, **low) for on in (False, True))
     assert corrected > plain + 2
+
+
+def test_calibrating_under_guidance_pays_under_guidance() -> None:
+    # 25.3 and 28.9 dB when this was written.
+    plain, guided = (quality("dp", 20, 4.0, guidance_scale=scale) for scale in (1.0, 4.0))
+    assert guided > plain + 1.5
