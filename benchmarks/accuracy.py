@@ -75,6 +75,7 @@ class Cell:
             "num_images": self.num_images,
             "num_inference_steps": self.config().num_inference_steps,
             "image_seed": IMAGE_SEED,
+            **({} if self.method.scale is None else {"guidance": self.method.scale}),
             "config": self.config().to_dict(),
         }
 
@@ -87,10 +88,10 @@ def measure(cell: Cell) -> tuple[dict[str, Any], Any]:
     """Quantize and sample; returns plain JSON types and the first images [K, H, W, C] u8 of both models."""
     subject, config = cell.subject, cell.config()
     original, quantized, scheduler = subject.denoiser(), subject.denoiser(), subject.scheduler()
+    is_guided_later = cell.method.scale is not None and config.guidance_scale == 1
+    given = subject.conditioning(original, with_none=is_guided_later)
     start = time.perf_counter()
-    report = adpdm.quantize(
-        quantized, config, scheduler=scheduler, conditioning=subject.conditioning(original)
-    )
+    report = adpdm.quantize(quantized, config, scheduler=scheduler, conditioning=given)
     seconds = time.perf_counter() - start
     settings = EvaluationConfig(
         num_images=cell.num_images,
@@ -101,7 +102,8 @@ def measure(cell: Cell) -> tuple[dict[str, Any], Any]:
         kept_images=GRID_IMAGES,
     )
     conditioning = subject.conditioning(original, cell.num_images)
-    found = compare(original, quantized, scheduler, settings, conditioning=conditioning)
+    pair = [subject.guided(denoiser, cell.method.scale) for denoiser in (original, quantized)]
+    found = compare(pair[0], pair[1], scheduler, settings, conditioning=conditioning)
     trace = report.trace
     result = {
         **cell.key(),

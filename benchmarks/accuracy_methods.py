@@ -34,11 +34,13 @@ class Method:
     Args:
         settings: of QuantConfig, without bits and seed.
         search: of SearchConfig.
+        scale: of the classifier-free guidance that both models are sampled under; None for none.
     """
 
     name: str
     settings: dict[str, Any]
     search: dict[str, Any]
+    scale: float | None = None
 
 
 def _plain(name: str, **settings: Any) -> Method:
@@ -72,8 +74,15 @@ STRATEGIES = (
     _ours("ours, dp", grouping="dp"),
     _ours("ours, search", grouping="search"),
 )
-# 1024 images of 100 steps take an hour on two cores: not among the default rows.
-PAPER_SETTING = (Method("ADP-DM, paper's setting", PAPER, {"entropy_weight": 0.8, "keep_if_worse": True}),)
+# 1024 images of 100 steps take minutes per row: not among the default rows. The others are for comparison.
+_LONG: dict[str, Any] = {"num_inference_steps": PAPER_STEPS}
+PAPER_SETTING = (
+    _plain("shared, least squares, 100 steps", grouping="shared", **_LONG),
+    _plain("dp groups, 100 steps", grouping="dp", **_LONG),
+    Method("ADP-DM, paper's setting", PAPER, {"entropy_weight": 0.8, "keep_if_worse": True}),
+    _ours("ours, shared, 100 steps", grouping="shared", **_LONG),
+    _ours("ours, dp, 100 steps", grouping="dp", **_LONG),
+)
 # Rows of the families that follow differ by what they name; corrected predictions would cover some of it.
 GROUPS = tuple(_uncorrected(f"dp, {g} groups", grouping="dp", num_groups=g) for g in (1, 2, 4, 8, 16))
 SELECTIONS = tuple(
@@ -113,6 +122,12 @@ MEASURES = tuple(
     for name, settings in _MEASURES
     for grouping in ("shared", "dp")
 )
+# Of conditional models: sampled under guidance, calibrated without it or with it.
+GUIDANCES = tuple(
+    Method(f"dp, guidance {scale:g}, calibrated {how}", {"grouping": "dp", "guidance_scale": at}, {}, scale)
+    for scale in (2.0, 4.0)
+    for how, at in (("without", 1.0), ("with it", scale))
+)
 FAMILIES: dict[str, tuple[Method, ...]] = {
     "strategies": STRATEGIES,
     "paper": PAPER_SETTING,
@@ -123,6 +138,7 @@ FAMILIES: dict[str, tuple[Method, ...]] = {
     "equalization": EQUALIZATIONS,
     "attention": ATTENTIONS,
     "correction": CORRECTIONS,
+    "guidance": GUIDANCES,
 }
 
 

@@ -11,6 +11,8 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
+from adpdm.evaluate import GuidedDenoiser
+
 MODELS = Path(__file__).resolve().parents[1] / "models"
 KINDS: dict[str, Any] = {"unet": UNet2DModel, "transformer": DiTTransformer2DModel}
 
@@ -42,10 +44,32 @@ class Subject:
     def scheduler(self) -> DDIMScheduler:
         return DDIMScheduler.from_pretrained(self.folder / "scheduler")
 
-    def conditioning(self, denoiser: Any, count: int | None = None) -> dict[str, Tensor]:
-        """Arguments of `count` images: the classes of a class-conditional denoiser in turn, or each once."""
+    def conditioning(
+        self, denoiser: Any, count: int | None = None, *, with_none: bool = False
+    ) -> dict[str, Tensor]:
+        """Arguments of `count` images: the classes of a class-conditional denoiser in turn, or each once.
+
+        Args:
+            with_none: count the class for none among them, as guidance will ask for it.
+        """
         classes = getattr(denoiser.config, "num_embeds_ada_norm", None)
-        return {} if classes is None else {"class_labels": torch.arange(count or classes) % classes}
+        if classes is None:
+            return {}
+        classes += with_none
+        return {"class_labels": torch.arange(count or classes) % classes}
+
+    def guided(self, denoiser: Any, scale: float | None) -> nn.Module:
+        """The denoiser under classifier-free guidance away from the class for none; itself without a scale.
+
+        Raises:
+            ValueError: for a scale of a denoiser that knows no classes.
+        """
+        if scale is None:
+            return denoiser  # type: ignore[no-any-return]
+        classes = getattr(denoiser.config, "num_embeds_ada_norm", None)
+        if classes is None:
+            raise ValueError(f"guidance needs a class-conditional model; {self.name} has no class for none")
+        return GuidedDenoiser(denoiser, scale, null_class=classes)
 
 
 def find_subject(name: str) -> Subject:
