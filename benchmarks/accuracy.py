@@ -24,10 +24,11 @@ import torch
 from accuracy_methods import FAMILIES, Method, methods
 from diffusers.utils import logging
 from PIL import Image
-from subjects import Subject, find_subject
+from subjects import find_subject
 
 import adpdm
 from adpdm.evaluate import EvaluationConfig, compare
+from adpdm.model_folder import ModelFolder
 
 IMAGE_SEED = 1234  # of the samples that are compared; calibration has seeds of its own
 GRID_IMAGES = 8
@@ -42,7 +43,7 @@ class Cell:
         seed: of the calibration.
     """
 
-    subject: Subject
+    subject: ModelFolder
     method: Method
     bits: str
     seed: int
@@ -89,9 +90,12 @@ def measure(cell: Cell) -> tuple[dict[str, Any], Any]:
     subject, config = cell.subject, cell.config()
     original, quantized, scheduler = subject.denoiser(), subject.denoiser(), subject.scheduler()
     is_guided_later = cell.method.scale is not None and config.guidance_scale == 1
-    given = subject.conditioning(original, with_none=is_guided_later)
+    given = subject.conditioning(with_none=is_guided_later)
+    null = None if config.guidance_scale == 1 else subject.null_conditioning
     start = time.perf_counter()
-    report = adpdm.quantize(quantized, config, scheduler=scheduler, conditioning=given)
+    report = adpdm.quantize(
+        quantized, config, scheduler=scheduler, conditioning=given, null_conditioning=null
+    )
     seconds = time.perf_counter() - start
     settings = EvaluationConfig(
         num_images=cell.num_images,
@@ -101,9 +105,9 @@ def measure(cell: Cell) -> tuple[dict[str, Any], Any]:
         timing_batch_sizes=(),
         kept_images=GRID_IMAGES,
     )
-    conditioning = subject.conditioning(original, cell.num_images)
+    conditioning, decode = subject.conditioning(cell.num_images), subject.decoder(original)
     pair = [subject.guided(denoiser, cell.method.scale) for denoiser in (original, quantized)]
-    found = compare(pair[0], pair[1], scheduler, settings, conditioning=conditioning)
+    found = compare(pair[0], pair[1], scheduler, settings, conditioning=conditioning, decode=decode)
     trace = report.trace
     result = {
         **cell.key(),

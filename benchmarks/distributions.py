@@ -21,12 +21,13 @@ import torch
 from accuracy import bits_name
 from accuracy_methods import methods
 from diffusers.utils import logging
-from subjects import Subject, find_subject
+from subjects import find_subject
 
 import adpdm
 from adpdm.evaluate import SampleSet, SampleSettings, sample_set, set_distance
 from adpdm.evaluate.distance import SetDistance
 from adpdm.graph import capture
+from adpdm.model_folder import ModelFolder
 
 FULL = "full precision"
 SEED = 1234  # of the samples; calibration has 0
@@ -66,7 +67,7 @@ def _folder(out: Path, bits: str | None) -> Path:
 
 
 def _sample(
-    subject: Subject, config: adpdm.QuantConfig | None, settings: SampleSettings, folder: Path
+    subject: ModelFolder, config: adpdm.QuantConfig | None, settings: SampleSettings, folder: Path
 ) -> None:
     """Fill the set of one quantization; None is full precision."""
     if folder.is_dir():
@@ -76,15 +77,15 @@ def _sample(
     denoiser = subject.denoiser()
     scheduler = subject.scheduler()
     if config is not None:
-        classes = subject.conditioning(denoiser)
-        adpdm.quantize(denoiser, config, scheduler=scheduler, conditioning=classes)
+        adpdm.quantize(denoiser, config, scheduler=scheduler, conditioning=subject.conditioning())
     capture(denoiser)
-    conditioning = subject.conditioning(denoiser)  # a row per class, so that a set can grow
+    given = subject.conditioning()  # a row per class, so that a set can grow
 
     def tell(done: int, total: int, what: str) -> None:
         print(f"{folder.name}: {done} of {total} {what}", file=sys.stderr, flush=True)
 
-    sample_set(denoiser, scheduler, folder, settings, conditioning=conditioning, progress=tell)
+    decode = subject.decoder(denoiser)
+    sample_set(denoiser, scheduler, folder, settings, conditioning=given, decode=decode, progress=tell)
 
 
 def _config(bits: str, method: dict[str, Any], steps: int) -> adpdm.QuantConfig:
@@ -105,7 +106,7 @@ def _distances(out: Path, bits: Sequence[str], real: Path | None) -> dict[str, d
     return found
 
 
-def _write(file: Path, subject: Subject, args: argparse.Namespace, found: Any) -> None:
+def _write(file: Path, subject: ModelFolder, args: argparse.Namespace, found: Any) -> None:
     record = {
         "model": subject.name,
         "checkpoint": subject.checksum,

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diffusers.utils import logging
-from subjects import Subject, find_subject
+from subjects import find_subject
 
 import adpdm
+from adpdm.model_folder import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Row:
     range_change: float  # widest over narrowest range of a step, median
 
 
-def measure(subject: Subject, bits: int, weigh_steps: bool, groups: int, seed: int) -> Row:
+def measure(subject: ModelFolder, bits: int, weigh_steps: bool, groups: int, seed: int) -> Row:
     """Calibrate with the `dp` partition and nothing that does not depend on groups."""
     config = adpdm.QuantConfig(
         activation_bits=bits,
@@ -46,7 +47,7 @@ def measure(subject: Subject, bits: int, weigh_steps: bool, groups: int, seed: i
         correct_prediction=False,
     )
     denoiser = subject.denoiser()
-    given = subject.conditioning(denoiser)
+    given = subject.conditioning()
     trace = adpdm.quantize(denoiser, config, scheduler=subject.scheduler(), conditioning=given).trace
     widths = [[high - low for low, high in row["observed"]] for row in trace.quantizers]
     change = statistics.median(max(w) / max(min(w), 1e-30) for w in widths)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import math
 import sys
 import textwrap
@@ -21,13 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from model_samples import Quality, Samples, Sampling, TrainedModel, load_model, measure
+from model_samples import Quality, Samples, Sampling, load_model, measure
 from PIL import Image
 from training import CURVE_FILE, check_device, command_line, replace_text
 from training_data import IMAGE_DATA
 
 from adpdm.evaluate import INSTALL_SENTENCE, load_lite0
 from adpdm.evaluate.frechet import MIN_IMAGES
+from adpdm.model_folder import ModelFolder
 from adpdm.report.charts import Scale, path, text, x_axis, y_axis
 from adpdm.report.markup import Html, tag
 
@@ -50,7 +52,7 @@ class Card:
         command: that wrote the card.
     """
 
-    model: TrainedModel
+    model: ModelFolder
     sampling: Sampling
     curve: np.ndarray
     quality: Quality | None
@@ -112,17 +114,16 @@ def make_grid(
 
 def render(card: Card) -> str:
     """The card, with front matter of the hub."""
-    kind = "class-conditional" if card.model.num_classes else "unconditional"
-    shape = "diffusion transformer" if card.model.part == "transformer" else "DDPM U-Net"
-    data = IMAGE_DATA[card.model.record["data"]]
+    model = card.model
+    kind, shape = _kind(model)
+    data = IMAGE_DATA[model.record["data"]]
     parts = [
         _front_matter(kind),
-        f"# {card.model.folder.name}",
+        f"# {model.name}",
         _fill(
-            f"A small {kind} {shape} ({type(card.model.denoiser).__name__}, {_parameters(card.model)} "
-            f"parameters) of 32x32 images, in float16, trained on {data.name} for the project adpdm, "
-            "post-training quantization of diffusion models. It predicts the noise of a linear schedule of "
-            "1000 steps."
+            f"A small {kind} {shape} ({_size(model)} parameters) of 32x32 images, in float16, trained on "
+            f"{data.name} for the project adpdm, post-training quantization of diffusion models. It predicts "
+            "the noise of a linear schedule of 1000 steps."
         ),
         "![Samples](grid.png)",
         _sampler(card),
@@ -136,6 +137,14 @@ def render(card: Card) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _kind(model: ModelFolder) -> tuple[str, str]:
+    """What it is asked with, and what it is."""
+    if model.captions:
+        return "text-to-image", "latent diffusion model"
+    kind = "class-conditional" if model.num_classes else "unconditional"
+    return kind, "diffusion transformer" if model.part == "transformer" else "DDPM U-Net"
+
+
 def _front_matter(kind: str) -> str:
     """Licence, library and tags."""
     tags = ["diffusion", f"{kind}-image-generation", "adpdm"]
@@ -147,27 +156,37 @@ def _fill(words: str) -> str:
     return textwrap.fill(words, 110, break_long_words=False, break_on_hyphens=False)
 
 
-def _parameters(model: TrainedModel) -> str:
-    return f"{sum(p.numel() for p in model.denoiser.parameters()) / 1e6:.1f} million"
+def _size(model: ModelFolder) -> str:
+    """Class and parameters of the denoiser."""
+    denoiser = model.denoiser()
+    return f"{type(denoiser).__name__}, {sum(p.numel() for p in denoiser.parameters()) / 1e6:.1f} million"
 
 
 def _sampler(card: Card) -> str:
     """How the grid was sampled."""
     sampling, classes = card.sampling, card.model.num_classes
-    guided = (
-        f", classifier-free guidance of scale {sampling.guidance:g}; a row per class, 0 to {classes - 1}"
-        if classes
-        else ""
-    )
+    rows = f"a row per class, 0 to {(classes or 0) - 1}"
+    if card.model.captions:
+        rows = "a row per text: " + ", ".join(f'"{text}"' for text in card.model.captions)
+    guided = f", classifier-free guidance of scale {sampling.guidance:g}; {rows}" if classes else ""
+    clipped = "" if card.model.captions else "predicted images clipped to [-1, 1], "
     return _fill(
-        f"Samples: DDIM, {sampling.steps} steps, eta 0, predicted images clipped to [-1, 1], seed "
-        f"{sampling.seed} with a generator per image, not selected{guided}."
+        f"Samples: DDIM, {sampling.steps} steps, eta 0, {clipped}seed {sampling.seed} with a generator per "
+        f"image, not selected{guided}."
     )
 
 
 def _usage(card: Card) -> str:
     """Lines of Python that sample."""
-    name, sampling, classes = card.model.folder.name, card.sampling, card.model.num_classes
+    name, sampling, classes = card.model.name, card.sampling, card.model.num_classes
+    if card.model.captions:
+        given = f"num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance:g}"
+        return (
+            "import adpdm\n\n"
+            f'pipe = adpdm.load_pipeline("{name}")\n'
+            f"texts = {json.dumps(card.model.captions[:4])}\n"
+            f"images = pipe(texts, {given}).images\n"
+        )
     if classes is None:
         return (
             "import adpdm\n\n"
@@ -196,6 +215,8 @@ def _training(card: Card) -> str:
         if record["num_classes"]
         else ""
     )
+    if card.model.captions:
+        label = "; a caption of three templates for each image, the empty one for a tenth of them"
     words = (
         f"{record['images']:,} images seen in {record['steps']:,} steps of {record['batch_size']}: {flips}"
         f"AdamW without weight decay, learning rate {record['learning_rate']:g} after "
@@ -203,6 +224,9 @@ def _training(card: Card) -> str:
         f"moving average of the weights {record['ema_decay']:g} (which is what is saved), seed "
         f"{record['seed']}, on a {device}{label}."
     )
+    if "autoencoder" in record:
+        seen = record["autoencoder"]["images"]
+        words += f" Its autoencoder has seen {seen:,} images before; its text encoder has random weights."
     if not len(curve):
         return _fill(words + " No loss curve was recorded.")
     words += f" Loss over the last 5 % of the curve: {curve[-max(1, len(curve) // 20) :, 1].mean():.4f}."
@@ -229,12 +253,13 @@ def _quality(card: Card) -> str:
 
 def _commands(card: Card) -> str:
     """Data, training and card, as a shell takes them."""
-    trainings, runs = [], card.model.record["commands"]
-    for number, run in enumerate(runs):
-        if run["from_images"]:
-            before = "" if number else "; what came before was not recorded"
-            trainings.append(f"# from {run['from_images']:,} images on{before}")
-        trainings.append(run["command"])
+    trainings, record = [], card.model.record
+    for part in [record["autoencoder"], record] if "autoencoder" in record else [record]:
+        for number, run in enumerate(part["commands"]):
+            if run["from_images"]:
+                before = "" if number else "; what came before was not recorded"
+                trainings.append(f"# from {run['from_images']:,} images on{before}")
+            trainings.append(run["command"])
     lines = [*IMAGE_DATA[card.model.record["data"]].fetch, *trainings, card.command]
     return "```sh\n" + "\n".join(lines) + "\n```"
 
@@ -261,14 +286,15 @@ def write_card(args: argparse.Namespace, command: str) -> None:
     Raises:
         ValueError: the folder or an option does not fit; before anything is sampled.
     """
-    model = load_model(args.folder, args.device)
+    model = load_model(args.folder)
     if model.num_classes is None and args.guidance is not None:
-        raise ValueError(f"--guidance needs a class-conditional model; {args.folder} has none")
+        raise ValueError(f"--guidance needs a conditional model; {args.folder} has no classes")
     if model.num_classes is not None and args.images % model.num_classes:
         raise ValueError(f"--images must be a multiple of {model.num_classes} classes, got {args.images}")
     guidance = GUIDANCE if args.guidance is None else args.guidance
     sampling = Sampling(args.steps, args.seed, 1.0 if model.num_classes is None else guidance, args.batch)
-    samples = Samples(model, sampling, model.folder.with_name(model.folder.name + ".samples"))
+    cache = model.folder.with_name(model.name + ".samples")
+    samples = Samples(model, sampling, cache, args.device)
     quality, why = _measure(args, samples)
     make_grid(samples.images(args.images), model.num_classes).save(args.folder / "grid.png")
     curve = read_curve(args.folder / CURVE_FILE)
@@ -289,7 +315,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--frechet-images", type=int, default=10_000)
     parser.add_argument("--images", type=int, default=100, help="of the grid")
     parser.add_argument("--steps", type=int, default=50, help="of the DDIM sampler")
-    parser.add_argument("--guidance", type=float, help=f"class-conditional models: scale, default {GUIDANCE}")
+    parser.add_argument("--guidance", type=float, help=f"conditional models: scale, default {GUIDANCE}")
     parser.add_argument("--batch", type=int, default=50, help="images that are sampled and kept at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,51 +11,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor
 
-from adpdm.evaluate import GuidedDenoiser, SampleSettings, frechet_distance, sample_set
+from adpdm.evaluate import SampleSettings, frechet_distance, sample_set
 from adpdm.evaluate.frechet import FrechetResult
+from adpdm.model_folder import ModelFolder
 
-KINDS: dict[str, Any] = {"unet": UNet2DModel, "transformer": DiTTransformer2DModel}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@dataclass(frozen=True)
-class TrainedModel:
+def load_model(folder: Path) -> ModelFolder:
     """What a training script wrote.
-
-    Args:
-        part: "unet" or "transformer", the folder of the denoiser.
-        num_classes: of the labels that the denoiser takes; None for an unconditional one.
-        record: of training.json.
-    """
-
-    folder: Path
-    part: str
-    denoiser: Any
-    scheduler: DDIMScheduler
-    num_classes: int | None
-    record: dict[str, Any]
-
-
-def load_model(folder: Path, device: str) -> TrainedModel:
-    """The denoiser in float32, with a DDIM sampler of the noise schedule it was trained with.
 
     Raises:
         ValueError: the folder is not what a training script writes.
     """
-    parts = [part for part in KINDS if (folder / part / WEIGHTS).is_file()]
-    if len(parts) != 1 or not (folder / "scheduler").is_dir() or not (folder / "training.json").is_file():
+    try:
+        model = ModelFolder.open(folder)
+    except ValueError:
+        model = None
+    if model is None or not model.record:
         raise ValueError(
             f"{folder} must hold unet/ or transformer/, scheduler/ and training.json, "
             "as the training scripts write them"
         )
-    record = json.loads((folder / "training.json").read_text())
-    denoiser = KINDS[parts[0]].from_pretrained(folder / parts[0], torch_dtype=torch.float32)
-    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-    denoiser = denoiser.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return TrainedModel(folder, parts[0], denoiser, scheduler, record["num_classes"], record)
+    return model
 
 
 @dataclass(frozen=True)
@@ -80,30 +60,38 @@ class Samples:
         cache: folder for the files; those of other weights or settings are left alone.
     """
 
-    def __init__(self, model: TrainedModel, sampling: Sampling, cache: Path) -> None:
-        self.model, self.sampling = model, sampling
+    def __init__(self, model: ModelFolder, sampling: Sampling, cache: Path, device: str) -> None:
+        self.model, self.sampling, self.device = model, sampling, device
         weights = (model.folder / model.part / WEIGHTS).read_bytes()
-        key = hashlib.sha256(weights + repr((sampling, model.denoiser.device.type)).encode())
+        key = hashlib.sha256(weights + repr((sampling, device)).encode())
         self.folder = cache / key.hexdigest()[:16]
-        self.denoiser = model.denoiser
-        if model.num_classes is not None and sampling.guidance != 1.0:
-            self.denoiser = GuidedDenoiser(model.denoiser, sampling.guidance, model.num_classes)
+
+    @functools.cached_property
+    def denoiser(self) -> Any:
+        """On the device, under guidance where that is wanted."""
+        denoiser = self.model.denoiser().requires_grad_(False)
+        denoiser = denoiser.to(self.device, memory_format=torch.channels_last)
+        scale = self.sampling.guidance
+        return self.model.guided(denoiser, None if scale == 1.0 else scale)
 
     def images(self, count: int) -> np.ndarray:
         """The first `count` images, [N, H, W, C] u8; samples those that are not there yet, tells progress."""
-        labels = {}
-        if self.model.num_classes is not None:
-            labels["class_labels"] = torch.arange(self.model.num_classes, device=self.model.denoiser.device)
+        given = {name: rows.to(self.device) for name, rows in self.model.conditioning().items()}
         start = time.monotonic()
 
         def tell(done: int, total: int, what: str) -> None:
             left = (total - done) * (time.monotonic() - start) / done / 60
             print(f"{what}: {done}/{total}, {left:.0f} min left", flush=True)
 
-        settings = SampleSettings(count, self.sampling.steps, self.sampling.seed, self.sampling.batch_size)
-        scheduler = self.model.scheduler
+        decode = self.model.decoder(self.denoiser)
         found = sample_set(
-            self.denoiser, scheduler, self.folder, settings, conditioning=labels, progress=tell
+            self.denoiser,
+            self.model.scheduler(),
+            self.folder,
+            SampleSettings(count, self.sampling.steps, self.sampling.seed, self.sampling.batch_size),
+            conditioning=given,
+            decode=None if decode is None else lambda samples: decode(samples.cpu()),
+            progress=tell,
         )
         return found.images()
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from captions import (
@@ -26,6 +28,7 @@ from captions import (
     HIDDEN_SIZE,
     TEMPLATES,
     all_captions,
+    captions,
     encode,
     make_text_encoder,
     make_tokenizer,
@@ -34,7 +37,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from training import Recipe, Trainer, argument_parser, parse, train
+from training import RECORD_FILE, Recipe, Trainer, argument_parser, parse, train
 from training_data import CIFAR10
 
 ENCODED_AT_ONCE = 250  # images
@@ -63,6 +66,8 @@ class LatentTrainer(Trainer):
         self.tokenizer = make_tokenizer()
         self.text_encoder = make_text_encoder(self.tokenizer, args.seed)
         self.embeddings = encode(self.tokenizer, self.text_encoder, all_captions())
+        trained = args.autoencoder.parent / RECORD_FILE
+        self.autoencoder = json.loads(trained.read_text()) if trained.is_file() else None
         super().__init__(recipe, args)
 
     def _condition(self, labels: Tensor) -> dict[str, Tensor]:
@@ -72,6 +77,11 @@ class LatentTrainer(Trainer):
         dropped = torch.rand(labels.shape, generator=self.generator) < self.recipe.label_dropout
         rows = rows.masked_fill(dropped, len(self.embeddings) - 1)
         return {"encoder_hidden_states": self.embeddings[rows].to(self.device)}
+
+    def _record(self) -> dict[str, Any]:
+        """Also how the autoencoder came to be, and the texts that stand for classes."""
+        autoencoder = {} if self.autoencoder is None else {"autoencoder": self.autoencoder}
+        return {**super()._record(), **autoencoder, "captions": captions(TEMPLATES[-1])}
 
     def _save_model(self) -> None:
         parts = {"vae": self.vae, "text_encoder": self.text_encoder, "unet": self._averaged()}

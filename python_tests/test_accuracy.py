@@ -20,6 +20,7 @@ import accuracy_tables  # noqa: E402
 import subjects  # noqa: E402
 from accuracy_methods import FAMILIES, Method  # noqa: E402
 
+from adpdm.model_folder import ModelFolder  # noqa: E402
 from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_transformer, tiny_unet  # noqa: E402
 
 SHORT: dict[str, Any] = {"num_groups": 2, "histogram_images": 2, "calibration_images": 2, "round_size": 2}
@@ -109,9 +110,8 @@ def test_transformers_are_sampled_under_every_class_in_turn(tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "transformer")
     ddim_scheduler().save_pretrained(tmp_path / "scheduler")
     subject = subjects.find_subject(str(tmp_path))
-    denoiser = subject.denoiser()
-    assert subject.conditioning(denoiser)["class_labels"].tolist() == [0, 1, 2]
-    assert subject.conditioning(denoiser, 5)["class_labels"].tolist() == [0, 1, 2, 0, 1]
+    assert subject.conditioning()["class_labels"].tolist() == [0, 1, 2]
+    assert subject.conditioning(5)["class_labels"].tolist() == [0, 1, 2, 0, 1]
     result, images = accuracy.measure(accuracy.Cell(subject, METHODS[1], "w8a8", 0, 2, 4))
     assert 15 < float(result["quality"]["psnr_db"]) < 100
     assert images[0].shape == (2, 8, 8, 1)
@@ -142,7 +142,7 @@ def test_bad_input_gets_a_sentence_before_work_starts(
 def test_methods_of_all_families_are_valid_settings_with_names_of_their_own() -> None:
     for family, found in FAMILIES.items():
         assert len({m.name for m in found}) == len(found), family
-    subject = subjects.Subject(Path(), "unet", "")
+    subject = ModelFolder(Path(), "unet", "")
     for method in (m for found in FAMILIES.values() for m in found):
         accuracy.Cell(subject, method, "w4a4", 0, 16, 50).config()
 

@@ -30,11 +30,12 @@ LAYERS: list[set[str]] = [
     {"pipeline"},
     {"graph"},
     {"testing", "demo", "tables", "doctor", "conditioning"},
+    {"model_folder"},
     {"cli"},
     {"__init__", "__main__"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
-MAY_IMPORT_DIFFUSERS = {"pipeline", "diffusers_config", "diffusers_quantizer", "testing"}
+MAY_IMPORT_DIFFUSERS = {"pipeline", "diffusers_config", "diffusers_quantizer", "testing", "model_folder"}
 
 # A C++ folder may include these folders, the standard library, and of other headers what the pattern names.
 CPP_FOLDERS: dict[str, tuple[set[str], str]] = {

@@ -229,7 +229,7 @@ def test_card_refuses_what_does_not_fit_before_sampling(
     monkeypatch.setattr(script, "load_lite0", FakeLite0)
     cases = [
         (unet_folder.parent, (), "must hold unet/ or transformer/, scheduler/ and training.json"),
-        (unet_folder, ("--guidance", "2"), "--guidance needs a class-conditional model"),
+        (unet_folder, ("--guidance", "2"), "--guidance needs a conditional model"),
         (transformer_folder, ("--images", "4"), "--images must be a multiple of 3 classes, got 4"),
         (unet_folder, ("--data", real), "must be at most half of the 40 images of --data, got 10000"),
         (unet_folder, ("--data", real.parent / "none"), "which is no file"),

@@ -32,7 +32,7 @@ def test_a_model_predicts_the_noise_of_a_noisy_image(name: str) -> None:
     timestep = torch.full((4,), 800)
     noisy = scheduler.add_noise(torch.full_like(noise, -1.0), noise, timestep)
     with torch.no_grad():
-        predicted = denoiser(noisy, timestep=timestep, **subject.conditioning(denoiser, 4)).sample
+        predicted = denoiser(noisy, timestep=timestep, **subject.conditioning(4)).sample
     assert float((predicted - noise).square().mean()) < 0.05
 
 
@@ -40,7 +40,7 @@ def quality(grouping: Grouping, steps: int = STEPS, scale: float | None = None, 
     """PSNR in dB of the transformer at some steps, sampled under guidance where there is a scale."""
     subject = find_subject("dit-fashion-mnist-32")
     original, quantized, scheduler = subject.denoiser(), subject.denoiser(), subject.scheduler()
-    classes = subject.conditioning(original)
+    classes = subject.conditioning()
     config = adpdm.QuantConfig(
         **{"num_inference_steps": steps, "num_groups": 4, "histogram_images": 10, **settings},
         grouping=grouping,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 
 import adpdm
+from adpdm.evaluate import generate, image_seeds
+from adpdm.model_folder import ModelFolder
 
 pytest.importorskip("transformers", reason="it encodes captions")
 
@@ -21,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import captions  # noqa: E402
+import model_card  # noqa: E402
 import train_autoencoder  # noqa: E402
 import train_latent  # noqa: E402
 import training  # noqa: E402
@@ -228,3 +233,71 @@ def test_recipes_are_as_their_scripts_say(monkeypatch: pytest.MonkeyPatch) -> No
             for make in (train_autoencoder.make_autoencoder, train_latent.make_unet)
         ]
     assert [round(size, 1) for size in sizes] == [1.0, 12.5]
+
+
+@pytest.fixture
+def trained(data: Path, autoencoder: Path, tmp_path: Path) -> Path:
+    """A pipeline as it is shipped, its autoencoder with a record of its training."""
+    command = {"from_images": 0, "command": "python examples/train_autoencoder.py"}
+    record = json.dumps({"images": 4096, "commands": [command]})
+    (autoencoder.parent / "training.json").write_text(record)
+    return run(train_latent, data, tmp_path / "tiny", 2, "--autoencoder", autoencoder)
+
+
+def test_model_folder_samples_the_captions_as_the_pipeline_does(trained: Path) -> None:
+    model = ModelFolder.open(trained)
+    assert model.num_classes == 10
+    given = model.conditioning(12)["encoder_hidden_states"]
+    assert torch.equal(given[0], given[10])
+    assert len(model.conditioning(with_none=True)["encoder_hidden_states"]) == 11
+    guided = model.guided(model.denoiser(), 3.0)
+    texts = {"encoder_hidden_states": given[:2]}
+    latents = generate(guided, model.scheduler(), 2, 2, conditioning=texts).samples
+    decode = model.decoder(guided)
+    assert decode is not None
+    with torch.no_grad():
+        images = decode(latents)
+    pipe = adpdm.load_pipeline(trained)
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe(
+        model.captions[:2],
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(s) for s in image_seeds(0, 2)],
+        output_type="np",
+    ).images
+    assert np.abs(made.transpose(0, 3, 1, 2) - (images / 2 + 0.5).clamp(0, 1).numpy()).max() < 1e-3
+
+
+def test_quantizing_a_model_folder_under_guidance(trained: Path) -> None:
+    model = ModelFolder.open(trained)
+    denoiser = model.denoiser()
+    config = adpdm.QuantConfig(
+        num_groups=1, grouping="shared", num_inference_steps=2, histogram_images=2, guidance_scale=3.0
+    )
+    report = adpdm.quantize(
+        denoiser,
+        config,
+        scheduler=model.scheduler(),
+        conditioning=model.conditioning(),
+        null_conditioning=model.null_conditioning,
+    )
+    assert report.coverage.macs > 0.5
+
+
+def test_card_tells_of_texts_and_of_the_autoencoder(trained: Path) -> None:
+    options = ["--images", "10", "--steps", "2", "--guidance", "3", "--batch", "5"]
+    model_card.main([str(trained), *options])
+    words = " ".join((trained / "README.md").read_text().split())
+    for sentence in (
+        "A small text-to-image latent diffusion model (UNet2DConditionModel, 0.0 million parameters)",
+        'scale 3; a row per text: "a photo of an airplane", "a photo of an automobile"',
+        'texts = ["a photo of an airplane"',
+        "images = pipe(texts, num_inference_steps=2, guidance_scale=3).images",
+        "Its autoencoder has seen 4,096 images before; its text encoder has random weights.",
+        "python examples/train_autoencoder.py python examples/train_latent.py --data",
+    ):
+        assert sentence in words
+    assert "clipped" not in words
+    with Image.open(trained / "grid.png") as grid:
+        assert grid.size == (2 * 32, 2 * 32 * 10)  # a row per text, enlarged twofold
