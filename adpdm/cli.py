@@ -30,7 +30,7 @@ from .conditioning import (
     try_call,
 )
 from .config import QuantConfig
-from .demo import build_report, run_demo, save_image_grid
+from .demo import build_report, probe_layers, run_demo, save_image_grid
 from .doctor import REPORT_NAME, diagnose, render
 from .evaluate import (
     EvaluationConfig,
@@ -229,6 +229,7 @@ class _Asked:
     """What the options of sampling say, tried with one call of each denoiser."""
 
     denoisers: list[nn.Module]  # guided where that is asked for
+    bare: list[nn.Module]
     conditioning: Conditioning
     call: DenoiserCall | None
     decode: Callable[[Tensor], Tensor] | None
@@ -236,7 +237,7 @@ class _Asked:
 
 def _asked(args: argparse.Namespace, pipe: Any, *others: Any) -> _Asked:
     """How the denoisers of pipelines are sampled; the first of them encodes texts and decodes latents."""
-    denoisers = [find_denoiser(each) for each in (pipe, *others)]
+    bare = denoisers = [find_denoiser(each) for each in (pipe, *others)]
     files = [None if name is None else Path(name) for name in (args.call, args.constants)]
     call, given = read_call(files[0], files[1], denoisers[0]), Conditioning()
     if args.conditioning is not None:
@@ -248,10 +249,11 @@ def _asked(args: argparse.Namespace, pipe: Any, *others: Any) -> _Asked:
     if args.guidance_scale is not None:
         denoisers = guided(pipe, denoisers, args.guidance_scale, given)
     shapes = [try_call(denoiser, pipe.scheduler, args.steps, given, call) for denoiser in denoisers]
-    return _Asked(denoisers, given, call, decoder_of(pipe, shapes[0]))
+    return _Asked(denoisers, bare, given, call, decoder_of(pipe, shapes[0]))
 
 
-def _compare(args: argparse.Namespace) -> EvaluationResult:
+def _compare(args: argparse.Namespace) -> tuple[Any, _Asked, EvaluationResult]:
+    """The original's scheduler, how both were sampled, and what that gave."""
     reference = load_pipeline(args.original, local_files_only=True)
     quantized = load_pipeline(args.quantized, local_files_only=True)
     config = EvaluationConfig(
@@ -259,7 +261,7 @@ def _compare(args: argparse.Namespace) -> EvaluationResult:
     )
     asked = _asked(args, reference, quantized)
     with _progress() as progress:
-        return compare(
+        result = compare(
             asked.denoisers[0],
             asked.denoisers[1],
             reference.scheduler,
@@ -270,10 +272,11 @@ def _compare(args: argparse.Namespace) -> EvaluationResult:
             paths=(Path(args.original), Path(args.quantized)),
             progress=lambda done, total, what: progress(what, done, total),
         )
+    return reference.scheduler, asked, result
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    result = _compare(args)
+    _, _, result = _compare(args)
     _table(f"{args.quantized} against {args.original}", evaluation_rows(result))
     return result.to_dict()
 
@@ -311,9 +314,12 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     stored = Path(args.quantized) / REPORT_NAME
     if not stored.is_file():
         raise ValueError(f"{stored} is missing; `adpdm quantize` writes it beside the model")
-    result = _compare(args)
+    scheduler, asked, result = _compare(args)
     values = json.loads(stored.read_text())
-    build_report(Path(args.out), values, Path(args.quantized), Path(args.original), result, args.command)
+    probes = probe_layers(
+        asked.bare[0], asked.bare[1], scheduler, args.seed, conditioning=asked.conditioning, call=asked.call
+    )
+    build_report(Path(args.out), values, probes, result, args.command)
     _table(f"report in {args.out}", evaluation_rows(result))
     return {"out": args.out, "evaluation": result.to_dict()}
 
@@ -411,10 +417,7 @@ def _add_sampling_commands(command: Callable[..., argparse.ArgumentParser]) -> N
         if name == "report":
             sub.add_argument("--out", default="report.html")
         _add_sampling_options(sub)
-        if name == "evaluate":
-            _add_conditioning_options(sub)
-        else:  # its measurements of layers run the denoiser on images alone
-            sub.set_defaults(conditioning=None, call=None, constants=None, prompt=None, guidance_scale=None)
+        _add_conditioning_options(sub)
 
 
 def _add_sampling_options(sub: argparse.ArgumentParser, images: int = 16, batch: int = 8) -> None:

@@ -27,20 +27,26 @@ from .evaluate import (
     PairTiming,
     compare,
     generate,
+    image_seeds,
     layer_sqnr,
     psnr,
     time_pair,
 )
+from .evaluate.sample_set import rows_in_turn
+from .evaluate.sampling import Trajectory as Sampling
+from .evaluate.sampling import device_of, sample_shape, shape_of_call
 from .graph import capture, release
 from .info import gather_info
 from .pipeline import find_denoiser, load_pipeline, quantize
 from .replay import Progress
+from .trajectory import Conditioning, DenoiserCall
 
 MAIN_BITS = ((8, 8), (4, 8))
 COMPARISON_BITS = (6, 6)
 COMPARISON_GROUPINGS: tuple[Grouping, ...] = ("shared", "uniform", "dp", "search")
 SHOWN_RANGES = 4  # layers whose activation ranges are drawn: those whose range changes most
-PROBED_STEPS = 5  # steps at which the SQNR of layers is measured
+PROBED_IMAGES, PROBED_TRAJECTORY = 4, 50
+PROBED_STEPS = 5  # steps of that trajectory at which the SQNR of layers is measured
 TIMED_STEP = 500  # timestep of the captured calls, in the middle of the training steps
 
 
@@ -170,22 +176,36 @@ def _labelled(progress: Progress, name: str) -> Progress:
     return lambda phase, done, total: progress(f"{name} {phase}", done, total)
 
 
-def probe_layers(reference: nn.Module, quantized: nn.Module, scheduler: Any, seed: int) -> dict[str, float]:
-    """SQNR of layer outputs on noise-to-image inputs of a few steps of one trajectory."""
-    inputs: list[tuple[Tensor, Any, dict[str, Tensor]]] = []
-    config: Any = reference.config
-    steps = 50
-    wanted = set(np.linspace(0, steps - 1, PROBED_STEPS).round().astype(int).tolist())
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(seed)
-    sample = torch.randn(4, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+def probe_layers(
+    reference: nn.Module,
+    quantized: nn.Module,
+    scheduler: Any,
+    seed: int,
+    *,
+    conditioning: Conditioning | None = None,
+    call: DenoiserCall | None = None,
+) -> dict[str, float]:
+    """SQNR of layer outputs at a few steps of one trajectory of the reference.
+
+    Args:
+        conditioning: tensors with the same number of rows each; image i has row i modulo that number.
+        call: what else both denoisers are given.
+    """
+    shape = shape_of_call(call) or sample_shape(reference)
+    given = rows_in_turn(conditioning or {}, 0, PROBED_IMAGES)
+    path = Sampling(
+        scheduler, PROBED_TRAJECTORY, image_seeds(seed, PROBED_IMAGES), shape, device_of(reference), call
+    )
+    last = len(path.timesteps) - 1
+    wanted = set(np.linspace(0, last, PROBED_STEPS).round().astype(int).tolist())
+    inputs: list[tuple[Tensor, Any, dict[str, Any]]] = []
     with torch.no_grad():
-        for index, timestep in enumerate(scheduler.timesteps):
-            seen = scheduler.scale_model_input(sample, timestep)
+        for index, timestep in enumerate(path.timesteps):
+            seen = path.model_input(index)
             if index in wanted:
-                inputs.append((seen, timestep, {}))
-            sample = scheduler.step(reference(seen, timestep).sample, timestep, sample).prev_sample
+                at = path.call.given_timestep(timestep).expand(len(seen))
+                inputs.append((seen, at, {**given, **path.call.constants}))
+            path.advance(path.predict(reference, seen, index, given), index)
     return layer_sqnr(reference, quantized, inputs)
 
 
@@ -314,6 +334,7 @@ def report_data(
             page.LayerSqnr(r.name, tuple(r.layer_sqnr), np.array(list(r.layer_sqnr.values()))) for r in runs
         ),
         step_curves=tuple(curve for run in runs for curve in _curves(run)),
+        corrections=tuple(c for run in runs if (c := _correction(run, timesteps)) is not None),
         selection=_selection(trace, timesteps, main.stored["config"]["selection"]),
         comparison=tuple(rows),
         scores=tuple(_score(run) for run in runs),
@@ -383,6 +404,15 @@ def _curves(run: Run) -> list[page.StepCurve]:
     ]
 
 
+def _correction(run: Run, timesteps: np.ndarray) -> page.StepCorrection | None:
+    """How predictions are corrected; None where they are not, or in what was stored before they were."""
+    stored = run.stored["trace"].get("correction") or {}
+    if min(stored.get("energy_left", []), default=1.0) >= 1:
+        return None
+    weights, left = np.array(stored["weights"]), np.array(stored["energy_left"])
+    return page.StepCorrection(run.name, timesteps, weights, left)
+
+
 def _selection(trace: dict[str, Any], timesteps: np.ndarray, method: str) -> page.SelectionTrace | None:
     rounds = trace["rounds"]
     if not rounds:
@@ -424,19 +454,16 @@ def _time(name: str, timing: PairTiming) -> page.StepTime:
 
 
 def build_report(
-    out: Path,
-    stored: dict[str, Any],
-    folder: Path,
-    original: Path,
-    evaluation: EvaluationResult,
-    command: str,
+    out: Path, stored: dict[str, Any], probes: dict[str, float], evaluation: EvaluationResult, command: str
 ) -> None:
-    """Write the report of one saved model from what `quantize` stored beside it and a fresh evaluation."""
+    """Write the report of one saved model.
+
+    Args:
+        stored: what `quantize` wrote beside the model.
+        probes: of `probe_layers`.
+        evaluation: a fresh one.
+    """
     bits = (stored["config"]["weight_bits"], stored["config"]["activation_bits"])
-    pipes = [load_pipeline(path, local_files_only=True) for path in (original, folder)]
-    probes = probe_layers(
-        find_denoiser(pipes[0]), find_denoiser(pipes[1]), pipes[0].scheduler, evaluation.config.seed
-    )
     run = Run(bits_name(bits), stored, evaluation, probes)
     seconds = sum(stored["trace"]["seconds"].values())
     page.write_report(out, report_data([run], [_row_of(run, bits)], command, evaluation.config.seed, seconds))

@@ -206,10 +206,28 @@ def test_texts_given_twice_or_without_an_encoder_are_refused(
     assert "--prompt: prompts need a pipeline with encode_prompt, got DiTPipeline" in error_of(capsys)
 
 
-def test_report_refuses_what_only_evaluate_can(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "quantized" / cli.REPORT_NAME).write_text("{}")
-    assert cli.main(["report", str(folder / "float"), str(folder / "quantized"), *SAMPLING]) == 1
-    assert "which `adpdm evaluate` takes from --prompt, --conditioning" in error_of(capsys)
+def test_report_of_a_conditional_pipeline(texts: Path, tmp_path: Path) -> None:
+    """Layers are measured under the condition, and corrected predictions are drawn."""
+    config = adpdm.QuantConfig(num_groups=1, grouping="shared", num_inference_steps=2, histogram_images=1)
+    pipe = adpdm.load_pipeline(texts / "float")
+    report = adpdm.quantize(
+        pipe.unet,
+        config,
+        scheduler=pipe.scheduler,
+        conditioning={"encoder_hidden_states": embeddings(pipe, ["a cat"])},
+    )
+    pipe.save_pretrained(tmp_path / "quantized")
+    stored = report.to_dict()
+    stored["trace"]["correction"] = {"weights": [[0.25, 0.75], [1.0, 0.0]], "energy_left": [0.125, 1.0]}
+    (tmp_path / "quantized" / cli.REPORT_NAME).write_text(json.dumps(stored))
+    out = tmp_path / "report.html"
+    command = ["report", str(texts / "float"), str(tmp_path / "quantized"), *SAMPLING, *GUIDED]
+    assert cli.main([*command, "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "attn2.to_q" in page
+    assert "0.25 prediction +0.75 sample" in page
+    assert "1.00 prediction +0.00 sample" in page  # in the chart; the table has corrected steps alone
+    assert page.count("0.25 prediction +0.75 sample") == page.count("1.00 prediction +0.00 sample") + 1
 
 
 def test_missing_conditioning_is_said_before_work_starts(

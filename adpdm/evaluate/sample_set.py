@@ -144,7 +144,7 @@ def sample_set(
             settings.num_inference_steps,
             settings.seed,
             settings.chunk_size,
-            conditioning=_rows(conditioning or {}, first, sizes[number]),
+            conditioning=rows_in_turn(conditioning or {}, first, sizes[number]),
             call=call,
             first=first,
         ).samples
@@ -191,8 +191,8 @@ def _fingerprint(denoiser: nn.Module, scheduler: Any, conditioning: Conditioning
     return digest.hexdigest()
 
 
-def _rows(conditioning: Conditioning, first: int, count: int) -> Conditioning:
-    """Rows of images first .. first + count - 1."""
+def rows_in_turn(conditioning: Conditioning, first: int, count: int) -> Conditioning:
+    """Rows of images first .. first + count - 1: image i has row i modulo the number of rows."""
     flat = tree_flatten_with_path(conditioning)[0]
     if not flat:
         return {}

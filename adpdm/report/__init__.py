@@ -17,6 +17,7 @@ from adpdm.report.data import (
     ReportData,
     SampleScore,
     SelectionTrace,
+    StepCorrection,
     StepCurve,
     StepTime,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "ReportData",
     "SampleScore",
     "SelectionTrace",
+    "StepCorrection",
     "StepCurve",
     "StepTime",
     "render",

@@ -142,6 +142,28 @@ class StepCurve:
 
 
 @dataclass(frozen=True)
+class StepCorrection:
+    """How the predictions of one configuration are weighed against their samples.
+
+    Args:
+        name: of the configuration.
+        timesteps: [T], noisiest first.
+        weights: [T, 2] of prediction and sample; 1 and 0 where a step is left alone.
+        energy_left: [T] squared error of the prediction with the correction over that without.
+    """
+
+    name: str
+    timesteps: np.ndarray
+    weights: np.ndarray
+    energy_left: np.ndarray
+
+    def __post_init__(self) -> None:
+        steps = len(self.timesteps)
+        for name, shape in (("weights", (steps, 2)), ("energy_left", (steps,))):
+            _shape(f"StepCorrection {self.name}: {name}", getattr(self, name), shape)
+
+
+@dataclass(frozen=True)
 class SelectionTrace:
     """How the timesteps of the calibration images were chosen.
 
@@ -297,6 +319,7 @@ class ReportData:
     ranges: tuple[LayerRange, ...] = ()
     layer_sqnr: tuple[LayerSqnr, ...] = ()
     step_curves: tuple[StepCurve, ...] = ()
+    corrections: tuple[StepCorrection, ...] = ()
     selection: SelectionTrace | None = None
     comparison: tuple[ComparisonRow, ...] = ()
     scores: tuple[SampleScore, ...] = ()

@@ -8,7 +8,15 @@ from itertools import groupby
 import numpy as np
 
 from adpdm.report import charts
-from adpdm.report.data import ComparisonRow, LayerSqnr, ModelSize, SampleScore, StepCurve, StepTime
+from adpdm.report.data import (
+    ComparisonRow,
+    LayerSqnr,
+    ModelSize,
+    SampleScore,
+    StepCorrection,
+    StepCurve,
+    StepTime,
+)
 from adpdm.report.figures_groups import WIDTH, simple_table
 from adpdm.report.formats import data_size, decimal, duration, percent, plain_number, with_spread
 from adpdm.report.markup import Html, join, tag
@@ -74,6 +82,46 @@ def step_table(curves: Sequence[StepCurve]) -> Html:
         for k, t in enumerate(curves[0].timesteps)
     ]
     return simple_table(("timestep", *(f"{c.name}, dB" for c in curves)), rows)
+
+
+def correction_chart(corrections: Sequence[StepCorrection]) -> Html:
+    """Squared error of predictions that their correction leaves, one line per configuration."""
+    timesteps, steps = corrections[0].timesteps, len(corrections[0].timesteps)
+    left, right, top, bottom = 52.0, WIDTH - 8, 12.0, 212.0
+    y = charts.Scale(0.0, 1.0, bottom, top)
+    cell = (right - left) / max(1, steps)
+    centres = [left + (k + 0.5) * cell for k in range(steps)]
+    parts = [charts.y_axis(y, left, right)]
+    for index, c in enumerate(corrections):
+        line = charts.path(centres, [y(float(v)) for v in c.energy_left], "curve")
+        parts.append(tag("g", line, class_=series_class(index)))
+    for k in range(steps):
+        values = "".join(
+            f"\n{c.name}: {percent(float(c.energy_left[k]))}, {_weights(c, k)}" for c in corrections
+        )
+        tip = f"step {k}, timestep {plain_number(float(timesteps[k]))}{values}"
+        box = {"x": left + k * cell, "y": top, "width": cell, "height": bottom - top}
+        parts.append(tag("rect", class_="hot", data_tip=tip, **box))
+    parts.append(charts.step_axis(timesteps, left, cell, bottom))
+    return charts.svg(WIDTH, bottom + 44, "Squared error that corrected predictions keep", *parts)
+
+
+def _weights(correction: StepCorrection, step: int) -> str:
+    of_prediction, of_sample = (float(x) for x in correction.weights[step])
+    return f"{of_prediction:.2f} prediction {of_sample:+.2f} sample"
+
+
+def correction_table(corrections: Sequence[StepCorrection]) -> Html:
+    """The numbers of `correction_chart`, of the steps that any configuration corrects."""
+    rows = [
+        (
+            plain_number(float(t)),
+            *(f"{percent(float(c.energy_left[k]))}: {_weights(c, k)}" for c in corrections),
+        )
+        for k, t in enumerate(corrections[0].timesteps)
+        if any(c.energy_left[k] < 1 for c in corrections)
+    ]
+    return simple_table(("timestep", *(c.name for c in corrections)), rows)
 
 
 def layer_rows(layers: Sequence[LayerSqnr]) -> list[tuple[str, list[float]]]:
