@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from adpdm import QuantConfig, _native, graph, quantize
 from adpdm.nn import fuse_blocks
@@ -290,6 +291,28 @@ def test_tape_repeats_what_was_recorded(function: Callable[[Tensor], Tensor]) ->
     taped = Taped(function, first)
     for x in (second, first, second * 3):
         assert torch.equal(taped(x), function(x))
+
+
+@torch.no_grad()
+def test_recording_gives_memory_back_and_mistakes_no_tensor_for_another() -> None:
+    """As the forward itself does: what comes later may lie where something lay before."""
+    storages = []
+
+    def function(x: Tensor) -> Tensor:
+        start = x
+        for i in range(8):
+            made = x * (i + 1)
+            storages.append((StorageWeakRef(made.untyped_storage()), made.data_ptr()))
+            x = made + start
+            del made
+            assert storages[-1][0].expired()
+        return x
+
+    x = torch.rand(1 << 16)
+    taped = Taped(function, x)
+    addresses = [address for _, address in storages]
+    assert len(set(addresses)) < len(addresses)  # memory was used again, so it could be mistaken
+    assert torch.equal(taped(2 * x), function(2 * x))
 
 
 @torch.no_grad()

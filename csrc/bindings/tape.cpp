@@ -41,6 +41,15 @@ Tape::Memory Tape::memory_of(const at::Tensor& tensor) {
           tensor.strides().vec()};
 }
 
+void Tape::keep_address(const at::Tensor& tensor) {
+  if (!tensor.defined()) return;
+  if (tensor.has_storage()) {
+    storages_.emplace_back(tensor.storage().getWeakStorageImpl());
+  } else {
+    without_storage_.push_back(tensor);
+  }
+}
+
 Tape::Slot Tape::slot_of(const at::Tensor& tensor) const {
   if (!tensor.defined()) return kNone;
   const auto found = slots_.find(memory_of(tensor));
@@ -55,7 +64,7 @@ void Tape::patch_list(size_t argument, c10::IValue& list, Call& call) {
   for (size_t i = 0; i < kept.size(); ++i) {
     const c10::IValue element = kept.get(i);
     if (!element.isTensor()) continue;
-    alive_.push_back(element.toTensor());
+    keep_address(element.toTensor());
     const Slot slot = slot_of(element.toTensor());
     if (slot == kNone) continue;
     call.patches.push_back({argument, static_cast<int64_t>(i), slot});
@@ -72,7 +81,7 @@ void Tape::add(const c10::OperatorHandle& op, std::vector<c10::IValue> arguments
     c10::IValue& argument = call.arguments[a];
     if (argument.isTensor()) {
       const Slot slot = slot_of(argument.toTensor());
-      alive_.push_back(argument.toTensor());
+      keep_address(argument.toTensor());
       if (slot == kNone) continue;
       call.patches.push_back({a, -1, slot});
       argument = c10::IValue();
@@ -80,14 +89,16 @@ void Tape::add(const c10::OperatorHandle& op, std::vector<c10::IValue> arguments
       patch_list(a, argument, call);
     }
   }
+  const Kind kind = kind_of(call);
   for (const at::Tensor& result : results) {
     Slot slot = slot_of(result);
     const bool is_written = op.schema().is_mutable();  // the result is an argument, or a tensor from outside
     if (result.defined() && slot == kNone && !is_written) {
       slot = static_cast<Slot>(values_.size());
-      values_.push_back(result);
+      kinds_.push_back(kind);
+      values_.push_back(kind == Kind::kVaries ? at::Tensor() : result);
       slots_.emplace(memory_of(result), slot);
-      alive_.push_back(result);
+      keep_address(result);
     }
     call.results.push_back(slot);
   }
@@ -107,7 +118,8 @@ void Tape::finish(const std::vector<at::Tensor>& results) {
   drop_unused_calls();
   note_last_uses();
   slots_.clear();
-  alive_.clear();
+  storages_.clear();
+  without_storage_.clear();
   values_.assign(values_.size(), at::Tensor());
 }
 
@@ -115,21 +127,21 @@ void Tape::finish(const std::vector<at::Tensor>& results) {
 // begin with its activation and with a view of their weight, and each block of a transformer may make the
 // frequencies of the timestep anew. Only where no call writes into a tensor.
 void Tape::simplify() {
-  kinds_.assign(values_.size(), Kind::kVaries);
   std::vector<Slot> same(values_.size());
   for (size_t i = 0; i < same.size(); ++i) same[i] = static_cast<Slot>(i);
   for (size_t i = 0; i < calls_.size(); ++i) {
     Call& call = calls_[i];
     for (Patch& patch : call.patches) patch.slot = same[static_cast<size_t>(patch.slot)];
     bind_constants(call);
-    const Kind kind = kind_of(call);
+    bool varies = false;
     for (const Slot slot : call.results) {
       if (slot == kNone) continue;
-      kinds_[static_cast<size_t>(slot)] = kind;
       at::Tensor& value = values_[static_cast<size_t>(slot)];
+      const Kind kind = kinds_[static_cast<size_t>(slot)];
       if (kind == Kind::kNumbers) value = first_equal_number(value);
+      varies = varies || kind == Kind::kVaries;
     }
-    if (kind != Kind::kVaries) continue;
+    if (!varies) continue;
     const auto equal = std::find_if(calls_.begin(), calls_.begin() + static_cast<std::ptrdiff_t>(i),
                                     [&](const Call& earlier) { return is_same_call(earlier, call); });
     if (equal == calls_.begin() + static_cast<std::ptrdiff_t>(i)) continue;
@@ -173,25 +185,30 @@ void Tape::bind_constants(Call& call) const {
   call.patches = std::move(left);
 }
 
-// Of the results of a call whose constants are bound.
+// Of the results of a call that is being recorded.
 Tape::Kind Tape::kind_of(const Call& call) const {
-  const bool is_random = call.op.hasTag(at::Tag::nondeterministic_seeded);
-  if (is_random || !call.patches.empty()) return Kind::kVaries;
-  const auto is_free = [&](const c10::IValue& argument) {
+  if (call.op.hasTag(at::Tag::nondeterministic_seeded)) return Kind::kVaries;
+  const auto is_of = [&](Kind kind) {
+    return [this, kind](const Patch& patch) { return kinds_[static_cast<size_t>(patch.slot)] == kind; };
+  };
+  const std::vector<Patch>& patches = call.patches;
+  if (std::any_of(patches.begin(), patches.end(), is_of(Kind::kVaries))) return Kind::kVaries;
+  const auto is_free = [](const c10::IValue& argument) {
     if (argument.isTensorList() || argument.isOptionalTensorList()) return false;
     return !argument.isTensor() || is_number(argument.toTensor());
   };
-  if (std::all_of(call.arguments.begin(), call.arguments.end(), is_free)) return Kind::kNumbers;
+  if (std::all_of(patches.begin(), patches.end(), is_of(Kind::kNumbers)) &&
+      std::all_of(call.arguments.begin(), call.arguments.end(), is_free)) {
+    return Kind::kNumbers;
+  }
   const std::vector<c10::Argument>& returns = call.op.schema().returns();
   const auto is_view = [](const c10::Argument& returned) { return returned.alias_info() != nullptr; };
   return std::all_of(returns.begin(), returns.end(), is_view) ? Kind::kView : Kind::kVaries;
 }
 
-// Whether a tensor is a number in the guise of a tensor, or made of such.
-bool Tape::is_number(const at::Tensor& tensor) const {
-  if (!tensor.defined() || tensor.unsafeGetTensorImpl()->is_wrapped_number()) return true;
-  const Slot slot = slot_of(tensor);
-  return slot != kNone && kinds_[static_cast<size_t>(slot)] == Kind::kNumbers;
+// Whether a tensor that no call made is a number in the guise of a tensor.
+bool Tape::is_number(const at::Tensor& tensor) {
+  return !tensor.defined() || tensor.unsafeGetTensorImpl()->is_wrapped_number();
 }
 
 // Each call wraps the numbers in its arguments into tensors of its own.

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/ivalue.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/util/intrusive_ptr.h>
 
 #include <cstdint>
 #include <string>
@@ -67,21 +69,25 @@ class Tape {
   static bool is_same_value(const c10::IValue& a, const c10::IValue& b);
   static bool is_same_call(const Call& a, const Call& b);
   static Memory memory_of(const at::Tensor& tensor);
+  void keep_address(const at::Tensor& tensor);
   Slot slot_of(const at::Tensor& tensor) const;
   void patch_list(size_t argument, c10::IValue& list, Call& call);
   void push_arguments(const Call& call, std::vector<c10::IValue>& stack) const;
   void simplify();
   void bind_constants(Call& call) const;
   Kind kind_of(const Call& call) const;
-  bool is_number(const at::Tensor& tensor) const;
+  static bool is_number(const at::Tensor& tensor);
   at::Tensor first_equal_number(const at::Tensor& made);
   void drop_unused_calls();
   void note_last_uses();
 
   std::vector<Call> calls_;
   std::unordered_map<Memory, Slot, HashMemory> slots_;  // of the recording; empty after it
-  std::vector<at::Tensor> alive_;                       // while recording: no memory may be used twice
-  std::vector<at::Tensor> values_;   // by slot: what was recorded until finish(), then of a replay
+  // While recording, no address may stand for two tensors: a storage's stays taken as long as there is a weak
+  // reference, though its memory is given back. What has no storage is kept as it is.
+  std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages_;
+  std::vector<at::Tensor> without_storage_;
+  std::vector<at::Tensor> values_;   // by slot: constants until finish(), then what a replay makes
   std::vector<Kind> kinds_;          // by slot
   std::vector<at::Tensor> numbers_;  // different results of constant calls, while simplifying
   std::vector<std::pair<at::Tensor, Slot>> results_;
