@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -13,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import tree_leaves
 
 from adpdm.evaluate.sampling import Progress, generate, to_uint8
+from adpdm.fingerprint import fingerprint_of, named_tensors
 from adpdm.schedulers import identity
 from adpdm.trajectory import Conditioning, DenoiserCall, pick
 
@@ -178,21 +178,17 @@ def _begin(folder: Path, settings: SampleSettings, fingerprint: str) -> SampleSe
 
 
 def _fingerprint(denoiser: nn.Module, scheduler: Any, conditioning: Conditioning | None) -> str:
-    """sha256 over weights, scheduler and conditioning."""
-    digest = hashlib.sha256(identity(scheduler).encode())
-    given = [(keystr(path), x) for path, x in tree_flatten_with_path(conditioning or {})[0]]
-    for name, tensor in [*denoiser.state_dict().items(), *given]:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    """Of weights, scheduler and conditioning."""
+    tensors = [*denoiser.state_dict().items(), *named_tensors(conditioning or {})]
+    return fingerprint_of(tensors, identity(scheduler))
 
 
 def _rows(conditioning: Conditioning, first: int, count: int) -> Conditioning:
     """Rows of images first .. first + count - 1."""
-    flat = tree_flatten_with_path(conditioning)[0]
-    if not flat:
+    leaves = tree_leaves(conditioning)
+    if not leaves:
         return {}
-    rows = flat[0][1]
+    rows = leaves[0]
     return pick(conditioning, torch.arange(first, first + count, device=rows.device) % len(rows))
 
 
