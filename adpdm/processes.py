@@ -215,7 +215,10 @@ def launched() -> Iterator[None]:
         return
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, _interrupt_once)
-    dist.init_process_group("gloo")
+    try:
+        dist.init_process_group("gloo")
+    except dist.DistError as error:
+        raise OtherProcessFailed(f"the other processes of torchrun were not found ({error})") from error
     try:
         yield
     finally:

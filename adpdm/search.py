@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import QuantConfig
+from .processes import ALONE, Processes
 from .quantizers import ActivationQuantizer, Importance
 from .quantizers.activation import Mode
 from .step import StepState
@@ -104,6 +105,7 @@ class GroupSearch:
         step: the denoiser's clock.
         predict: runs the denoiser on a batch and returns the noise prediction.
         held_out: batches that the starting partition is judged on.
+        processes: that share the batches that a partition is judged on.
     """
 
     def __init__(
@@ -113,8 +115,10 @@ class GroupSearch:
         config: QuantConfig,
         predict: Callable[[Batch], Tensor],
         held_out: Sequence[Batch],
+        processes: Processes = ALONE,
     ) -> None:
         self.quantizers, self.step, self.config, self.predict = quantizers, step, config, predict
+        self.processes = processes
         self.settings = config.search
         self.start_tables = [q.table.clone() for q in quantizers]
         self._start = [(q.scale.clone(), q.zero_point.clone()) for q in quantizers]
@@ -176,7 +180,8 @@ class GroupSearch:
 
     @torch.no_grad()
     def mean_loss(self, batches: Sequence[Batch]) -> float:
-        return sum(float(self.relative_loss(b)) for b in batches) / len(batches)
+        losses = self.processes.map(batches, lambda batch: [self.relative_loss(batch)])
+        return sum(float(loss) for (loss,) in losses) / len(batches)
 
     def max_importance(self) -> float:
         """Mean over layers and steps of the largest importance weight."""
