@@ -29,7 +29,7 @@ from .quantizers.activation import Mode
 from .replay import Progress, Replay
 from .rounding import NEAREST_FROM_BITS, round_weights
 from .schedulers import identity, in_channels_last, model_input
-from .search import WARN_BELOW_MAX_IMPORTANCE, Batch, GroupSearch, SearchOutcome
+from .search import PART_IMAGES, WARN_BELOW_MAX_IMPORTANCE, Batch, GroupSearch, SearchOutcome
 from .search_state import SearchState
 from .step import StepState
 from .timesteps import TimestepSelector, fixed_visits, mmd_trace
@@ -277,7 +277,8 @@ class Calibration:
             self.config.round_size, self.config.calibration_images - round_index * self.config.round_size
         )
         call = self._call_at(step_index, round_index)
-        made = self._run(range(first, first + count), stop=call)
+        images = range(first, first + count)
+        made = run_in_units(self.sampler, self.processes, self.config.seed, images, stop=call)
         search.set_mode(mode)
         return self._batch(made, call, torch.arange(count, device="cpu"), round_index)
 
@@ -316,20 +317,16 @@ class Calibration:
         weight, conditioning = float(self._draw_weights[call]), pick(trajectory.conditioning, images)
         return Batch(step_index, timestep, in_channels_last(sample), target, weight, conditioning)
 
-    def _run(self, images: range, stop: int | None = None) -> Trajectory:
-        """Images of the seed's stream, as layers are now."""
-        return run_in_units(self.sampler, self.processes, self.config.seed, images, stop=stop)
-
-    @property
-    def _held_out_images(self) -> range:
-        """Those that follow all others."""
+    def _sample_held_out(self) -> Trajectory:
+        """The images that follow all others, as layers are now."""
         first = self.config.histogram_images + self.config.calibration_images
-        return range(first, first + self.config.search.batch_size)
+        images = range(first, first + self.config.search.batch_size)
+        return run_in_units(self.sampler, self.processes, self.config.seed, images, PART_IMAGES)
 
     def _held_out(self) -> list[Batch]:
         """Batches of images that nothing is fitted to, at steps spread over the trajectory."""
         self._set_mode(Mode.FLOAT)
-        self._fresh = fresh = self._run(self._held_out_images)
+        self._fresh = fresh = self._sample_held_out()
         self._set_mode(Mode.FAKE)
         last = self.num_calls - 1
         calls = torch.linspace(0, last, HOLDOUT_BATCHES, device="cpu").round().long().tolist()
@@ -340,7 +337,7 @@ class Calibration:
         """Mean squared error of the held-out final samples, as layers quantize now, corrected as in use."""
         correct = self.config.correct_prediction
         with corrected(self.sampler, self.trajectory, self.processes) if correct else nullcontext():
-            made = self._run(self._held_out_images)
+            made = self._sample_held_out()
         return float((made.final - self._fresh.final).double().square().mean())
 
     def _harden(

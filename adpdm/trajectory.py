@@ -91,7 +91,7 @@ def call_denoiser(
     return used_output(scheduler, prediction, sample.shape[1])
 
 
-def pick(conditioning: Conditioning, images: Tensor) -> Conditioning:
+def pick(conditioning: Conditioning, images: Tensor | slice) -> Conditioning:
     """Rows `images` of every tensor."""
     return tree_map(lambda value: value[images], conditioning)  # type: ignore[no-any-return]
 
