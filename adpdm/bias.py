@@ -20,12 +20,18 @@ def correct_bias(replay: Replay) -> None:
     layers = {name: layer for name, layer in replay.layers.items() if layer.bias is not None}
     for layer in layers.values():
         layer.bias_shift = None
-    shifts: dict[str, list[Tensor]] = {name: [] for name in layers}  # [O] f64, one per call
 
-    def observer(name: str) -> Observer:
-        return lambda x: shifts[name].append(layers[name].output_shift(x))
+    def shifts_at(index: int, call: int) -> list[Tensor]:
+        found: dict[str, list[Tensor]] = {name: [] for name in layers}  # [O] f64, for each time a layer runs
 
-    replay.show({name: observer(name) for name in layers}, BIAS_STEPS, "bias correction")
-    for name, layer in layers.items():
-        if shifts[name]:
-            layer.bias_shift = torch.stack(shifts[name]).mean(0).to(layer.weight.dtype)
+        def observer(name: str) -> Observer:
+            return lambda x: found[name].append(layers[name].output_shift(x))
+
+        replay.show({name: observer(name) for name in layers}, call)
+        return [torch.stack(x) if x else torch.empty(0, 0, device="cpu") for x in found.values()]
+
+    by_call = replay.map_calls(BIAS_STEPS, "bias correction", shifts_at)
+    for layer, shifts in zip(layers.values(), zip(*by_call, strict=True), strict=True):
+        seen = [x for x in shifts if len(x)]
+        if seen:
+            layer.bias_shift = torch.cat(seen).mean(0).to(layer.weight.dtype)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -16,29 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from .bias import correct_bias
 from .config import QuantConfig
 from .correction import corrected
+from .fingerprint import fingerprint_of, named_tensors
 from .nn import QuantLayer
-from .partition import all_step_errors, fit_ranges, group_gain, initial_tables
+from .partition import partition
 from .precision import RAISED_BITS, measure_sensitivity, raise_bits
+from .processes import ALONE, Processes
 from .quantizers import ActivationQuantizer
 from .quantizers.activation import Mode
 from .replay import Progress, Replay
 from .rounding import NEAREST_FROM_BITS, round_weights
 from .schedulers import identity, in_channels_last, model_input
 from .search import WARN_BELOW_MAX_IMPORTANCE, Batch, GroupSearch, SearchOutcome
+from .search_state import SearchState
 from .step import StepState
 from .timesteps import TimestepSelector, fixed_visits, mmd_trace
-from .trajectory import Sampler, Trajectory, join, pick
+from .trajectory import Sampler, Trajectory, pick, run_in_units
 
 HOLDOUT_BATCHES = 16  # batches, spread over the steps, on which hardening is judged
-STATE_VERSION = 1
 MIN_STEP_WEIGHT = 0.02  # of the mean
 
 
@@ -87,6 +84,8 @@ class Calibration:
         layers: the twins by name.
         step: state of the denoiser, with its table of timesteps filled.
         state_file: where the search saves itself after every round, and resumes from; None does neither.
+            The first process writes and reads it.
+        processes: that share the work; all of them end with the same ranges, codes and trace.
     """
 
     def __init__(
@@ -97,9 +96,10 @@ class Calibration:
         config: QuantConfig,
         progress: Progress = silent,
         state_file: Path | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.sampler, self.layers, self.step, self.config = sampler, layers, step, config
-        self.progress, self.state_file = progress, state_file
+        self.progress, self.state_file, self.processes = progress, state_file, processes
         self.trace = CalibrationTrace()
         self.num_steps, self.num_calls = len(sampler.timesteps), len(sampler.calls)
         self.quantizers: dict[str, ActivationQuantizer] = {
@@ -129,7 +129,9 @@ class Calibration:
         self.trace.step_weights = self.step_weights.tolist()
         names = list(self.layers)
         self._timed("partition", lambda: self._partition(names))
-        replay = Replay(self.sampler, self.layers, trajectory, self.call_weights, self.progress)
+        replay = Replay(
+            self.sampler, self.layers, trajectory, self.call_weights, self.progress, self.processes
+        )
         self._timed("weights", lambda: self._round_weights(replay, names))
         self._timed("raised layers", lambda: self._raise_bits(replay))
         self._timed("bias correction", lambda: self._correct_bias_anew(replay))
@@ -153,20 +155,15 @@ class Calibration:
         for quantizer in quantizers:
             quantizer.start_observing(self.num_steps)
         self.trace.histogram_bytes = sum(q.counts.nbytes for q in quantizers if q.counts is not None)
-        batches = []
-        for first in range(0, config.histogram_images, config.round_size):
-            batch = min(config.round_size, config.histogram_images - first)
 
-            def watch(index: int, first: int = first, batch: int = batch) -> None:
-                self._check_finite(index - 1)
-                done = first * self.num_calls + index * batch
-                self.progress("trajectories", done, config.histogram_images * self.num_calls)
+        def watch(calls: int, done: int, total: int) -> None:
+            self._check_finite(calls - 1)
+            self.progress("trajectories", done, total)
 
-            batches.append(self.sampler.run(config.seed, first, batch, on_step=watch))
-            self._check_finite(self.num_calls - 1)
-        total = config.histogram_images * self.num_calls
-        self.progress("trajectories", total, total)
-        trajectory = _join(batches)
+        images = range(config.histogram_images)
+        trajectory = run_in_units(self.sampler, self.processes, config.seed, images, on_step=watch)
+        self.processes.add_up([q.counts for q in quantizers if q.counts is not None])
+        self.processes.widen([q.extrema for q in quantizers if q.extrema is not None])
         self.trace.trajectory_bytes = trajectory.samples.nbytes + trajectory.noise_preds.nbytes
         return trajectory
 
@@ -193,14 +190,12 @@ class Calibration:
         visits = [1] * self.num_steps if searched else visits
         self.trace.visits = list(visits)
         importance = self.step_weights * torch.tensor(visits, device="cpu")
-        errors = all_step_errors(quantizers, importance, config.range_method)
-        tables = initial_tables(quantizers, errors, config)
+        gains = partition(
+            quantizers, importance, config, self.processes, lambda *done: self.progress("partition", *done)
+        )
         keys = {id(q): name for name, q in self.quantizers.items()}
-        for i, (quantizer, error, table) in enumerate(zip(quantizers, errors, tables, strict=True)):
-            self.trace.group_gain[keys[id(quantizer)]] = asdict(group_gain(error, table))
-            groups = config.groups_per_layer(self.num_steps)
-            fit_ranges(quantizer, error, table, groups, importance, config.range_method)
-            self.progress("partition", i + 1, len(quantizers))
+        for quantizer, gain in zip(quantizers, gains, strict=True):
+            self.trace.group_gain[keys[id(quantizer)]] = asdict(gain)
 
     def _set_mode(self, mode: Mode) -> None:
         for layer in self.layers.values():
@@ -244,7 +239,8 @@ class Calibration:
         config = self.config
         held_out = self._held_out()
         start_error = self._sample_error()
-        search = GroupSearch(list(self.quantizers.values()), self.step, config, self._predict, held_out)
+        quantizers = list(self.quantizers.values())
+        search = GroupSearch(quantizers, self.step, config, self._predict, held_out, self.processes)
         selector = TimestepSelector(config, self.num_rounds, self.num_steps)
         pool: list[Batch] = []
         start_round = self._resume(search, selector, pool)
@@ -281,7 +277,8 @@ class Calibration:
             self.config.round_size, self.config.calibration_images - round_index * self.config.round_size
         )
         call = self._call_at(step_index, round_index)
-        made = self.sampler.run(self.config.seed, first, count, stop=call)
+        images = range(first, first + count)
+        made = run_in_units(self.sampler, self.processes, self.config.seed, images, stop=call)
         search.set_mode(mode)
         return self._batch(made, call, torch.arange(made.samples.shape[1], device="cpu"), round_index)
 
@@ -320,11 +317,16 @@ class Calibration:
         weight, conditioning = float(self._draw_weights[call]), pick(trajectory.conditioning, images)
         return Batch(step_index, timestep, in_channels_last(sample), target, weight, conditioning)
 
+    def _sample_held_out(self) -> Trajectory:
+        """The images that follow all others, as layers are now."""
+        first = self.config.histogram_images + self.config.calibration_images
+        images = range(first, first + self.config.search.batch_size)
+        return run_in_units(self.sampler, self.processes, self.config.seed, images)
+
     def _held_out(self) -> list[Batch]:
         """Batches of images that nothing is fitted to, at steps spread over the trajectory."""
         self._set_mode(Mode.FLOAT)
-        first = self.config.histogram_images + self.config.calibration_images
-        self._fresh = fresh = self.sampler.run(self.config.seed, first, self.config.search.batch_size)
+        self._fresh = fresh = self._sample_held_out()
         self._set_mode(Mode.FAKE)
         last = self.num_calls - 1
         calls = torch.linspace(0, last, HOLDOUT_BATCHES, device="cpu").round().long().tolist()
@@ -333,10 +335,9 @@ class Calibration:
 
     def _sample_error(self) -> float:
         """Mean squared error of the held-out final samples, as layers quantize now, corrected as in use."""
-        first = self.config.histogram_images + self.config.calibration_images
         correct = self.config.correct_prediction
-        with corrected(self.sampler, self.trajectory) if correct else nullcontext():
-            made = self.sampler.run(self.config.seed, first, self.config.search.batch_size)
+        with corrected(self.sampler, self.trajectory, self.processes) if correct else nullcontext():
+            made = self._sample_held_out()
         return float((made.final - self._fresh.final).double().square().mean())
 
     def _harden(
@@ -395,60 +396,33 @@ class Calibration:
     @functools.cached_property
     def _fingerprint(self) -> str:
         """What a saved search depends on: settings, scheduler, layers with their weights, conditioning."""
-        digest = hashlib.sha256()
-        for name, tensor in [
-            *((name, layer.weight.detach()) for name, layer in self.layers.items()),
-            *((keystr(path), value) for path, value in self._given_tensors()),
-        ]:
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        weights = ((name, layer.weight) for name, layer in self.layers.items())
+        given = named_tensors(self.sampler.given)
         settings = [self.config.to_dict(), identity(self.sampler.scheduler)]
-        return json.dumps([*settings, digest.hexdigest()], default=str)
-
-    def _given_tensors(self) -> list[tuple[Any, Tensor]]:
-        """Tensors of conditioning and constants, with their paths, in one order."""
-        null = {} if self.sampler.guidance is None else self.sampler.guidance.null
-        given = [self.sampler.conditioning, self.sampler.call.constants, null]
-        return [(path, x) for path, x in tree_flatten_with_path(given)[0] if isinstance(x, Tensor)]
+        return json.dumps([*settings, fingerprint_of([*weights, *given])], default=str)
 
     def _save(self, search: GroupSearch, selector: TimestepSelector, rounds_done: int) -> None:
-        if self.state_file is None:
-            return
-        header = {
-            "version": str(STATE_VERSION),
-            "fingerprint": self._fingerprint,
-            "progress": json.dumps([rounds_done, search.steps_done]),
-            "trace": json.dumps([selector.trace, selector.visits, self.trace.losses]),
-        }
-        self.state_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.state_file.with_name(self.state_file.name + ".tmp")
-        save_file(search.state(), temporary, metadata=header)
-        os.replace(temporary, self.state_file)
+        if self.state_file is not None and self.processes.rank == 0:
+            trace = (selector.trace, selector.visits, self.trace.losses)
+            state = SearchState(search.state(), rounds_done, search.steps_done, *trace)
+            state.save(self.state_file, self._fingerprint)
+
+    def _saved(self) -> SearchState | None:
+        if self.state_file is None or not self.state_file.exists():
+            return None
+        return SearchState.read(self.state_file, self._fingerprint)
 
     def _resume(self, search: GroupSearch, selector: TimestepSelector, pool: list[Batch]) -> int:
         """Continue a saved search; regenerates its calibration images, which are a function of the seed."""
-        if self.state_file is None or not self.state_file.exists():
+        state = self.processes.first(self._saved)
+        if state is None:
             return 0
-        try:
-            with safe_open(self.state_file, "pt") as stored:
-                header = stored.metadata() or {}
-                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(
-                f"{self.state_file} is no search state ({error}); remove it to start anew"
-            ) from None
-        if header.get("version") != str(STATE_VERSION) or header.get("fingerprint") != self._fingerprint:
-            raise ValueError(
-                f"{self.state_file} belongs to another model, configuration or version; "
-                "quantize into another folder, or without resuming"
-            )
-        rounds_done, steps_done = json.loads(header["progress"])
-        selector.trace, selector.visits, self.trace.losses = json.loads(header["trace"])
-        search.load_state(tensors, steps_done)
+        selector.trace, selector.visits, self.trace.losses = state.rounds, state.visits, state.losses
+        search.load_state(state.tensors, state.steps_done)
         for round_index, row in enumerate(selector.trace):
             pool.append(self._generate(search, row["step_index"], round_index))
-            self.progress("resuming", round_index + 1, rounds_done)
-        return int(rounds_done)
+            self.progress("resuming", round_index + 1, state.rounds_done)
+        return state.rounds_done
 
 
 def step_weights(sensitivity: Tensor) -> Tensor:
@@ -476,15 +450,3 @@ def _describe(name: str, quantizer: ActivationQuantizer) -> dict[str, Any]:
         "covered": torch.stack([low, high], 1).tolist(),  # [G][2]
         "group_index": quantizer.table.tolist(),  # [T]
     }
-
-
-def _join(parts: list[Trajectory]) -> Trajectory:
-    """Concatenate trajectories along their images."""
-    return Trajectory(
-        torch.cat([p.samples for p in parts], 1),
-        torch.cat([p.noise_preds for p in parts], 1),
-        torch.cat([p.final for p in parts]),
-        sum((p.sensitivity * len(p.final) for p in parts), torch.zeros((), device="cpu"))
-        / sum(len(p.final) for p in parts),
-        join([p.conditioning for p in parts]),
-    )

@@ -45,9 +45,16 @@ from .evaluate import (
 from .evaluate.comparison import FRECHET_NAME
 from .info import gather_info, render_info
 from .nn import summarize_fusion
-from .pipeline import calibration_sampler, find_denoiser, load_pipeline, quantize
+from .pipeline import (
+    QuantizationReport,
+    calibration_sampler,
+    find_denoiser,
+    load_pipeline,
+    quantize_denoiser,
+)
+from .processes import ALONE, OtherProcessFailed, Processes, joined, launched
 from .quantize_options import add_quantize_options, quant_config
-from .trajectory import Conditioning, DenoiserCall
+from .trajectory import Conditioning, DenoiserCall, Sampler
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
 STATE_NAME = "adpdm_search.safetensors"
@@ -65,10 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("[bold]interrupted[/]; nothing half-written was left behind")
         return EXIT_INTERRUPTED
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, OtherProcessFailed) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return EXIT_FAILURE
-    if args.json:
+    if args.json and not console.quiet:
         print(json.dumps(result, indent=2))
     return 0
 
@@ -77,26 +84,52 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> dict[str, Any]:
+    with _shared() as processes:
+        return _quantize_shared(args, processes)
+
+
+@contextmanager
+def _shared() -> Iterator[Processes]:
+    """The processes that torchrun started, if it did; the first speaks for all that it is in touch with."""
+    with launched():
+        processes = ALONE
+        try:
+            with joined() as processes:
+                console.quiet = processes.rank > 0
+                yield processes
+        finally:
+            console.quiet = processes.rank > 0 and processes.in_touch
+
+
+def _quantize_shared(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     out = Path(args.out)
     state = out.with_name(out.name + ".partial") / STATE_NAME
-    if out.exists() and any(out.iterdir()):
+    is_first = processes.rank == 0
+    if is_first and out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} must be a new or empty folder, got one with files in it")
-    if state.exists() and not args.resume:
+    if is_first and state.exists() and not args.resume:
         raise ValueError(f"{state} is an unfinished search; continue it with --resume, or remove its folder")
     config = quant_config(args)
     pipe = load_pipeline(args.model, local_files_only=args.offline)
+    sampler = calibration_sampler(pipe, config, prompts=args.prompt)
     if args.budget is not None:
-        config = _within_budget(args, pipe, config)
+        config = _within_budget(args, sampler, config, processes)
     try:
         with _progress() as progress:
-            report = quantize(pipe, config, prompts=args.prompt, progress=progress, state_file=state)
+            report = quantize_denoiser(sampler, config, progress, state, processes)
     except KeyboardInterrupt:
         if state.exists():
             console.print(f"the search so far is in {escape(str(state))}; continue it with --resume")
         raise
     values = {**report.to_dict(), "command": args.command}
-    _save(pipe, values, out)
-    shutil.rmtree(state.parent, ignore_errors=True)
+    if is_first:
+        _save(pipe, values, out)
+        shutil.rmtree(state.parent, ignore_errors=True)
+        _tell_quantized(report, out)
+    return values
+
+
+def _tell_quantized(report: QuantizationReport, out: Path) -> None:
     trace = report.trace
     rows = {
         "covered": str(report.coverage),
@@ -126,17 +159,23 @@ def _quantize(args: argparse.Namespace) -> dict[str, Any]:
     _table(f"quantized into {out}", rows)
     for warning in trace.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}")
-    return values
 
 
-def _within_budget(args: argparse.Namespace, pipe: Any, config: QuantConfig) -> QuantConfig:
+def _within_budget(
+    args: argparse.Namespace, sampler: Sampler, config: QuantConfig, processes: Processes
+) -> QuantConfig:
     """The settings that fit into --budget, told so that they can be asked for again."""
+    if processes.size > 1:
+        raise ValueError(
+            f"--budget estimates what one process takes, got {processes.size} of them; run it with one, and "
+            "give the options that it prints to all"
+        )
     if args.resume:
         raise ValueError(
             "--budget times the machine anew, so it cannot continue a search: with --resume, give the "
             "options that the interrupted run printed"
         )
-    plan = fit_budget(calibration_sampler(pipe, config, prompts=args.prompt), config, args.budget)
+    plan = fit_budget(sampler, config, args.budget)
     rows = {
         "an image and step": f"{plan.image_seconds:.3g} s",
         "what was asked for": f"about {plan.wanted_seconds:.0f} s",

@@ -36,6 +36,8 @@ class SearchConfig:
             row of the logits is trained, not only the selected ones.
         objective: `teacher` (the full-precision noise prediction) or `noise` (the paper's form).
         keep_if_worse: keep a search that ends worse than its start on held-out images, as the paper does.
+        parts: of an optimizer step's images, computed one after the other, or each by another of the
+            processes that share a calibration. It changes low bits of the gradients, so it is a setting.
     """
 
     num_steps: int = 160
@@ -48,13 +50,15 @@ class SearchConfig:
     replay: float = 0.75
     objective: Objective = "teacher"
     keep_if_worse: bool = False
+    parts: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "refit_steps", "batch_size"):
+        for name in ("num_steps", "refit_steps", "batch_size", "parts"):
             _integer(f"search.{name}", getattr(self, name))
         _at_least("search.num_steps", self.num_steps, 1)
         _at_least("search.refit_steps", self.refit_steps, 0)
         _at_least("search.batch_size", self.batch_size, 1)
+        _within("search.parts", self.parts, 1, self.batch_size)
         _within("search.replay", self.replay, 0.0, 1.0)
         _at_least("search.entropy_weight", self.entropy_weight, 0.0)
         for name in ("learning_rate", "logits_learning_rate"):

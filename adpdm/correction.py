@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .processes import ALONE, Processes
 from .schedulers import in_channels_last
 from .step import StepState
 from .trajectory import Sampler, Trajectory, pick
@@ -35,7 +36,12 @@ class Correction:
 
 
 @torch.no_grad()
-def fit_correction(sampler: Sampler, trajectory: Trajectory, watch: Callable[[int, int], None]) -> Correction:
+def fit_correction(
+    sampler: Sampler,
+    trajectory: Trajectory,
+    watch: Callable[[int, int], None],
+    processes: Processes = ALONE,
+) -> Correction:
     """Regress the errors of quantized predictions on the predictions and their samples, step by step.
 
     At high noise a prediction is nearly the sample, and the clean image is in their small difference, which
@@ -47,20 +53,30 @@ def fit_correction(sampler: Sampler, trajectory: Trajectory, watch: Callable[[in
     Args:
         sampler: its denoiser is quantized, and not corrected yet.
         trajectory: of the full-precision denoiser.
-        watch: called with (calls done, calls in total).
+        watch: called with (calls done, calls in total) of this process.
+        processes: that share the calls.
     """
     count = min(CORRECTION_IMAGES, trajectory.samples.shape[1])
     conditioning = pick(trajectory.conditioning, torch.arange(count, device=trajectory.samples.device))
-    steps = len(sampler.timesteps)
-    moments = torch.zeros(steps, count, 3, 3, dtype=torch.float64, device="cpu")  # prediction, sample, error
-    for call, step in enumerate(sampler.step_of_call):
+    num_calls = len(sampler.step_of_call)
+    done, total = 0, len(processes.share([1.0] * num_calls))
+
+    def moments_at(call: int) -> list[Tensor]:
+        nonlocal done
         sample, exact = trajectory.samples[call, :count], trajectory.noise_preds[call, :count]
         prediction = sampler.predict(in_channels_last(sample), sampler.calls[call], conditioning)
         # Of a model that learned its variances, they are no predictions of an image.
         parts = [x[:, : sample.shape[1]] for x in (prediction, sample, prediction - exact)]
         rows = torch.stack([part.double().flatten(1) for part in parts], 1)  # [B, 3, *]
-        moments[step] += (rows @ rows.transpose(1, 2)).cpu()
-        watch(call + 1, len(sampler.step_of_call))
+        done += 1
+        watch(done, total)
+        return [(rows @ rows.transpose(1, 2)).cpu()]
+
+    steps = len(sampler.timesteps)
+    moments = torch.zeros(steps, count, 3, 3, dtype=torch.float64, device="cpu")  # prediction, sample, error
+    by_call = processes.map(range(num_calls), moments_at)
+    for step, (of_call,) in zip(sampler.step_of_call, by_call, strict=True):
+        moments[step] += of_call
     return _regress(moments)
 
 
@@ -122,14 +138,12 @@ class _Correct:
 
 
 @contextmanager
-def corrected(
-    sampler: Sampler, trajectory: Trajectory, watch: Callable[[int, int], None] = lambda done, total: None
-) -> Iterator[Correction]:
+def corrected(sampler: Sampler, trajectory: Trajectory, processes: Processes = ALONE) -> Iterator[Correction]:
     """Correct the denoiser as it quantizes now, until the block ends; arguments as of `fit_correction`."""
     denoiser = sampler.denoiser
     step = denoiser.get_submodule("adpdm_step")
     assert isinstance(step, StepState)
-    found = fit_correction(sampler, trajectory, watch)
+    found = fit_correction(sampler, trajectory, lambda done, total: None, processes)
     step.set_correction(found.weights)
     attach_correction(denoiser)
     try:

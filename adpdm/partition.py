@@ -6,13 +6,14 @@ Histograms come to the CPU for this: many operations on few numbers, with equal 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .config import QuantConfig, RangeMethod
+from .processes import ALONE, Processes
 from .qparams import StepErrors, best_range, block_index, block_ranges, step_errors
 from .quantizers import ActivationQuantizer
 
@@ -69,22 +70,67 @@ def tables_from_cost(cost: Tensor, num_groups: int) -> Tensor:
     return table
 
 
-def initial_tables(
-    quantizers: Sequence[ActivationQuantizer], errors: Sequence[StepErrors], config: QuantConfig
-) -> list[Tensor]:
-    """Starting table [T] i32 of every quantizer by the grouping of the config."""
-    steps = errors[0].error.shape[0]
+def partition(
+    quantizers: Sequence[ActivationQuantizer],
+    importance: Tensor,
+    config: QuantConfig,
+    processes: Processes = ALONE,
+    watch: Callable[[int, int], None] = lambda done, total: None,
+) -> list[GroupGain]:
+    """Give quantizers that have observed their groups of steps and their ranges, by the config.
+
+    Args:
+        importance: [T] f64, of every step.
+        processes: that share the quantizers.
+        watch: called with (quantizers done, in total) of this process.
+
+    Returns: what the groups gain on each of them.
+    """
+    costs = [1.0] * len(quantizers)
+    own = processes.share(costs)
+    observed = all_step_errors([quantizers[i] for i in own], importance, config.range_method)
+    errors = dict(zip(own, observed, strict=True))
+    num_groups = config.groups_per_layer(len(importance))
+    shared = None
+    if config.shared_groups and _is_optimised(config):
+        relative = {i: [relative_costs(e.error, config.range_method)] for i, e in errors.items()}
+        shared = shared_table([cost for (cost,) in processes.gather(costs, relative)], num_groups)
+    made: dict[int, list[Tensor]] = {}
+    for i, error in errors.items():
+        table = initial_table(error.error, config) if shared is None else shared
+        gain = group_gain(error, table)
+        ranges = group_ranges(quantizers[i], error, table, num_groups, importance, config.range_method)
+        gains = torch.tensor([gain.gain_db, gain.limit_db], dtype=torch.float64, device="cpu")
+        made[i] = [table, *ranges, gains]
+        watch(len(made), len(own))
+    result = []
+    for quantizer, (table, low, high, gains) in zip(quantizers, processes.gather(costs, made), strict=True):
+        quantizer.set_ranges(low, high, table)
+        result.append(GroupGain(*gains.tolist()))
+    return result
+
+
+def _is_optimised(config: QuantConfig) -> bool:
+    return config.grouping not in ("shared", "per_step", "uniform")
+
+
+def initial_table(error: Tensor, config: QuantConfig) -> Tensor:
+    """Starting table [T] i32 of a quantizer with errors [T, R] by the grouping of the config."""
+    steps = len(error)
     groups = config.groups_per_layer(steps)
-    if config.grouping in ("shared", "per_step", "uniform"):
-        return [uniform_table(steps, groups)] * len(quantizers)
-    if not config.shared_groups:
-        return [dynamic_programming_table(e.error, groups, config.range_method) for e in errors]
-    # One partition for the net: each layer counts by its error relative to the best single range.
-    cost = sum(
-        _block_costs(e.error, config.range_method) / e.error.sum(0).min().clamp_min(1e-30) for e in errors
-    )
-    assert isinstance(cost, Tensor)
-    return [tables_from_cost(cost, groups)] * len(quantizers)
+    if _is_optimised(config):
+        return dynamic_programming_table(error, groups, config.range_method)
+    return uniform_table(steps, groups)
+
+
+def relative_costs(error: Tensor, method: RangeMethod) -> Tensor:
+    """Block costs [T + 1, T + 1] f64 relative to the error of the best single range."""
+    return _block_costs(error, method) / error.sum(0).min().clamp_min(1e-30)
+
+
+def shared_table(costs: Sequence[Tensor], num_groups: int) -> Tensor:
+    """One partition for the net, [T] i32: each layer counts by its relative costs [T + 1, T + 1]."""
+    return tables_from_cost(sum(costs[1:], costs[0]), num_groups)
 
 
 def all_step_errors(
@@ -126,15 +172,15 @@ def _gain_db(error: Tensor, remaining: float) -> float:
     return 10 * math.log10(shared / remaining) if remaining > 0 else 0.0
 
 
-def fit_ranges(
+def group_ranges(
     quantizer: ActivationQuantizer,
     errors: StepErrors,
     table: Tensor,
     num_groups: int,
     importance: Tensor,
     method: RangeMethod,
-) -> None:
-    """Give each group the range with the least error on the histogram of its own steps, or their extrema.
+) -> tuple[Tensor, Tensor]:
+    """Range (low, high) [G] f32 of each group with the least error on its own steps, or their extrema.
 
     A group without steps takes the range over all steps: finite, unused, and a start for the search.
     """
@@ -158,8 +204,7 @@ def fit_ranges(
             low, high = best_range(density / density.sum(), outer, quantizer.num_bits, start, clip_weight)
         lows.append(low)
         highs.append(high)
-    low_ends, high_ends = (torch.tensor(ends, device="cpu") for ends in (lows, highs))
-    quantizer.set_ranges(low_ends, high_ends, table)
+    return torch.tensor(lows, device="cpu"), torch.tensor(highs, device="cpu")
 
 
 def _clip_weight(method: RangeMethod) -> float:

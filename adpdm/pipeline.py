@@ -15,11 +15,13 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
+from ._native import build_info
 from .calibrate import Calibration, CalibrationTrace, silent
 from .config import AttentionProducts, QuantConfig
 from .correction import attach_correction, detach_correction, fit_correction
 from .diffusers_quantizer import mark_quantized
 from .equalize import Equalization, equalize, is_wanted
+from .fingerprint import fingerprint_of, named_tensors
 from .nn import (
     CodedLayer,
     Coverage,
@@ -33,10 +35,12 @@ from .nn import (
     swap_layers,
     unfuse_blocks,
 )
+from .processes import Processes, joined
 from .quantizers.activation import Mode
 from .replay import Progress
+from .schedulers import identity
 from .step import StepState, attach_step_hook, detach_step_hook
-from .trajectory import Conditioning, DenoiserCall, Guidance, Sampler, Trajectory
+from .trajectory import Conditioning, DenoiserCall, Guidance, Sampler
 
 DENOISER_NAMES = ("unet", "transformer")
 CALIBRATION_DEVICES = ("cpu", "cuda")
@@ -95,6 +99,9 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize a trained diffusion model by ADP-DM, in place, from nothing but the model itself.
 
+    Where torch.distributed is initialised, all of its processes call this with the same arguments and share
+    the work (docs/quantize.md). Each ends with the same model, that of one process, bit for bit.
+
     Args:
         pipe_or_denoiser: diffusers pipeline, or its U-Net or transformer, in float32 on the CPU or on one
             CUDA device, where it is calibrated. Noise depends on the seed alone.
@@ -107,31 +114,28 @@ def quantize(
         null_conditioning: tensors [1, ...] that stand for no condition, under `config.guidance_scale`; known
             for prompts (the empty text) and for transformers with a class for none.
         progress: called with (phase, done, total).
-        state_file: the search saves itself here after every round and resumes from it.
+        state_file: the search saves itself here after every round and resumes from it; of several processes
+            the first does.
 
     Returns: what was done; the model now samples with integer kernels.
 
     Raises:
         ValueError, TypeError: before anything is changed, for input that cannot work. On any error or
             interrupt the model is put back as it was.
+        OtherProcessFailed: a RuntimeError, with what another process failed with.
     """
     config = config or QuantConfig()
-    sampler = calibration_sampler(
-        pipe_or_denoiser,
-        config,
-        scheduler=scheduler,
-        conditioning=conditioning,
-        call=call,
-        prompts=prompts,
-        null_conditioning=null_conditioning,
-    )
-    denoiser = sampler.denoiser
-    before = _Before(denoiser)
-    try:
-        return _quantize(denoiser, sampler, config, progress, state_file)
-    except BaseException:
-        before.restore(denoiser)
-        raise
+    with joined() as processes:
+        sampler = calibration_sampler(
+            pipe_or_denoiser,
+            config,
+            scheduler=scheduler,
+            conditioning=conditioning,
+            call=call,
+            prompts=prompts,
+            null_conditioning=null_conditioning,
+        )
+        return quantize_denoiser(sampler, config, progress, state_file, processes)
 
 
 def calibration_sampler(
@@ -162,13 +166,61 @@ def calibration_sampler(
     return Sampler(denoiser, scheduler, shape, config.num_inference_steps, conditioning, call, guidance)
 
 
-def _quantize(
-    denoiser: nn.Module,
+def quantize_denoiser(
     sampler: Sampler,
     config: QuantConfig,
     progress: Progress,
     state_file: Path | str | None,
+    processes: Processes,
 ) -> QuantizationReport:
+    """`quantize` for what calibrates a denoiser, and the processes that share the work."""
+    denoiser, processes.device = sampler.denoiser, sampler.device
+    if processes.size > 1:
+        processes.agree("quantize", _facts(sampler, config))
+    before = _Before(denoiser)
+    try:
+        report = _quantize(sampler, config, progress, state_file, processes)
+        if processes.size > 1:
+            processes.agree("quantize", {"result": fingerprint_of(_tensors(denoiser))})
+    except BaseException:
+        before.restore(denoiser)
+        raise
+    return report
+
+
+def _facts(sampler: Sampler, config: QuantConfig) -> dict[str, str]:
+    """What the result depends on, in words."""
+    call, device = sampler.call, sampler.device
+    settings = config.to_dict()
+    settings.update({f"search.{name}": value for name, value in settings.pop("search").items()})
+    return {
+        **{f"setting {name}": str(value) for name, value in settings.items()},
+        "scheduler": identity(sampler.scheduler),
+        "timesteps": fingerprint_of([("", sampler.calls)]),
+        "weights": fingerprint_of(_tensors(sampler.denoiser), type(sampler.denoiser).__name__),
+        "conditioning": fingerprint_of(named_tensors(sampler.given)),
+        "shape of a sample": str(sampler.sample_shape),
+        "timestep_factor": str(call.timestep_factor),
+        # Rounding of torch's layers depends on these.
+        "version of torch": torch.__version__,
+        "instruction set": f"{build_info()['isa']} and {torch.backends.cpu.get_cpu_capability()}",
+        "number of threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _tensors(denoiser: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, x) for name, x in denoiser.state_dict().items() if isinstance(x, Tensor)]
+
+
+def _quantize(
+    sampler: Sampler,
+    config: QuantConfig,
+    progress: Progress,
+    state_file: Path | str | None,
+    processes: Processes,
+) -> QuantizationReport:
+    denoiser = sampler.denoiser
     denoiser.eval().requires_grad_(False)
     layers = describe_layers(denoiser, config, lambda: _trace_forward(sampler))
     equalized = _equalize(sampler, layers, config, progress)
@@ -184,7 +236,7 @@ def _quantize(
     attach_step_hook(denoiser)
     path = None if state_file is None else Path(state_file)
     quant = quant_layers(denoiser)
-    calibration = Calibration(sampler, quant, step, config, progress, path)
+    calibration = Calibration(sampler, quant, step, config, progress, path, processes)
     trace = calibration.run()
     if equalized.seconds:
         trace.seconds = {"equalization": equalized.seconds, **trace.seconds}
@@ -193,7 +245,7 @@ def _quantize(
     layers = [replace(x, bits=quant[x.name].bits) if x.name in quant else x for x in layers]
     freeze(denoiser, config.attention)
     if config.correct_prediction:
-        _correct_predictions(sampler, step, calibration.trajectory, trace, progress)
+        _correct_predictions(step, calibration)
     mark_quantized(denoiser, config, layers, equalized.changed)
     timesteps = [float(t) for t in sampler.timesteps]
     return QuantizationReport(
@@ -201,12 +253,14 @@ def _quantize(
     )
 
 
-def _correct_predictions(
-    sampler: Sampler, step: StepState, trajectory: Trajectory, trace: CalibrationTrace, progress: Progress
-) -> None:
+def _correct_predictions(step: StepState, calibration: Calibration) -> None:
     """Fit the correction to the model as it will run, in integers; attach it if it pays at any step."""
-    start = time.perf_counter()
-    found = fit_correction(sampler, trajectory, lambda done, total: progress("correction", done, total))
+    start, sampler, trace = time.perf_counter(), calibration.sampler, calibration.trace
+
+    def watch(done: int, total: int) -> None:
+        calibration.progress("correction", done, total)
+
+    found = fit_correction(sampler, calibration.trajectory, watch, calibration.processes)
     if min(found.energy_left) < 1:
         step.set_correction(found.weights)
         attach_correction(sampler.denoiser)

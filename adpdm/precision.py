@@ -36,11 +36,30 @@ def measure_sensitivity(replay: Replay, seed: int) -> dict[str, Sensitivity]:
     Layers hold ranges and codes. Forward and backward passes of PROBE_STEPS steps serve all layers.
     """
     replay.set_mode(Mode.FLOAT)
-    found: dict[str, Sensitivity] = {}
-    for index, (sample, timestep) in enumerate(replay.inputs(PROBE_STEPS, "sensitivity")):
+
+    def probe(index: int, call: int) -> list[Tensor]:
+        sample, timestep = replay.input(call)
         seen = sample.clone().requires_grad_()
-        _probe(replay.layers, lambda: replay.predict(seen, timestep), seed + index, found)  # noqa: B023
+        shares: dict[str, Sensitivity] = {}
+        _probe(replay.layers, lambda: replay.predict(seen, timestep), seed + index, shares)
+        return [_row(shares.get(name)) for name in replay.layers]
+
+    found: dict[str, Sensitivity] = {}
+    for rows in replay.map_calls(PROBE_STEPS, "sensitivity", probe):
+        for name, row in zip(replay.layers, rows, strict=True):
+            weight, activation, macs = row.tolist()
+            if macs:
+                parameters = replay.layers[name].weight.numel()
+                total = found.setdefault(name, Sensitivity(macs=int(macs), parameters=parameters))
+                total.weight += weight
+                total.activation += activation
     return found
+
+
+def _row(share: Sensitivity | None) -> Tensor:
+    """What one process tells the others of a layer, [3] f64; zeros for one that did not run."""
+    numbers = [0, 0, 0] if share is None else [share.weight, share.activation, share.macs]
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def _probe(

@@ -40,6 +40,12 @@ def add_quantize_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--images", type=int, default=default.calibration_images, help="calibration images")
     sub.add_argument("--search-steps", type=int, default=default.search.num_steps)
     sub.add_argument(
+        "--search-parts",
+        type=int,
+        default=default.search.parts,
+        help="of an optimizer step, which as many processes of torchrun share",
+    )
+    sub.add_argument(
         "--histogram-images", type=int, default=default.histogram_images, help="images that fill histograms"
     )
     sub.add_argument(
@@ -83,7 +89,7 @@ def quant_config(args: argparse.Namespace) -> QuantConfig:
         modules_to_not_convert=tuple(args.exclude),
         timestep_policy=args.timestep_policy,
         seed=args.seed,
-        search=SearchConfig(num_steps=args.search_steps),
+        search=SearchConfig(num_steps=args.search_steps, parts=args.search_parts),
     )
 
 

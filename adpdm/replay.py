@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .nn import QuantLayer
+from .processes import ALONE, Processes
 from .quantizers.activation import Mode
 from .schedulers import in_channels_last
 from .trajectory import Sampler, Trajectory
@@ -25,6 +26,7 @@ class Replay:
     Args:
         layers: of the sampler's denoiser, by name.
         call_weights: [M] f64.
+        processes: that share what is done with the inputs.
     """
 
     sampler: Sampler
@@ -32,6 +34,7 @@ class Replay:
     trajectory: Trajectory
     call_weights: Tensor
     progress: Progress
+    processes: Processes = ALONE
 
     def calls(self, count: int) -> list[int]:
         """Calls at equal distances of accumulated weight: more where an error counts more."""
@@ -39,11 +42,9 @@ class Replay:
         wanted = (torch.arange(count, dtype=torch.float64, device=share.device) + 0.5) / count
         return torch.searchsorted(share, wanted).clamp(max=len(share) - 1).tolist()
 
-    def inputs(self, count: int, phase: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """(sample [B, *], timestep []) of `count` calls; tells the progress after each."""
-        for index, call in enumerate(self.calls(count)):
-            yield in_channels_last(self.trajectory.samples[call]), self.sampler.calls[call]
-            self.progress(phase, index + 1, count)
+    def input(self, call: int) -> tuple[Tensor, Tensor]:
+        """Sample [B, *] and timestep [] of one call."""
+        return in_channels_last(self.trajectory.samples[call]), self.sampler.calls[call]
 
     def predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
         """Prediction [B, *] of the denoiser, in the mode that its layers are in."""
@@ -55,19 +56,33 @@ class Replay:
             layer.set_mode(mode)
 
     @torch.no_grad()
-    def show(self, observers: Mapping[str, Observer], count: int, phase: str) -> None:
-        """Call the observer of each named layer with the layer's full-precision input at every call."""
+    def show(self, observers: Mapping[str, Observer], call: int) -> None:
+        """Call the observer of each named layer with the layer's full-precision input at a call."""
         self.set_mode(Mode.FLOAT)
         handles = [
             self.layers[name].register_forward_pre_hook(_before_forward(observe))
             for name, observe in observers.items()
         ]
         try:
-            for sample, timestep in self.inputs(count, phase):
-                self.predict(sample, timestep)
+            self.predict(*self.input(call))
         finally:
             for handle in handles:
                 handle.remove()
+
+    def map_calls(
+        self, count: int, phase: str, work: Callable[[int, int], Sequence[Tensor]]
+    ) -> list[list[Tensor]]:
+        """What `work` makes of (index, call) for `count` calls, in their order; processes share them."""
+        total, done = len(self.processes.share([1.0] * count)), 0
+
+        def watched(item: tuple[int, int]) -> Sequence[Tensor]:
+            nonlocal done
+            made = work(*item)
+            done += 1
+            self.progress(phase, done, total)
+            return made
+
+        return self.processes.map(list(enumerate(self.calls(count))), watched)
 
 
 def _before_forward(observe: Observer) -> Callable[[Any, tuple[Tensor, ...]], None]:

@@ -24,16 +24,27 @@ LAZY_COLUMNS = 128  # columns whose errors reach the columns behind them in one 
 def round_weights(replay: Replay, names: Sequence[str], seed: int) -> dict[str, float]:
     """Give layers codes that are fitted to their inputs; returns squared error over that of nearest, by name.
 
-    Layers hold ranges. Their moments take MEMORY_LIMIT bytes at a time; what does not fit takes another pass.
+    Layers hold ranges. Each process fits its share of them: it runs all calls, and keeps the moments of its
+    own layers. These take MEMORY_LIMIT bytes at a time; what does not fit takes another pass.
     """
-    ratios: dict[str, float] = {}
-    for part in _within_memory(replay.layers, names):
-        inputs = {name: LayerInputs(replay.layers[name], seed) for name in part}
-        replay.show({name: seen.observe for name, seen in inputs.items()}, ROUNDING_STEPS, "layer inputs")
-        for name, seen in inputs.items():
-            codes, scales, ratios[name] = seen.round()
-            replay.layers[name].set_codes(codes, scales)
-            replay.progress("weights", len(ratios), len(names))
+    costs = [_cost(replay.layers[name]) for name in names]
+    own = replay.processes.share(costs)
+    made: dict[int, list[Tensor]] = {}
+    for part in _within_memory(replay.layers, names, own):
+        inputs = {i: LayerInputs(replay.layers[names[i]], seed) for i in part}
+        observers = {names[i]: seen.observe for i, seen in inputs.items()}
+        for done, call in enumerate(replay.calls(ROUNDING_STEPS), 1):
+            replay.show(observers, call)
+            replay.progress("layer inputs", done, ROUNDING_STEPS)
+        for i, seen in inputs.items():
+            codes, scales, ratio = seen.round()
+            made[i] = [codes, scales, torch.tensor(ratio, dtype=torch.float64, device="cpu")]
+            replay.progress("weights", len(made), len(own))
+    ratios = {}
+    fitted = replay.processes.gather(costs, made)
+    for name, (codes, scales, ratio_of_layer) in zip(names, fitted, strict=True):
+        replay.layers[name].set_codes(codes, scales)
+        ratios[name] = float(ratio_of_layer)
     return ratios
 
 
@@ -137,16 +148,26 @@ def _squared_error(error: Tensor, moments: Tensor) -> float:
     return float(((error @ moments) * error).sum())
 
 
-def _within_memory(layers: Mapping[str, QuantLayer], names: Sequence[str]) -> Iterator[list[str]]:
-    """Cut a list of layers where their moments exceed MEMORY_LIMIT; one that does so alone stays whole."""
-    part: list[str] = []
+def _cost(layer: QuantLayer) -> float:
+    """Multiplications that a layer takes: its moments, their factor, and the errors that columns pass on."""
+    widths = [columns.stop - columns.start for _, _, columns in _column_blocks(layer)]
+    rows = ROUNDING_STEPS * ROWS_PER_CALL
+    return float(sum(k * k * (rows + k + layer.weight.shape[0] // layer.groups) for k in widths))
+
+
+def _within_memory(
+    layers: Mapping[str, QuantLayer], names: Sequence[str], chosen: Sequence[int]
+) -> Iterator[list[int]]:
+    """Cut a choice of layers where their moments exceed MEMORY_LIMIT; one that does so alone stays whole."""
+    part: list[int] = []
     total = 0
-    for name in names:
-        size = sum(8 * (columns.stop - columns.start) ** 2 for _, _, columns in _column_blocks(layers[name]))
+    for i in chosen:
+        blocks = _column_blocks(layers[names[i]])
+        size = sum(8 * (columns.stop - columns.start) ** 2 for _, _, columns in blocks)
         if part and total + size > MEMORY_LIMIT:
             yield part
             part, total = [], 0
-        part.append(name)
+        part.append(i)
         total += size
     if part:
         yield part

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import QuantConfig
+from .processes import ALONE, Processes
 from .quantizers import ActivationQuantizer, Importance
 from .quantizers.activation import Mode
 from .step import StepState
+from .trajectory import pick
 
 WARN_BELOW_MAX_IMPORTANCE = (
     0.9  # hardening a softer choice than this changes the network (method.md section 6)
@@ -66,6 +68,16 @@ class Batch:
     weight: float  # of the step, 1 on average
     conditioning: dict[str, Any]  # [B, ...] each
 
+    def parts(self, size: int) -> list[Batch]:
+        """The batch cut into batches of at most `size` images."""
+        parts = [slice(first, first + size) for first in range(0, len(self.sample), size)]
+        return [
+            replace(
+                self, sample=self.sample[i], target=self.target[i], conditioning=pick(self.conditioning, i)
+            )
+            for i in parts
+        ]
+
 
 @dataclass(frozen=True)
 class SearchOutcome:
@@ -104,6 +116,7 @@ class GroupSearch:
         step: the denoiser's clock.
         predict: runs the denoiser on a batch and returns the noise prediction.
         held_out: batches that the starting partition is judged on.
+        processes: that share the images of an optimizer step, and the batches that a partition is judged on.
     """
 
     def __init__(
@@ -113,8 +126,10 @@ class GroupSearch:
         config: QuantConfig,
         predict: Callable[[Batch], Tensor],
         held_out: Sequence[Batch],
+        processes: Processes = ALONE,
     ) -> None:
         self.quantizers, self.step, self.config, self.predict = quantizers, step, config, predict
+        self.processes = processes
         self.settings = config.search
         self.start_tables = [q.table.clone() for q in quantizers]
         self._start = [(q.scale.clone(), q.zero_point.clone()) for q in quantizers]
@@ -158,25 +173,47 @@ class GroupSearch:
         fraction = self.steps_done / self.settings.num_steps
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * (1 - (1 - FINAL_LEARNING_RATE) * min(fraction, 1.0))
-        loss = self.relative_loss(batch)
-        mixing = self.quantizers[0].mode is Mode.MIXTURE
-        ramp = self.settings.entropy_weight * min(fraction, 1.0)
-        total = loss + ramp * self.entropy().mean() if mixing else loss
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        loss = self._take_gradients(batch)
+        if self.quantizers[0].mode is Mode.MIXTURE:
+            ramp = self.settings.entropy_weight * min(fraction, 1.0)
+            (ramp * self.entropy().mean()).backward()
         self.optimizer.step()
         self.steps_done += 1
-        return float(loss.detach())
+        return loss
+
+    def _take_gradients(self, batch: Batch) -> float:
+        """Give parameters the gradients of a batch's relative loss, whose parts processes share; the loss."""
+        size = -(-len(batch.sample) // self.settings.parts)
+        parts, parameters = batch.parts(size), self._parameters()
+        energy = self._energy(batch)
+
+        def gradients(part: Batch) -> list[Tensor]:
+            loss = self._error(part) / energy * (len(part.sample) / len(batch.sample))
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
+            return [loss, *zeros]
+
+        sums = [sum(x[1:], x[0]) for x in zip(*self.processes.map(parts, gradients), strict=True)]
+        for parameter, gradient in zip(parameters, sums[1:], strict=True):
+            parameter.grad = gradient
+        return float(sums[0])
 
     def relative_loss(self, batch: Batch) -> Tensor:
         """Squared error of the prediction relative to the energy of the target, weighted by the step, []."""
+        return self._error(batch) / self._energy(batch)
+
+    def _error(self, batch: Batch) -> Tensor:
         self.step.set_step(batch.step_index)
-        error = (self.predict(batch) - batch.target).square().mean()
-        return batch.weight * error / batch.target.square().mean().clamp_min(1e-12)
+        return batch.weight * (self.predict(batch) - batch.target).square().mean()
+
+    @staticmethod
+    def _energy(batch: Batch) -> Tensor:
+        return batch.target.square().mean().clamp_min(1e-12)
 
     @torch.no_grad()
     def mean_loss(self, batches: Sequence[Batch]) -> float:
-        return sum(float(self.relative_loss(b)) for b in batches) / len(batches)
+        losses = self.processes.map(batches, lambda batch: [self.relative_loss(batch)])
+        return sum(float(loss) for (loss,) in losses) / len(batches)
 
     def max_importance(self) -> float:
         """Mean over layers and steps of the largest importance weight."""

@@ -110,7 +110,7 @@ def test_config_json_round_trip_keeps_every_setting() -> None:
         modules_to_not_convert=("mid_block.*", "up_blocks.0.*"),
         timestep_policy="error",
         seed=11,
-        search=SearchConfig(9, 2, 4, 1e-3, 0.02, 0.3, 0.5, 0.25, "noise"),
+        search=SearchConfig(9, 2, 4, 1e-3, 0.02, 0.3, 0.5, 0.25, "noise", True, 2),
     )
     default = QuantConfig().to_dict()
     assert all(

@@ -13,15 +13,15 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import modules of earlier lines only. A folder (quantizers, nn) is one module, free inside.
 LAYERS: list[set[str]] = [
-    {"config", "_native", "operands", "reference_attention", "memory"},
+    {"config", "_native", "operands", "reference_attention", "memory", "processes", "fingerprint"},
     {"reference"},
     {"qparams", "info"},
     {"ops", "schedulers"},
     {"step"},
     {"quantizers"},
     {"nn"},
-    {"search", "timesteps", "partition", "trajectory", "io", "report"},
-    {"replay", "evaluate"},
+    {"search_state", "timesteps", "partition", "trajectory", "io", "report"},
+    {"search", "replay", "evaluate"},
     {"rounding", "precision", "bias", "correction", "equalize"},
     {"budget", "quantize_options"},
     {"calibrate"},

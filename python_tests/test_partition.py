@@ -14,9 +14,11 @@ from adpdm.config import RangeMethod
 from adpdm.partition import (
     all_step_errors,
     dynamic_programming_table,
-    fit_ranges,
     group_gain,
-    initial_tables,
+    group_ranges,
+    initial_table,
+    relative_costs,
+    shared_table,
     uniform_table,
 )
 from adpdm.qparams import StepErrors, qparams_to_range, step_errors
@@ -143,24 +145,22 @@ def config(grouping: str, groups: int, steps: int, shared: bool = False) -> Quan
         ("search", [0, 1, 1, 1]),  # starts from the dynamic programme
     ],
 )
-def test_initial_tables_by_grouping(grouping: str, wanted: list[int]) -> None:
+def test_initial_table_by_grouping(grouping: str, wanted: list[int]) -> None:
     quantizers = observers([noise([10.0, 1.0, 1.0, 1.0])], 2)
-    settings = config(grouping, 2, 4)
-    tables = initial_tables(quantizers, all_step_errors(quantizers, ones(4), "mse"), settings)
-    assert tables[0].tolist() == wanted
+    (errors,) = all_step_errors(quantizers, ones(4), "mse")
+    assert initial_table(errors.error, config(grouping, 2, 4)).tolist() == wanted
 
 
-def test_initial_tables_per_layer_differ_and_shared_groups_agree() -> None:
+def test_own_tables_differ_and_shared_ones_agree() -> None:
     # The second layer asks for its cut with a hundred times the error; relative to itself it weighs the same.
     quantizers = observers([noise([9.0, 1.0, 1.0, 1.0]), noise([100.0, 100.0, 100.0, 300.0], 1)], 2)
     errors = all_step_errors(quantizers, ones(4), "mse")
-    own = initial_tables(quantizers, errors, config("dp", 2, 4))
+    own = [initial_table(e.error, config("dp", 2, 4)) for e in errors]
     assert [t.tolist() for t in own] == [[0, 1, 1, 1], [0, 0, 0, 1]]
-    shared = initial_tables(quantizers, errors, config("dp", 2, 4, shared=True))
-    assert torch.equal(shared[0], shared[1])
+    shared = shared_table([relative_costs(e.error, "mse") for e in errors], 2)
     relative = [e.error / e.error.sum(0).min() for e in errors]
     costs = {tuple(map(len, p)): sum(cost_of(p, e) for e in relative) for p in contiguous_partitions(4, 2)}
-    assert tuple(map(len, blocks_of(shared[0]))) == min(costs, key=costs.__getitem__)
+    assert tuple(map(len, blocks_of(shared))) == min(costs, key=costs.__getitem__)
     assert min(costs, key=costs.__getitem__) == (1, 3)  # not what absolute errors would have chosen
 
 
@@ -186,11 +186,13 @@ def fit(
     quantizer = observers([rows], groups)[0]
     importance = torch.tensor(visits, dtype=torch.float64)
     errors = all_step_errors([quantizer], importance, method)[0]
-    fit_ranges(quantizer, errors, torch.tensor(table, dtype=torch.int32), groups, importance, method)
+    group_of = torch.tensor(table, dtype=torch.int32)
+    ranges = group_ranges(quantizer, errors, group_of, groups, importance, method)
+    quantizer.set_ranges(*ranges, group_of)
     return quantizer
 
 
-def test_fit_ranges_fits_each_group_to_its_own_steps() -> None:
+def test_group_ranges_fit_each_group_to_its_own_steps() -> None:
     rows = noise([1.0, 1.0, 8.0, 8.0])
     own, shared = fit(rows, [0, 0, 1, 1], 2, [1] * 4), fit(rows, [0, 0, 0, 0], 1, [1] * 4)
     assert own.table.tolist() == [0, 0, 1, 1]
@@ -199,14 +201,14 @@ def test_fit_ranges_fits_each_group_to_its_own_steps() -> None:
     assert mean_error(own, 1, rows[2]) < mean_error(own, 0, rows[2]) / 10
 
 
-def test_fit_ranges_does_not_depend_on_steps_that_were_not_selected() -> None:
+def test_group_ranges_does_not_depend_on_steps_that_were_not_selected() -> None:
     rows = noise([1.0, 30.0])
     fitted, alone = fit(rows, [0, 0], 1, [1, 0]), fit(rows[:1], [0], 1, [1])
     # Step 1 counts 1e-6 of step 0: its error of about 30^2 adds 1e-3, less than a twentieth of the optimum.
     assert mean_error(fitted, 0, rows[0]) < 1.2 * mean_error(alone, 0, rows[0])
 
 
-def test_fit_ranges_gives_an_empty_group_a_finite_range() -> None:
+def test_group_ranges_gives_an_empty_group_a_finite_range() -> None:
     quantizer = fit(noise([1.0, 2.0]), [0, 0], 3, [1, 1])
     assert quantizer.num_groups == 3
     assert bool((quantizer.scale > 0).all())
@@ -214,7 +216,7 @@ def test_fit_ranges_gives_an_empty_group_a_finite_range() -> None:
     assert torch.equal(quantizer.scale[1], quantizer.scale[2])
 
 
-def test_fit_ranges_of_constant_activations() -> None:
+def test_group_ranges_of_constant_activations() -> None:
     quantizer = fit([torch.full((10,), 0.5), torch.zeros(10)], [0, 1], 2, [1, 1])
     assert bool((quantizer.scale > 0).all())
     assert mean_error(quantizer, 0, torch.full((10,), 0.5)) < (0.5 / 15 / 2) ** 2  # half a step of [0, 0.5]
@@ -235,7 +237,7 @@ def extremes(low: float, high: float) -> Tensor:
     return torch.cat([torch.tensor([low, high]), (high - low) / 30 * body])
 
 
-def test_fit_ranges_minmax_covers_all_that_the_group_saw() -> None:
+def test_group_ranges_minmax_covers_all_that_the_group_saw() -> None:
     rows = [extremes(-1.0, 2.0), extremes(-3.0, 1.0), extremes(-0.5, 0.5)]
     quantizer = fit(rows, [0, 0, 1], 2, [1, 1, 1], "minmax")
     low, high = qparams_to_range(quantizer.scale.double(), quantizer.zero_point.double(), quantizer.num_bits)
@@ -246,7 +248,7 @@ def test_fit_ranges_minmax_covers_all_that_the_group_saw() -> None:
     assert bool((clipped.scale < quantizer.scale).all()), "outliers are worth clipping, or this says nothing"
 
 
-def test_fit_ranges_clips_less_where_clipping_counts_more() -> None:
+def test_group_ranges_clips_less_where_clipping_counts_more() -> None:
     rows = [extremes(-1.0, 2.0), extremes(-3.0, 1.0)]
     widest, weighted, plain = (
         fit(rows, [0, 0], 1, [1, 1], method).scale for method in ("minmax", "clip_weighted", "mse")

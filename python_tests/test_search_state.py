@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 import adpdm
-from adpdm import QuantConfig, SearchConfig, calibrate
+from adpdm import QuantConfig, SearchConfig, search_state
 from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_unet
 
 
@@ -51,7 +51,7 @@ def test_state_file_is_replaced_in_one_go(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate, "save_file", broken)
+        patch.setattr(search_state, "save_file", broken)
         with pytest.raises(OSError, match="disk full"):
             adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
     assert not state.exists()

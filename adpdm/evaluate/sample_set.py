@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -13,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import tree_leaves
 
 from adpdm.evaluate.guidance import GuidedDenoiser
 from adpdm.evaluate.sampling import Progress, generate, to_uint8
+from adpdm.fingerprint import fingerprint_of, named_tensors
 from adpdm.schedulers import identity
 from adpdm.trajectory import Conditioning, DenoiserCall, pick
 
@@ -179,24 +179,20 @@ def _begin(folder: Path, settings: SampleSettings, fingerprint: str) -> SampleSe
 
 
 def _fingerprint(denoiser: nn.Module, scheduler: Any, conditioning: Conditioning | None) -> str:
-    """sha256 over weights, scheduler, conditioning and guidance."""
-    digest = hashlib.sha256(identity(scheduler).encode())
-    given = [(keystr(path), x) for path, x in tree_flatten_with_path(conditioning or {})[0]]
+    """Of weights, scheduler, conditioning and guidance."""
+    given, words = named_tensors(conditioning or {}), identity(scheduler)
     if isinstance(denoiser, GuidedDenoiser):
-        digest.update(f"guidance {denoiser.scale} {denoiser.null_class}".encode())
+        words += f" guidance {denoiser.scale} {denoiser.null_class}"
         given += [] if denoiser.null_text is None else [("null_text", denoiser.null_text)]
-    for name, tensor in [*denoiser.state_dict().items(), *given]:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return fingerprint_of([*denoiser.state_dict().items(), *given], words)
 
 
 def rows_in_turn(conditioning: Conditioning, first: int, count: int) -> Conditioning:
     """Rows of images first .. first + count - 1: image i has row i modulo the number of rows."""
-    flat = tree_flatten_with_path(conditioning)[0]
-    if not flat:
+    leaves = tree_leaves(conditioning)
+    if not leaves:
         return {}
-    rows = flat[0][1]
+    rows = leaves[0]
     return pick(conditioning, torch.arange(first, first + count, device=rows.device) % len(rows))
 
 
