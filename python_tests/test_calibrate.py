@@ -17,12 +17,13 @@ from adpdm.bias import BIAS_STEPS
 from adpdm.calibrate import Calibration, step_weights
 from adpdm.nn import QuantLayer
 from adpdm.pipeline import QuantizationReport
+from adpdm.processes import ALONE
 from adpdm.quantizers.activation import Mode
 from adpdm.replay import Replay
 from adpdm.search import Batch, GroupSearch, SearchOutcome
 from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_unet
 from adpdm.timesteps import mmd_trace
-from adpdm.trajectory import PROBE_SEED, PROBE_SIZE, SEED_STRIDE, Sampler
+from adpdm.trajectory import PROBE_SEED, PROBE_SIZE, SEED_STRIDE, Sampler, run_in_units
 
 STEPS, HISTOGRAM_IMAGES, SELECTED_IMAGES = 5, 3, 10
 
@@ -195,6 +196,21 @@ def test_few_steps_and_images_are_enough(monkeypatch: pytest.MonkeyPatch, change
     # Known defect elsewhere: crash for T <= 30.
     recorded = Recorded(monkeypatch, config(**changes))
     assert sum(recorded.report.trace.visits) >= 1
+
+
+def test_images_come_in_units_and_their_order() -> None:
+    sampler = Sampler(tiny_unet(**ONE_BLOCK), ddim_scheduler(), (1, 8, 8), STEPS)
+    seen: list[tuple[int, int, int]] = []
+    made = run_in_units(
+        sampler, ALONE, 3, range(5, 12), 4, stop=2, on_step=lambda *progress: seen.append(progress)
+    )
+    units = [sampler.run(3, 5, 4, stop=2), sampler.run(3, 9, 3, stop=2)]
+    assert torch.equal(made.samples, torch.cat([u.samples for u in units], 1))
+    assert torch.equal(made.noise_preds, torch.cat([u.noise_preds for u in units], 1))
+    assert torch.equal(made.final, torch.cat([u.final for u in units]))
+    assert torch.equal(made.sensitivity, (4 * units[0].sensitivity + 3 * units[1].sensitivity) / 7)
+    calls = [(i, 4 * i) for i in range(4)] + [(i, 12 + 3 * i) for i in range(4)]
+    assert seen == [(i, done, 21) for i, done in calls]
 
 
 # ---- how much a step counts --------------------------------------------------------------------------------

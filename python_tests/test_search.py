@@ -112,6 +112,24 @@ def test_inputs_get_straight_through_gradients_inside_the_range_only() -> None:
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
 
 
+def test_parts_of_a_batch_add_up_to_the_gradients_of_the_whole() -> None:
+    network = Network()
+    search = make_search(network, parts=2)
+    batch = network.batch(1, weight=0.7)
+    parts = batch.parts(4)
+    assert [len(part.sample) for part in parts] == [4, 4]
+    assert torch.equal(torch.cat([part.target for part in parts]), batch.target)
+    whole = search.relative_loss(batch)
+    parameters = search._parameters()
+    wanted = torch.autograd.grad(whole, parameters)
+    assert search._take_gradients(batch) == pytest.approx(float(whole.detach()), rel=1e-6)
+    for parameter, gradient in zip(parameters, wanted, strict=True):
+        assert parameter.grad is not None
+        # Sums of 48 products in float32, in another order.
+        slack = 48 * 2.0**-24 * float(gradient.abs().max())
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=slack)
+
+
 def test_every_logit_of_a_visited_row_moves_and_no_other() -> None:
     # Known defect elsewhere: without a straight-through gradient half of the logits never move.
     network = Network()
