@@ -37,7 +37,7 @@ def config(**changes: Any) -> QuantConfig:
         "calibration_images": 20,
         "round_size": 10,
         "raised_layers": 0.2,
-        "search": SearchConfig(num_steps=4, refit_steps=1, batch_size=2),
+        "search": SearchConfig(num_steps=4, refit_steps=1, batch_size=2, parts=2),
     }
     return QuantConfig(**{**values, **changes})
 
@@ -88,7 +88,7 @@ def results(group: list[Ended]) -> list[Any]:
         (2, config(grouping="dp")),
         (3, config(grouping="dp", shared_groups=True, weight_rounding="nearest")),
         (2, config()),
-        (3, config(search=SearchConfig(num_steps=4, refit_steps=1, batch_size=9, objective="noise"))),
+        (3, config(search=SearchConfig(4, 1, batch_size=9, objective="noise", parts=3))),
     ],
 )
 def test_any_number_of_processes_gives_the_bytes_of_one(size: int, settings: QuantConfig) -> None:
