@@ -35,7 +35,6 @@ from .doctor import REPORT_NAME, diagnose, render
 from .evaluate import (
     EvaluationConfig,
     EvaluationResult,
-    FrechetResult,
     SampleSettings,
     compare,
     generate,
@@ -43,6 +42,7 @@ from .evaluate import (
     set_distance,
 )
 from .evaluate.comparison import FRECHET_NAME
+from .evaluate.words import evaluation_rows, frechet_words
 from .info import gather_info, render_info
 from .nn import summarize_fusion
 from .pipeline import (
@@ -252,7 +252,7 @@ def _distance(args: argparse.Namespace) -> dict[str, Any]:
             inception=None if args.inception is None else Path(args.inception),
             progress=lambda done, total, what: progress(what, done, total),
         )
-    rows = {FRECHET_NAME: _frechet_words(found.frechet)}
+    rows = {FRECHET_NAME: frechet_words(found.frechet)}
     if found.fid is not None:
         rows["FID"] = f"{found.fid:.3f}, {found.num_images[0]} and {found.num_images[1]} images"
     if found.psnr_db is not None:
@@ -318,35 +318,6 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     _, _, result = _compare(args)
     _table(f"{args.quantized} against {args.original}", evaluation_rows(result))
     return result.to_dict()
-
-
-def evaluation_rows(result: EvaluationResult) -> dict[str, str]:
-    """What a person wants to know of an evaluation, label to text."""
-    rows = {
-        "PSNR of samples": f"{result.psnr_db:.2f} dB",
-        "SQNR of samples": f"{result.sqnr_db:.2f} dB",
-        "LPIPS (AlexNet)": "-" if result.lpips is None else f"{result.lpips:.4f}",
-    }
-    if result.frechet is not None:
-        rows[FRECHET_NAME] = _frechet_words(result.frechet)
-    for timing in result.timings:
-        rows[f"time per step, batch {timing.batch_size}"] = (
-            f"{timing.quantized_seconds * 1e3:.1f} ms against {timing.reference_seconds * 1e3:.1f} ms, "
-            f"{timing.speedup:.2f}x (quartiles {timing.speedup_low:.2f} to {timing.speedup_high:.2f})"
-        )
-    if result.reference_bytes and result.quantized_bytes:
-        share = result.quantized_bytes / result.reference_bytes
-        rows["weights"] = f"{result.quantized_bytes / 1e6:.2f} MB, {share:.1%} of the original"
-    for sentence in result.missing:
-        rows.setdefault("not measured", "")
-        rows["not measured"] += sentence + " "
-    return rows
-
-
-def _frechet_words(f: FrechetResult) -> str:
-    return (
-        f"{f.distance:.2f} [{f.low:.2f}, {f.high:.2f}], {f.num_images[0]} images, {f.dimensions} dimensions"
-    )
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
