@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import inspect
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -168,6 +169,7 @@ class GraphedForward:
         max_graphs: int = MAX_GRAPHS,
     ) -> None:
         self._denoiser, self._forward = denoiser, denoiser.forward
+        self._names = list(inspect.signature(denoiser.forward).parameters)  # the sample is the first of them
         self._make_recorder = make_recorder
         self._max_graphs = max_graphs
         self._captured: dict[Hashable, _Captured] = {}
@@ -176,7 +178,7 @@ class GraphedForward:
     def __len__(self) -> int:
         return len(self._captured)
 
-    def __call__(self, sample: Tensor, timestep: Tensor | float | int, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "adpdm.graph: a captured denoiser has no gradients; call it in torch.no_grad()"
@@ -184,26 +186,29 @@ class GraphedForward:
         if not self._parts.are_as_recorded():
             self._captured.clear()
             self._parts = _Parts(self._denoiser)
+        # Pipelines name the sample, the timestep, both or neither, and its place differs between models.
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        sample: Tensor = given[self._names[0]]
         # A number would be burnt into the graph: as a tensor it is an input like the others.
-        time = torch.as_tensor(timestep).to(sample.device).reshape(-1)[:1]
-        leaves, spec = _flatten((sample, time, *args), kwargs)
+        given["timestep"] = torch.as_tensor(given["timestep"]).to(sample.device).reshape(-1)[:1]
+        leaves, spec = _flatten(given)
         key = (spec, *(_leaf_key(leaf, sample.device) for leaf in leaves))
         captured = self._captured.get(key)
         if captured is None:
-            captured = self._captured[key] = self._capture(leaves, spec, sample.device)
+            captured = self._captured[key] = self._capture(leaves, spec, sample)
         return captured.run([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
-    def _capture(self, leaves: list[Any], spec: Hashable, device: torch.device) -> _Captured:
+    def _capture(self, leaves: list[Any], spec: Hashable, sample: Tensor) -> _Captured:
         if len(self._captured) == self._max_graphs:
             raise RuntimeError(
                 f"adpdm.graph: wanted at most max_graphs={self._max_graphs} different inputs (shapes, "
                 "dtypes, flags), got another one; raise max_graphs, or keep shapes fixed"
             )
         own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        (sample, time, *args), kwargs = _unflatten(own, spec)
-        time = time.expand(sample.shape[0])
-        recorder = self._make_recorder(device)
-        result = recorder.record(lambda: self._forward(sample, time, *args, **kwargs))
+        given = _unflatten(own, spec)
+        given["timestep"] = given["timestep"].expand(sample.shape[0])
+        recorder = self._make_recorder(sample.device)
+        result = recorder.record(lambda: self._forward(**given))
         inputs = [x for x in own if isinstance(x, Tensor)]
         return _Captured(recorder, inputs, pytree.tree_leaves(result), _rebuild(result))
 
@@ -211,24 +216,23 @@ class GraphedForward:
 _LEAVES = (Tensor, bool, int, float, str, type(None))
 
 
-def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Hashable]:
+def _flatten(given: dict[str, Any]) -> tuple[list[Any], Hashable]:
     """The leaves of a call's arguments, and where they belong.
 
     Most calls have nothing nested, and pytree would take longer over them than a small layer does.
     """
-    values = [*args, *kwargs.values()]
+    values = list(given.values())
     if all(isinstance(value, _LEAVES) for value in values):
-        return values, (len(args), *kwargs)
-    return pytree.tree_flatten((args, kwargs))
+        return values, tuple(given)
+    return pytree.tree_flatten(given)
 
 
-def _unflatten(leaves: list[Any], spec: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+def _unflatten(leaves: list[Any], spec: Any) -> dict[str, Any]:
     """Inverse of `_flatten`."""
     if isinstance(spec, pytree.TreeSpec):
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
-        return args, kwargs
-    count, *names = spec
-    return leaves[:count], dict(zip(names, leaves[count:], strict=True))
+        given: dict[str, Any] = pytree.tree_unflatten(leaves, spec)
+        return given
+    return dict(zip(spec, leaves, strict=True))
 
 
 def _rebuild(result: Any) -> Callable[[list[Any]], Any]:

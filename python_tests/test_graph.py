@@ -129,8 +129,27 @@ def test_capture_takes_what_is_nested(denoiser: Denoiser) -> None:
         assert result.tolist() == [[factor + 1.0] * 2]
         assert time.tolist() == [0.5]
     denoiser(torch.ones(1, 2), 1, {**given, "more": 1})
-    denoiser(torch.ones(1, 2), 1, given, 0.5)  # the same by position is another call
-    assert len(graphed) == 3
+    denoiser(torch.ones(1, 2), 1, given, 0.5)  # the same by position
+    assert len(graphed) == 2
+
+
+@torch.no_grad()
+def test_capture_takes_arguments_by_name_or_position_wherever_the_timestep_is(denoiser: Denoiser) -> None:
+    """Transformers of Stable Diffusion 3 and Flux have the text before it."""
+
+    def forward(hidden_states: Tensor, text: Tensor, timestep: Tensor, scale: float = 1.0) -> Tensor:
+        return hidden_states * scale + text + timestep.reshape(-1, 1)
+
+    denoiser.forward = forward  # type: ignore[method-assign]
+    graphed = graph.capture(denoiser, make_recorder=Rerun)
+    sample, text = torch.ones(2, 2), torch.full((2, 2), 3.0)
+    for call in (
+        lambda: denoiser(sample, text, torch.tensor([5, 5])),
+        lambda: denoiser(sample, timestep=5, text=text),
+        lambda: denoiser(timestep=5, hidden_states=sample, text=text),
+    ):
+        assert call().tolist() == [[9.0, 9.0]] * 2
+    assert len(graphed) <= 3
 
 
 def test_children_notice_every_exchange() -> None:
