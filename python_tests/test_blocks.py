@@ -16,78 +16,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
+from fused_blocks import WANTED_DB, frozen, randn, reason_of, sqnr_db
 from torch import Tensor, nn
 
-from adpdm.nn import (
-    LayerInfo,
-    QuantConv2d,
-    describe_fusion,
-    fuse_blocks,
-    quant_layers,
-    swap_layers,
-    unfuse_blocks,
-    unfused,
-)
+from adpdm.nn import QuantConv2d, describe_fusion, fuse_blocks, unfuse_blocks, unfused
 from adpdm.quantizers.activation import Mode
-from adpdm.step import StepState
-
-STEPS, GROUPS = 6, 3
-# Floats round differently in a norm or an addition, by 2^-24, and a few codes in a million by one of 255.
-WANTED_DB = 45.0
-SECOND_SPLIT = 8
-
-
-class Host(nn.Module):
-    """A denoiser of one block, with its clock."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    @property
-    def step(self) -> StepState:
-        step = self.get_submodule("adpdm_step")
-        assert isinstance(step, StepState)
-        return step
-
-
-def frozen(block: nn.Module, split: int | None = None, bits: tuple[int, int] = (8, 8)) -> Any:
-    """The block with quantized layers of random weights and ranges, fused.
-
-    Args:
-        split: channels of the first segment of layers that read the block's concatenated input; those of an
-            up block's second residual block are SECOND_SPLIT.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for parameter in block.parameters():  # norms would be the identity, many biases zero
-        parameter.data = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
-    host = Host(block.eval().requires_grad_(False)).to(memory_format=torch.channels_last)
-    infos = []
-    for name, layer in host.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear) and not name.endswith("time_emb_proj"):
-            reads_input = name.endswith(("conv1", "conv_shortcut")) and split is not None
-            halves = None if not reads_input else SECOND_SPLIT if "resnets.1." in name else split
-            infos.append(LayerInfo(name, 0, 0, bits, "", halves))
-    swap_layers(host, infos, GROUPS, lambda slots: StepState(slots, STEPS))
-    table = torch.tensor([2, 0, 1, 2, 0, 1], dtype=torch.int32)
-    for layer in quant_layers(host).values():
-        for quantizer in layer.quantizers:
-            high = 2 + torch.rand(GROUPS, generator=torch.Generator().manual_seed(1)) * 2
-            quantizer.set_ranges(-high, 0.8 * high, table)
-        layer.freeze()
-    host.step.set_step(0)
-    fuse_blocks(host, attention="float")  # as the layers compute it, one after the other
-    return host
-
-
-def sqnr_db(actual: Tensor, wanted: Tensor) -> float:
-    error = (actual.double() - wanted.double()).square().sum()
-    return float(10 * torch.log10(wanted.double().square().sum() / error.clamp_min(1e-30)))
-
-
-def randn(*shape: int, seed: int = 3) -> Tensor:
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def resnet(**changes: Any) -> nn.Module:
@@ -117,6 +50,12 @@ def adaptive_block(**changes: Any) -> nn.Module:
     return BasicTransformerBlock(8, 2, 4, **{**settings, "activation_fn": "gelu-approximate", **changes})
 
 
+def single_block(**changes: Any) -> nn.Module:
+    settings = {"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "cross_attention_dim": 5}
+    return BasicTransformerBlock(8, 2, 4, **{**settings, "activation_fn": "gelu-approximate", **changes})
+
+
+MASK = torch.tensor([[[0.0, 0.0, -1e4]], [[0.0, -1e4, -1e4]]])  # [N, 1, M], added to scores
 CONDITION = {"timestep": torch.tensor([3, 700]), "class_labels": torch.tensor([1, 7])}
 TEMB, CONTEXT, IMAGE = randn(2, 6, seed=5), randn(2, 3, 5, seed=6), randn(2, 8, 6, 4)
 Case = tuple[Callable[[], Any], tuple[Any, ...], dict[str, Any]]
@@ -177,6 +116,16 @@ CASES: dict[str, Case] = {
         lambda: frozen(adaptive_block(cross_attention_dim=5)),
         (randn(2, 7, 8),),
         {"encoder_hidden_states": CONTEXT, **CONDITION},
+    ),
+    "transformer block with shared adaptive norms and a masked context": (
+        lambda: frozen(single_block()),
+        (randn(2, 7, 8),),
+        {"encoder_hidden_states": CONTEXT, "encoder_attention_mask": MASK, "timestep": randn(2, 48)},
+    ),
+    "transformer block with shared adaptive norms and no context": (
+        lambda: frozen(single_block(cross_attention_dim=None)),
+        (randn(2, 7, 8),),
+        {"timestep": randn(2, 48)},
     ),
     "transformer": (lambda: frozen(transformer()), (IMAGE, CONTEXT), {"return_dict": False}),
     "transformer with linear projections": (
@@ -298,10 +247,6 @@ def test_projections_share_codes_only_where_their_quantizers_agree(no_fallback: 
 # ---- what keeps the path of one layer after the other ------------------------------------------------------
 
 
-def reason_of(host: Any) -> str:
-    return next(info.reason for info in describe_fusion(host) if info.name == "block")
-
-
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
@@ -394,6 +339,15 @@ def test_masked_attention_takes_the_class_forward() -> None:
     with unfused(host):
         assert torch.equal(fused, run(host, (x,), {"attention_mask": mask}))
     assert not torch.equal(fused, run(host, (x,), {}))
+
+
+def test_masks_of_unknown_form_take_the_class_forward() -> None:
+    host = frozen(single_block())
+    x, timestep = randn(2, 7, 8), randn(2, 48)
+    for mask in (MASK[:1], MASK[:, 0], MASK.bfloat16()):
+        known = {"encoder_hidden_states": CONTEXT, "timestep": timestep}
+        host.block.forward.per_layer = lambda *args, **kwargs: x
+        assert run(host, (x,), {**known, "encoder_attention_mask": mask}) is x
 
 
 def test_other_processor_takes_the_class_forward() -> None:

@@ -65,6 +65,10 @@ CASES: dict[str, tuple[Callable[[], Host], tuple[Any, ...]]] = {
         patches,
         (randn(2, 3, 12, 12).contiguous(memory_format=torch.channels_last),),
     ),
+    "patches, all channels last": (
+        lambda: patches().to(memory_format=torch.channels_last),
+        (randn(2, 3, 12, 12).contiguous(memory_format=torch.channels_last),),
+    ),
     "patches without positions": (lambda: patches(pos_embed_type=None), (randn(2, 3, 8, 16),)),
     "patches without bias": (lambda: patches(bias=False), (randn(1, 3, 12, 12),)),
 }
@@ -146,7 +150,8 @@ def test_rows_of_block_are_those_of_the_norm(images: int, kind: type[nn.Linear])
     norm = AdaLayerNormZero(8)
     norm.linear = kind(8, 48)
     vector, x = randn(1, 8), randn(images, 5, 8)
-    modulation, gate, modulation2, gate2 = rows_of_block(norm, vector, images)
+    first, second = rows_of_block(norm, vector, images)
+    modulation, gate, modulation2, gate2 = first.modulation, first.gate, second.modulation, second.gate
     wanted, *others = norm(x, emb=vector)
     scale, shift = modulation[:, None].chunk(2, 2)
     torch.testing.assert_close(norm.norm(x) * (1 + scale) + shift, wanted)

@@ -2,6 +2,7 @@
 
 from . import blocks as blocks  # enters its fused forms
 from . import embedding_blocks as embedding_blocks
+from . import joint_blocks as joint_blocks
 from . import transformer_blocks as transformer_blocks
 from .adapters import adapters_of, mark_equalized, refuse_adapters, watch_adapters, without_adapters
 from .coded import CodedLayer

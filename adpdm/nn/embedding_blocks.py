@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from .fusion import FusedBlock, fuses
 
 def _reads(*tensors: Tensor | None) -> bool:
     """Whether the kernels read these where they lie."""
-    return ops.HAS_FAST_EMBEDDING and all(
-        x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous())
-        for x in tensors
-    )
+    return all(x is None or (_is_of_kernels(x) and x.is_contiguous()) for x in tensors)
+
+
+def _is_of_kernels(x: Tensor) -> bool:
+    return ops.HAS_FAST_EMBEDDING and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -60,23 +62,40 @@ class FusedClassEmbedding(FusedBlock):
         return ops.class_embedding(waves, first, second, table, class_labels.contiguous())
 
 
+@dataclass(frozen=True)
+class Adaptive:
+    """What the embedding of timestep and condition makes of a part of a block."""
+
+    modulation: Tensor | None = None  # [N, 2C] f32, scale and shift of its norm
+    gate: Tensor | None = None  # [N, C] f32, of its result
+
+
+PLAIN = Adaptive()
+
+
 def rows_of_block(
-    norm: Any,  # AdaLayerNormZero
+    norm: Any,  # AdaLayerNormZero, or one of as many parts as its layer gives rows for
     embedding: Tensor,  # [N or 1, D] float
     images: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Modulation [N, 2C] f32 (scale, shift) and gate [N, C] f32 of the attention, then of the rest."""
+) -> list[Adaptive]:
+    """Rows of N images for each part of a block, attention and the feed-forward net, say."""
     layer = norm.linear
-    if _is_plain(layer, nn.Linear) and _is_plain(norm.silu, nn.SiLU):
+    parts = layer.out_features // (3 * norm.norm.normalized_shape[0])
+    if parts == 2 and _is_plain(layer, nn.Linear) and _is_plain(norm.silu, nn.SiLU):
         rows = embedding.expand(images, -1).contiguous()
         if _reads(rows, layer.weight, layer.bias):
-            return ops.adaptive_rows(rows, layer)
+            first, first_gate, second, second_gate = ops.adaptive_rows(rows, layer)
+            return [Adaptive(first, first_gate), Adaptive(second, second_gate)]
     rows = layer(norm.silu(embedding)).float().expand(images, -1)
-    first, second = (
-        (torch.cat([scale, shift], 1), gate.contiguous())
-        for shift, scale, gate in (rows.chunk(6, 1)[:3], rows.chunk(6, 1)[3:])
-    )
-    return (*first, *second)
+    return adaptive_parts(rows.unflatten(1, (3 * parts, -1)))
+
+
+def adaptive_parts(
+    rows: Tensor,  # [N, 3 * parts, C] f32: shift, scale and gate of each part in turn
+) -> list[Adaptive]:
+    """The rows of each part."""
+    by_part = rows.unflatten(1, (-1, 3)).unbind(1)
+    return [Adaptive(part[:, [1, 0]].flatten(1), part[:, 2].contiguous()) for part in by_part]
 
 
 @fuses("PatchEmbed")
@@ -100,10 +119,16 @@ class FusedPatches(FusedBlock):
         height, width = latent.shape[-2] // high, latent.shape[-1] // wide
         known = block.pos_embed is None or (height, width) == (block.height, block.width)
         whole = latent.dim() == 4 and latent.shape[-2:] == (height * high, width * wide)
-        weights = (self.proj.weight, self.proj.bias, block.pos_embed)
-        if not known or not whole or not _reads(*weights) or not self.applies(latent):
+        weight, bias = self.proj.weight, self.proj.bias
+        readable = _is_of_kernels(weight) and _reads(bias, block.pos_embed)
+        if not known or not whole or not readable or not self.applies(latent):
             return self.per_layer(latent)  # type: ignore[no-any-return]
         patches = latent.unflatten(3, (width, wide)).unflatten(2, (height, high))
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(latent.shape[0], height * width, -1)
-        tokens = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        # Values of a patch in the order of the weight's memory, which then needs no copy.
+        if weight.is_contiguous():
+            patches = patches.permute(0, 2, 4, 1, 3, 5)
+        else:  # channels_last
+            patches, weight = patches.permute(0, 2, 4, 3, 5, 1), weight.permute(0, 2, 3, 1)
+        patches = patches.reshape(latent.shape[0], height * width, -1)
+        tokens = F.linear(patches, weight.flatten(1), bias)
         return tokens if block.pos_embed is None else tokens + block.pos_embed

@@ -341,8 +341,12 @@ def describe_fusion(denoiser: nn.Module) -> list[FusionInfo]:
     """How every block, and every quantized layer outside the blocks, runs if it is called now."""
     infos: list[FusionInfo] = []
     inside: set[nn.Module] = set()
-    for name, block, kind in _known_blocks(denoiser):
-        reason = _reason(block, kind)
+    known = [(name, block, _reason(block, kind)) for name, block, kind in _known_blocks(denoiser)]
+    # An attention whose block computes it as a part of itself has no form of its own.
+    absorbed = {part for _, block, reason in known if not reason for part in _skipped(block)}
+    for name, block, reason in known:
+        if block in absorbed:
+            continue
         attention = "" if reason else block.__dict__["forward"].attention
         infos.insert(0, FusionInfo(name, type(block).__name__, not reason, reason, attention))
         inside |= set(block.modules())
@@ -359,6 +363,13 @@ def summarize_fusion(infos: Sequence[FusionInfo]) -> str:
     products = sorted({i.attention for i in infos if i.attention})
     line += f", attention in {' and '.join(products)}" if products else ""
     return f"{line}; not {'; '.join(reasons)}" if reasons else line
+
+
+def _skipped(block: nn.Module) -> list[nn.Module]:
+    """Modules within a fused block whose own forward is not called."""
+    fused = block.__dict__["forward"]
+    assert isinstance(fused, FusedBlock)
+    return fused._modules[1:]
 
 
 def _reason(block: nn.Module, kind: type[FusedBlock]) -> str:

@@ -8,45 +8,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..config import AttentionProducts
 from ..ops import Activation
-from .embedding_blocks import rows_of_block
+from .embedding_blocks import PLAIN, Adaptive, adaptive_parts, rows_of_block
 from .fusion import FusedBlock, NormCodes, fuses, grad_checkpointed, pack_of
 from .layers import QuantConv2d, QuantLayer, QuantLinear
-from .packed import Packed, agree, pack, quantize
+from .packed import Packed, quantize
 from .tracing import derived
-
-Quantize = Callable[[ops.OutputQuantizer], Tensor]  # codes of an input, given whose
-
-
-class _Projections:
-    """Linear layers of one input; those whose quantizers agree are one matrix product on the same codes."""
-
-    def __init__(self, layers: Sequence[QuantLayer]) -> None:
-        groups: list[list[int]] = []
-        for i, layer in enumerate(layers):
-            group = next((g for g in groups if agree(layers[g[0]], layer)), None)
-            if group is None:
-                groups.append([i])
-            else:
-                group.append(i)
-        self.groups = groups
-        self.packed = [pack([layers[i] for i in g]) if len(g) > 1 else pack_of(layers[g[0]]) for g in groups]
-        self.sizes = [[layers[i].weight_shape[0] for i in g] for g in groups]
-        self.count = len(layers)
-
-    def __call__(self, codes_of: Quantize, dtype: torch.dtype) -> list[Tensor]:
-        """Results [N, L, O] in the order of the layers, views of fewer tensors where layers agree."""
-        results: list[Any] = [None] * self.count
-        for members, packed, sizes in zip(self.groups, self.packed, self.sizes, strict=True):
-            together = packed([codes_of(packed.quantizers[0])], dtype)
-            for i, result in zip(members, torch.split(together, sizes, -1), strict=True):
-                results[i] = result
-        return results
+from .transformer_parts import FeedForwardPart, Projections, Quantize, attend, multiplies_int8
 
 
 class _AttentionPlan:
@@ -57,16 +29,16 @@ class _AttentionPlan:
         self._layers = projections  # query, key, value
 
     @cached_property
-    def to_itself(self) -> _Projections:
-        return _Projections(self._layers)
+    def to_itself(self) -> Projections:
+        return Projections(self._layers)
 
     @cached_property
-    def query(self) -> _Projections:
-        return _Projections(self._layers[:1])
+    def query(self) -> Projections:
+        return Projections(self._layers[:1])
 
     @cached_property
-    def context(self) -> _Projections:
-        return _Projections(self._layers[1:])
+    def context(self) -> Projections:
+        return Projections(self._layers[1:])
 
 
 @fuses("Attention")
@@ -93,7 +65,7 @@ class FusedAttention(FusedBlock):
         self.choose_attention("auto")
 
     def choose_attention(self, products: AttentionProducts) -> None:
-        self.int8 = ops.HAS_FAST_INT8_ATTENTION if products == "auto" else products == "int8"
+        self.int8 = multiplies_int8(products)
 
     @property
     def attention(self) -> str:
@@ -157,6 +129,7 @@ class FusedAttention(FusedBlock):
         residual: Tensor | None,  # [N, L, O] float
         factor: float,
         gate: Tensor | None = None,  # [N, O] f32, multiplies before the residual is added
+        mask: Tensor | None = None,  # [N, 1 or L, M] float, added to the scores
     ) -> Tensor:
         """Attention [N, L, O] of an input given by its codes [N, L, C] i8, to itself or to a context."""
         plan: _AttentionPlan = self.plan
@@ -165,42 +138,18 @@ class FusedAttention(FusedBlock):
         else:
             (query,) = derived(plan, "query")(codes_of, dtype)
             key, value = derived(plan, "context")(lambda q: quantize(context, q), dtype)
-        codes = self._attend(query, key, value, plan.out)
-        return plan.out(codes, dtype, row_scale=gate, residual=residual, output_scale=factor)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, out: Packed) -> list[Tensor]:
-        """Codes [N, L, C] i8 of the attention, for the layer behind it."""
+        readers = [(query.shape[1], plan.out)]
         heads: int = self.block.heads  # type: ignore[assignment]
-        if query.device.type == "cpu" and (ops.HAS_FAST_ATTENTION or self.int8):
-            return [ops.attention_quantize(query, key, value, out.quantizers[0], heads, self.int8)]
-        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-        return out.quantize([F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)])
+        (codes,) = attend(query, key, value, readers, heads, self.int8, mask)
+        return plan.out(codes, dtype, row_scale=gate, residual=residual, output_scale=factor)
 
 
 @dataclass(frozen=True)
 class _TransformerPlan:
     norm1: NormCodes
-    norm2: NormCodes | None
-    norm3: NormCodes
-    inward: Packed  # with GEGLU, rows of value and gate in turn
-    out: Packed
-
-
-@dataclass(frozen=True)
-class _Adaptive:
-    """What the embedding of timestep and class makes of a block: scale and shift of a norm, and a gate."""
-
-    modulation: Tensor | None = None  # [N, 2C] f32
-    gate: Tensor | None = None  # [N, C] f32
-
-
-_PLAIN = _Adaptive()
-# Activation of a feed-forward net by its first module and how that approximates.
-_ACTIVATIONS = {
-    ("GEGLU", None): Activation.GEGLU,
-    ("GELU", "none"): Activation.GELU,
-    ("GELU", "tanh"): Activation.GELU_TANH,
-}
+    norm2: NormCodes | None  # before attention to the context
+    norm3: NormCodes  # before the feed-forward net
+    feed_forward: Callable[[Tensor, NormCodes, Adaptive], Tensor]
 
 
 @fuses("BasicTransformerBlock")
@@ -209,42 +158,29 @@ class FusedTransformer(FusedBlock):
 
     def inspect(self) -> None:
         b: Any = self.block
-        self.is_adaptive = b.norm_type == "ada_norm_zero"
-        self.require(self.is_adaptive or b.norm_type == "layer_norm", f"its norms are {b.norm_type}")
+        self.norms = b.norm_type
+        known = self.norms in ("layer_norm", "ada_norm_zero", "ada_norm_single")
+        self.require(known, f"its norms are {b.norm_type}")
         self.require(b.pos_embed is None, "it embeds positions")
         self.require(not hasattr(b, "fuser"), "it has a fuser")
         self.require(not b.only_cross_attention, "it attends to the context alone")
-        self._inspect_feed_forward()
-        if self.is_adaptive:
+        self.feed_forward = FeedForwardPart(self, "ff")
+        if self.norms == "ada_norm_zero":
             self.skip("norm1", type(b.norm1))
             known = type(b.norm1).__name__ == "AdaLayerNormZero" and b.norm1.emb is not None
             self.require(known, "its first norm is no AdaLayerNormZero with an embedding of its own")
-            self.skip("norm1.norm", nn.LayerNorm)
-        else:
-            self.skip("norm1", nn.LayerNorm)
-        self.skip("norm3", nn.LayerNorm)
+        for name in self._norm_names():
+            if name is not None:
+                self.skip(name, nn.LayerNorm)
         self.attention1: FusedAttention = self._attention("attn1")
-        self.attention2: FusedAttention | None = None
-        if b.attn2 is not None:
-            self.skip("norm2", nn.LayerNorm)
-            self.attention2 = self._attention("attn2")
+        self.attention2 = None if b.attn2 is None else self._attention("attn2")
 
-    def _inspect_feed_forward(self) -> None:
-        ff: Any = self.block.ff
-        self.skip("ff", type(ff))
-        self.require(type(ff).__name__ == "FeedForward", f"its ff is {_name(ff)}")
-        first = ff.net[0]
-        activation = _ACTIVATIONS.get((_name(first), getattr(first, "approximate", None)))
-        self.require(activation is not None, f"its feed-forward starts with {_name(first)}")
-        self.activation = activation
-        self.skip("ff.net.0", type(first))
-        self.inward: QuantLinear = self.skip("ff.net.0.proj", QuantLinear)
-        self.skip("ff.net.1", nn.Dropout)
-        self.out: QuantLinear = self.skip("ff.net.2", QuantLinear)
-        for i in range(3, len(ff.net)):
-            self.skip(f"ff.net.{i}", nn.Dropout)
-        single = len(self.inward.quantizers) == len(self.out.quantizers) == 1
-        self.require(single, "its feed-forward reads two segments")
+    def _norm_names(self) -> tuple[str, str | None, str]:
+        """Names of the norms before attention, attention to the context, the feed-forward net."""
+        if self.norms == "ada_norm_single":
+            return "norm1", None, "norm2"
+        first = "norm1.norm" if self.norms == "ada_norm_zero" else "norm1"
+        return first, None if self.block.attn2 is None else "norm2", "norm3"
 
     def _attention(self, name: str) -> FusedAttention:
         fused = self.contain(name)
@@ -255,22 +191,12 @@ class FusedTransformer(FusedBlock):
         return fused
 
     def make_plan(self) -> _TransformerPlan:
-        names = ("norm1.norm" if self.is_adaptive else "norm1", "norm2", "norm3")
-        first, second, third = (self._norm(name) for name in names)
-        assert first is not None
-        assert third is not None
-        inward = pack_of(self.inward)
-        if self.activation is Activation.GEGLU:
-            half = self.inward.out_features // 2
-            in_order = torch.arange(2 * half, device="cpu").view(2, half)
-            inward = pack([self.inward], in_order.t().reshape(-1))  # value 0, gate 0, value 1, ...
-        return _TransformerPlan(first, second, third, inward, pack_of(self.out))
+        first, second, third = self._norm_names()
+        context = None if second is None else self._norm(second)
+        return _TransformerPlan(self._norm(first), context, self._norm(third), self.feed_forward.make_plan())
 
-    def _norm(self, name: str) -> NormCodes | None:
-        owner_name, _, child_name = name.rpartition(".")
-        norm = self.block.get_submodule(owner_name)._modules.get(child_name)
-        if norm is None:
-            return None
+    def _norm(self, name: str) -> NormCodes:
+        norm = self.block.get_submodule(name)
         assert isinstance(norm, nn.LayerNorm)
         return NormCodes(norm, Activation.NONE)
 
@@ -285,8 +211,8 @@ class FusedTransformer(FusedBlock):
         **others: Any,
     ) -> Any:
         block: Any = self.block
-        masked = attention_mask is not None or encoder_attention_mask is not None
-        unknown = masked or cross_attention_kwargs or block._chunk_size is not None
+        unknown = attention_mask is not None or cross_attention_kwargs or block._chunk_size is not None
+        unknown = unknown or not _is_bias(encoder_attention_mask, hidden_states, encoder_hidden_states)
         unknown = unknown or not self.applies(hidden_states, encoder_hidden_states)
         if unknown or hidden_states.dim() != 3:
             return self.per_layer(
@@ -298,37 +224,53 @@ class FusedTransformer(FusedBlock):
                 cross_attention_kwargs,
                 **others,
             )
-        first, second = self._embed(hidden_states, timestep, others.get("class_labels"))
-        return self.run(hidden_states, encoder_hidden_states, first, second)
+        parts = self._embed(hidden_states, timestep, others.get("class_labels"))
+        return self.run(hidden_states, encoder_hidden_states, encoder_attention_mask, *parts)
 
-    def _embed(self, x: Tensor, timestep: Any, class_labels: Any) -> tuple[_Adaptive, _Adaptive]:
+    def _embed(self, x: Tensor, timestep: Any, class_labels: Any) -> Sequence[Adaptive]:
         """What timestep and class make of the attention and of the feed-forward net."""
-        if not self.is_adaptive:
-            return _PLAIN, _PLAIN
-        norm: Any = self.block.norm1
-        embedding = norm.emb(timestep, class_labels, hidden_dtype=x.dtype)
-        first, first_gate, second, second_gate = rows_of_block(norm, embedding, x.shape[0])
-        return _Adaptive(first, first_gate), _Adaptive(second, second_gate)
+        if self.norms == "layer_norm":
+            return PLAIN, PLAIN
+        block: Any = self.block
+        if self.norms == "ada_norm_single":
+            rows = block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)
+            return adaptive_parts(rows.float())
+        embedding = block.norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
+        return rows_of_block(block.norm1, embedding, x.shape[0])
 
-    def run(self, x: Tensor, context: Tensor | None, first: _Adaptive, second: _Adaptive) -> Tensor:
-        """The block on tokens x [N, L, C] float, with a context [N, M, D] float for cross-attention."""
+    def run(
+        self, x: Tensor, context: Tensor | None, mask: Tensor | None, first: Adaptive, second: Adaptive
+    ) -> Tensor:
+        """The block on tokens x [N, L, C] float, with a context [N, M, D] float and its mask."""
         plan: _TransformerPlan = self.plan
-        x = self._attend(self.attention1, plan.norm1, x, None, first)
+        x = self._attend(self.attention1, plan.norm1, x, adaptive=first)
         if self.attention2 is not None:
-            assert plan.norm2 is not None
-            x = self._attend(self.attention2, plan.norm2, x, context, _PLAIN)
-        codes = plan.norm3.layer(x, plan.inward.quantizers[0], second.modulation)
-        codes = plan.inward([codes], x.dtype, activation=self.activation, quantizer=plan.out.quantizers[0])
-        return plan.out([codes], x.dtype, row_scale=second.gate, residual=x)
+            x = self._attend(self.attention2, plan.norm2, x, context, mask)
+        return plan.feed_forward(x, plan.norm3, second)
 
     @staticmethod
     def _attend(
-        attention: FusedAttention, norm: NormCodes, x: Tensor, context: Tensor | None, adaptive: _Adaptive
+        attention: FusedAttention,
+        norm: NormCodes | None,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        adaptive: Adaptive = PLAIN,
     ) -> Tensor:
         def codes_of(q: ops.OutputQuantizer) -> Tensor:
-            return norm.layer(x, q, adaptive.modulation)
+            return quantize(x, q) if norm is None else norm.layer(x, q, adaptive.modulation)
 
-        return attention.run(codes_of, x.dtype, context, x, 1.0, adaptive.gate)
+        return attention.run(codes_of, x.dtype, context, x, 1.0, adaptive.gate, mask)
+
+
+def _is_bias(mask: Tensor | None, x: Tensor, context: Tensor | None) -> bool:
+    """Whether there is no mask, or one that is added to the scores of x [N, L, C] and its context."""
+    if mask is None:
+        return True
+    if context is None or mask.dtype != x.dtype or mask.dim() != 3:
+        return False
+    batch, queries, keys = mask.shape
+    return batch == x.shape[0] and queries in (1, x.shape[1]) and keys == context.shape[1]
 
 
 @dataclass(frozen=True)

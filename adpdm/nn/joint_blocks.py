@@ -1,0 +1,381 @@
+"""Fused forms of blocks that attend to image and text at once: Stable Diffusion 3, Flux."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AttentionProducts
+from ..ops import Activation
+from .embedding_blocks import Adaptive, rows_of_block
+from .fusion import FusedBlock, NormCodes, fuses, pack_of
+from .layers import QuantLinear
+from .packed import Packed
+from .transformer_parts import FeedForwardPart, Projections, attend, multiplies_int8
+
+FLOAT16_BOUND = 65504.0  # Flux keeps what it passes on between these in float16
+CHANGED = "has joined projections, or a backend of its own"
+Rotation = tuple[Tensor, Tensor]  # cosines and sines [L, D] f32
+
+
+class _Attention:
+    """An attention whose forward is not called.
+
+    Args:
+        owner: the fused form of the block, which skips the modules of the attention.
+        name: of the attention within the block.
+        processor: class name of the one that is known.
+    """
+
+    def __init__(self, owner: FusedBlock, name: str, processor: str) -> None:
+        attn: Any = owner.block.get_submodule(name)
+        self.attn, self.name, self.owner = attn, name, owner
+        self.processor, found = attn.processor, type(attn.processor).__name__
+        owner.skip(name, type(attn))
+        owner.require(found == processor, f"the processor of {name} is {found}")
+        owner.require(not self._is_changed(), f"{name} {CHANGED}")
+        self.heads: int = attn.heads
+
+    def _is_changed(self) -> bool:
+        """Whether settings that diffusers makes later ask for another computation."""
+        chosen = (getattr(self.processor, x, None) for x in ("_attention_backend", "_parallel_config"))
+        return bool(getattr(self.attn, "fused_projections", False)) or any(x is not None for x in chosen)
+
+    def applies(self) -> bool:
+        return self.attn.processor is self.processor and not self._is_changed()
+
+    def reason(self) -> str:
+        if self.attn.processor is not self.processor:
+            return f"the processor of {self.name} is {type(self.attn.processor).__name__} now"
+        return f"{self.name} {CHANGED}" if self._is_changed() else ""
+
+    def layer(self, name: str) -> QuantLinear:
+        """A layer of the attention, which reads one segment."""
+        layer: QuantLinear = self.owner.skip(f"{self.name}.{name}", QuantLinear)
+        self.owner.require(len(layer.quantizers) == 1, f"{self.name}.{name} reads two segments")
+        return layer
+
+    def output(self) -> QuantLinear:
+        """The output, a layer and a dropout."""
+        self.owner.require(len(self.attn.to_out) == 2, f"{self.name} ends in more than a layer and a dropout")
+        self.owner.skip(f"{self.name}.to_out.1", nn.Dropout)
+        return self.layer("to_out.0")
+
+    def heads_norm(self, name: str) -> _HeadsNorm:
+        """The norm of this name, if there is one."""
+        return _HeadsNorm(getattr(self.attn, name, None), self.heads)
+
+    def rotate(self, x: Tensor, rotation: Rotation | None) -> Tensor:
+        """x [N, L, heads * D], pairs (even, odd) of channels turned by the angles of their positions."""
+        if rotation is None:
+            return x
+        cosine, sine = (part.to(x.device)[:, None] for part in rotation)
+        heads = x.unflatten(2, (self.heads, -1))
+        even, odd = heads.unflatten(3, (-1, 2)).unbind(4)
+        across = torch.stack([-odd, even], 4).flatten(3)
+        turned: Tensor = heads.float() * cosine + across.float() * sine
+        return turned.to(x.dtype).flatten(2)
+
+
+@dataclass(frozen=True)
+class _HeadsNorm:
+    """A norm over [N, L, heads * D], of each head by itself."""
+
+    norm: nn.Module | None
+    heads: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.norm is None:
+            return x
+        result: Tensor = self.norm(x.unflatten(2, (self.heads, -1)))
+        return result.flatten(2)
+
+
+class _JointBlock(FusedBlock):
+    """What the blocks share: attentions whose settings may change, and what they multiply."""
+
+    attentions: list[_Attention]
+    out: QuantLinear
+
+    def choose_attention(self, products: AttentionProducts) -> None:
+        self.int8 = multiplies_int8(products)
+
+    @property
+    def attention(self) -> str:
+        return "int8" if self.int8 and self.out.weight.device.type == "cpu" else "float"
+
+    def applies(self, *inputs: Tensor | None) -> bool:
+        return all(a.applies() for a in self.attentions) and super().applies(*inputs)
+
+    def reason(self) -> str:
+        return next((r for a in self.attentions if (r := a.reason())), "") or super().reason()
+
+    def adaptive_norm(self, name: str, kind: str) -> nn.LayerNorm:
+        """The layer norm within an adaptive one, whose embedding is an argument of the block."""
+        norm: Any = self.block.get_submodule(name)
+        self.skip(name, type(norm))
+        embeds = getattr(norm, "emb", None) is not None
+        self.require(type(norm).__name__ == kind and not embeds, f"its {name} is no {kind} without embedding")
+        return self.skip(f"{name}.norm", nn.LayerNorm)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """The modules of one sequence, of image or text: norm, projections, output."""
+
+    norm: nn.LayerNorm
+    projections: Sequence[QuantLinear]  # query, key, value; key and value where nobody reads the result
+    out: QuantLinear | None
+    heads_norms: Sequence[_HeadsNorm]  # of query and key
+
+    def make_plan(self) -> _StreamPlan:
+        out = None if self.out is None else pack_of(self.out)
+        norm = NormCodes(self.norm, Activation.NONE)
+        return _StreamPlan(norm, Projections(self.projections), out, self.heads_norms)
+
+
+@dataclass(frozen=True)
+class _StreamPlan:
+    norm: NormCodes
+    projections: Projections
+    out: Packed | None
+    heads_norms: Sequence[_HeadsNorm]
+
+    def project(self, x: Tensor, adaptive: Adaptive) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Query, key and value [N, L, heads * D] of x [N, L, C]; no query where nobody reads the result."""
+        *query, key, value = self.projections(lambda q: self.norm.layer(x, q, adaptive.modulation), x.dtype)
+        of_query, of_key = self.heads_norms
+        return of_query(query[0]) if query else None, of_key(key), value
+
+    def add(self, x: Tensor, codes: list[Tensor], adaptive: Adaptive) -> Tensor:
+        """x [N, L, C] plus its gated attention, given by codes [N, L, C] i8."""
+        assert self.out is not None
+        return self.out(codes, x.dtype, row_scale=adaptive.gate, residual=x)
+
+
+@dataclass(frozen=True)
+class _NetPlan:
+    norm: NormCodes
+    feed_forward: Callable[[Tensor, NormCodes, Adaptive], Tensor]
+
+    def __call__(self, x: Tensor, adaptive: Adaptive) -> Tensor:
+        return self.feed_forward(x, self.norm, adaptive)
+
+
+class _Net:
+    """The second norm of a sequence and the feed-forward net behind it."""
+
+    def __init__(self, owner: FusedBlock, suffix: str) -> None:
+        self.norm: nn.LayerNorm = owner.skip(f"norm2{suffix}", nn.LayerNorm)
+        self.feed_forward = FeedForwardPart(owner, f"ff{suffix}")
+
+    def make_plan(self) -> _NetPlan:
+        return _NetPlan(NormCodes(self.norm, Activation.NONE), self.feed_forward.make_plan())
+
+
+@dataclass(frozen=True)
+class _JointPlan:
+    image: _StreamPlan
+    image_net: _NetPlan
+    text: _StreamPlan
+    text_net: _NetPlan | None
+    itself: _StreamPlan | None
+
+
+@fuses("JointTransformerBlock", "FluxTransformerBlock")
+class FusedJoint(_JointBlock):
+    """Norms end in codes, projections of one sequence are one product, attention ends in its outputs' codes.
+
+    Tokens of the text come first, as in Flux, where it matters to the rotation of positions.
+    """
+
+    def inspect(self) -> None:
+        b: Any = self.block
+        self.is_flux = type(b).__name__ == "FluxTransformerBlock"
+        self.text_ends = bool(getattr(b, "context_pre_only", False))  # in Stable Diffusion 3's last block
+        attends_twice = bool(getattr(b, "use_dual_attention", False))
+        processor = "FluxAttnProcessor" if self.is_flux else "JointAttnProcessor2_0"
+        joint = _Attention(self, "attn", processor)
+        self.attentions = [joint]
+        norm = self.adaptive_norm("norm1", "SD35AdaLayerNormZeroX" if attends_twice else "AdaLayerNormZero")
+        self.out = joint.output()
+        self.image = self._stream(joint, norm, [f"to_{x}" for x in "qkv"], self.out, "norm_")
+        self.image_net = _Net(self, "")
+        kind = "AdaLayerNormContinuous" if self.text_ends else "AdaLayerNormZero"
+        text_norm = self.adaptive_norm("norm1_context", kind)
+        names = [f"add_{x}_proj" for x in ("kv" if self.text_ends else "qkv")]
+        out = None if self.text_ends else joint.layer("to_add_out")
+        self.text = self._stream(joint, text_norm, names, out, "norm_added_")
+        self.text_net = None if self.text_ends else _Net(self, "_context")
+        self.itself: _Stream | None = None
+        if attends_twice:  # the image once more, to itself alone
+            itself = _Attention(self, "attn2", processor)
+            self.attentions.append(itself)
+            self.itself = self._stream(itself, norm, [f"to_{x}" for x in "qkv"], itself.output(), "norm_")
+        self.choose_attention("auto")
+
+    def _stream(
+        self,
+        attention: _Attention,
+        norm: nn.LayerNorm,
+        names: Sequence[str],
+        out: QuantLinear | None,
+        heads_norms: str,
+    ) -> _Stream:
+        norms = [attention.heads_norm(heads_norms + x) for x in "qk"]
+        return _Stream(norm, [attention.layer(name) for name in names], out, norms)
+
+    def make_plan(self) -> _JointPlan:
+        return _JointPlan(
+            self.image.make_plan(),
+            self.image_net.make_plan(),
+            self.text.make_plan(),
+            None if self.text_net is None else self.text_net.make_plan(),
+            None if self.itself is None else self.itself.make_plan(),
+        )
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotation | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Stable Diffusion 3 knows no rotation, and passes keywords."""
+        chunked = getattr(self.block, "_chunk_size", None) is not None
+        unknown = bool(joint_attention_kwargs) or chunked
+        if unknown or not self.applies(hidden_states, encoder_hidden_states, temb):
+            rotation = {"image_rotary_emb": image_rotary_emb} if self.is_flux else {}
+            more = {**rotation, "joint_attention_kwargs": joint_attention_kwargs}
+            return self.per_layer(hidden_states, encoder_hidden_states, temb, **more)
+        return self.run(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+
+    def run(
+        self,
+        image: Tensor,  # [N, L, C] float
+        text: Tensor,  # [N, M, C] float
+        embedding: Tensor,  # [N, C] float
+        rotation: Rotation | None,  # of all tokens
+    ) -> tuple[Tensor | None, Tensor]:
+        """The block; returns text, None where it ends, and image."""
+        block: Any = self.block
+        plan: _JointPlan = self.plan
+        first, second, *third = rows_of_block(block.norm1, embedding, image.shape[0])
+        text_first, *text_second = self._text_parts(text, embedding)
+        tokens = plan.image.project(image, first)
+        *text_codes, codes = self._attend(tokens, plan.text.project(text, text_first), rotation)
+        attended = plan.image.add(image, codes, first)
+        if plan.itself is not None:
+            codes = self._attend_itself(image, third[0])
+            attended = plan.itself.add(attended, codes, third[0])
+        image = plan.image_net(attended, second)
+        if plan.text_net is None:
+            return None, image
+        text = plan.text_net(plan.text.add(text, text_codes[0], text_first), text_second[0])
+        return _bounded(text) if self.is_flux else text, image
+
+    def _text_parts(self, text: Tensor, embedding: Tensor) -> list[Adaptive]:
+        """Rows of attention and feed-forward net; of a text that ends, scale and shift alone."""
+        block: Any = self.block
+        norm = block.norm1_context
+        if not self.text_ends:
+            return rows_of_block(norm, embedding, text.shape[0])
+        rows = norm.linear(norm.silu(embedding).to(text.dtype)).float()
+        return [Adaptive(rows.expand(text.shape[0], -1).contiguous())]
+
+    def _attend(
+        self,
+        image: tuple[Tensor | None, Tensor, Tensor],
+        text: tuple[Tensor | None, Tensor, Tensor],
+        rotation: Rotation | None,
+    ) -> list[list[Tensor]]:
+        """Codes for the output of the text, unless it ends, and of the image, of their projections."""
+        plan: _JointPlan = self.plan
+        attention = self.attentions[0]
+        streams = ((text, plan.text.out), (image, plan.image.out))
+        readers = [(tokens[1].shape[1], out) for tokens, out in streams if tokens[0] is not None]
+        query = torch.cat([tokens[0] for tokens, _ in streams if tokens[0] is not None], 1)
+        key, value = (torch.cat([tokens[i] for tokens, _ in streams], 1) for i in (1, 2))  # type: ignore[misc]
+        query, key = (attention.rotate(x, rotation) for x in (query, key))
+        return attend(query, key, value, readers, attention.heads, self.int8)
+
+    def _attend_itself(self, image: Tensor, adaptive: Adaptive) -> list[Tensor]:
+        """Codes for the output of the image's attention to itself alone."""
+        plan: _JointPlan = self.plan
+        assert plan.itself is not None
+        query, key, value = plan.itself.project(image, adaptive)
+        assert query is not None
+        readers = [(image.shape[1], plan.itself.out)]
+        return attend(query, key, value, readers, self.attentions[1].heads, self.int8)[0]
+
+
+@dataclass(frozen=True)
+class _SinglePlan:
+    stream: _StreamPlan
+    inward: Packed
+
+
+@fuses("FluxSingleTransformerBlock")
+class FusedSingle(_JointBlock):
+    """Attention and feed-forward net side by side on one norm; both end in the codes of one layer."""
+
+    def inspect(self) -> None:
+        attention = _Attention(self, "attn", "FluxAttnProcessor")
+        self.attentions = [attention]
+        norm = self.adaptive_norm("norm", "AdaLayerNormZeroSingle")
+        self.inward: QuantLinear = self.skip("proj_mlp", QuantLinear)
+        activation = self.skip("act_mlp", nn.GELU)
+        self.require(activation.approximate == "tanh", "its GELU is exact")
+        self.out = self.skip("proj_out", QuantLinear)
+        single = len(self.inward.quantizers) == len(self.out.quantizers) == 1
+        self.require(single, "its feed-forward reads two segments")
+        projections = [attention.layer(f"to_{x}") for x in "qkv"]
+        norms = [attention.heads_norm(f"norm_{x}") for x in "qk"]
+        self.stream = _Stream(norm, projections, self.out, norms)
+        self.choose_attention("auto")
+
+    def make_plan(self) -> _SinglePlan:
+        return _SinglePlan(self.stream.make_plan(), pack_of(self.inward))
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotation | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if joint_attention_kwargs or not self.applies(hidden_states, encoder_hidden_states, temb):
+            return self.per_layer(
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
+        tokens = torch.cat([encoder_hidden_states, hidden_states], 1)
+        result = _bounded(self.run(tokens, temb, image_rotary_emb))
+        text = encoder_hidden_states.shape[1]
+        return result[:, :text], result[:, text:]
+
+    def run(self, x: Tensor, embedding: Tensor, rotation: Rotation | None) -> Tensor:
+        """The block on all tokens x [N, L, C] float, text first."""
+        block: Any = self.block
+        plan: _SinglePlan = self.plan
+        attention, stream, inward = self.attentions[0], plan.stream, plan.inward
+        (part,) = rows_of_block(block.norm, embedding, x.shape[0])
+        query, key, value = stream.project(x, part)
+        assert query is not None
+        query, key = (attention.rotate(y, rotation) for y in (query, key))
+        assert stream.out is not None
+        readers = [(x.shape[1], stream.out)]
+        ((attended,),) = attend(query, key, value, readers, attention.heads, self.int8)
+        codes = stream.norm.layer(x, inward.quantizers[0], part.modulation)
+        end = stream.out.quantizers[0]
+        net = inward([codes], x.dtype, activation=Activation.GELU_TANH, quantizer=end)
+        return stream.add(x, [torch.cat([attended, net], 2)], part)
+
+
+def _bounded(x: Tensor) -> Tensor:
+    return x.clip(-FLOAT16_BOUND, FLOAT16_BOUND) if x.dtype == torch.float16 else x

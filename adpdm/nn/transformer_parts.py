@@ -1,0 +1,147 @@
+"""What fused attention and transformer blocks share: projections, attention, feed-forward nets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import AttentionProducts
+from ..ops import Activation
+from .embedding_blocks import Adaptive
+from .fusion import FusedBlock, NormCodes, pack_of
+from .layers import QuantLayer, QuantLinear
+from .packed import Packed, agree, pack
+
+Quantize = Callable[[ops.OutputQuantizer], Tensor]  # codes of an input, given whose
+
+
+class Projections:
+    """Linear layers of one input; those whose quantizers agree are one matrix product on the same codes."""
+
+    def __init__(self, layers: Sequence[QuantLayer]) -> None:
+        groups: list[list[int]] = []
+        for i, layer in enumerate(layers):
+            group = next((g for g in groups if agree(layers[g[0]], layer)), None)
+            if group is None:
+                groups.append([i])
+            else:
+                group.append(i)
+        self.groups = groups
+        self.packed = [pack([layers[i] for i in g]) if len(g) > 1 else pack_of(layers[g[0]]) for g in groups]
+        self.sizes = [[layers[i].weight_shape[0] for i in g] for g in groups]
+        self.count = len(layers)
+
+    def __call__(self, codes_of: Quantize, dtype: torch.dtype) -> list[Tensor]:
+        """Results [N, L, O] in the order of the layers, views of fewer tensors where layers agree."""
+        results: list[Any] = [None] * self.count
+        for members, packed, sizes in zip(self.groups, self.packed, self.sizes, strict=True):
+            together = packed([codes_of(packed.quantizers[0])], dtype)
+            for i, result in zip(members, torch.split(together, sizes, -1), strict=True):
+                results[i] = result
+        return results
+
+
+# ---- attention ---------------------------------------------------------------------------------------------
+
+
+def multiplies_int8(products: AttentionProducts) -> bool:
+    """Whether attention multiplies 8-bit codes, as far as the CPU decides."""
+    return ops.HAS_FAST_INT8_ATTENTION if products == "auto" else products == "int8"
+
+
+def attend(
+    query: Tensor,  # [N, L, heads * D] float
+    key: Tensor,  # [N, M, heads * D] of query's dtype
+    value: Tensor,  # [N, M, heads * D] of query's dtype
+    readers: Sequence[tuple[int, Packed | None]],
+    heads: int,
+    int8: bool,
+    mask: Tensor | None = None,  # [N, 1 or L, M], added to the scores
+) -> list[list[Tensor]]:
+    """Attention of each head in the codes of the layers behind it.
+
+    Args:
+        readers: how many of the L tokens each layer reads, in order; None where nobody reads them.
+
+    Returns:
+        Input segments [N, tokens, heads * D] i8 of each layer; none where there is no layer.
+    """
+    counts = [count for count, _ in readers]
+    if mask is None and query.device.type == "cpu" and (ops.HAS_FAST_ATTENTION or int8):
+        return [
+            [] if out is None else [ops.attention_quantize(q, key, value, out.quantizers[0], heads, int8)]
+            for q, (_, out) in zip(query.split(counts, 1), readers, strict=True)
+        ]
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    rows = None if mask is None else mask.unsqueeze(1)
+    result = F.scaled_dot_product_attention(q, k, v, attn_mask=rows).transpose(1, 2).flatten(2)
+    parts = zip(result.split(counts, 1), readers, strict=True)
+    return [[] if out is None else out.quantize([part.contiguous()]) for part, (_, out) in parts]
+
+
+# ---- feed-forward nets -------------------------------------------------------------------------------------
+
+# Activation of a feed-forward net by its first module and how that approximates.
+_ACTIVATIONS = {
+    ("GEGLU", None): Activation.GEGLU,
+    ("GELU", "none"): Activation.GELU,
+    ("GELU", "tanh"): Activation.GELU_TANH,
+}
+
+
+@dataclass(frozen=True)
+class _FeedForwardPlan:
+    activation: Activation
+    inward: Packed  # with GEGLU, rows of value and gate in turn
+    out: Packed
+
+    def __call__(self, x: Tensor, norm: NormCodes, adaptive: Adaptive) -> Tensor:
+        """x [N, L, C] float plus the gated net of its norm."""
+        codes = norm.layer(x, self.inward.quantizers[0], adaptive.modulation)
+        quantizer = self.out.quantizers[0]
+        codes = self.inward([codes], x.dtype, activation=self.activation, quantizer=quantizer)
+        return self.out([codes], x.dtype, row_scale=adaptive.gate, residual=x)
+
+
+class FeedForwardPart:
+    """The feed-forward net of a block: its activation ends in the codes of its second layer.
+
+    Args:
+        owner: the fused form of the block, which skips the modules of the net.
+        name: of the net within the block.
+
+    Raises:
+        NotFusable: for nets of other layers or activations.
+    """
+
+    def __init__(self, owner: FusedBlock, name: str) -> None:
+        ff: Any = owner.block.get_submodule(name)
+        owner.skip(name, type(ff))
+        owner.require(type(ff).__name__ == "FeedForward", f"its {name} is {type(ff).__name__}")
+        first = ff.net[0]
+        activation = _ACTIVATIONS.get((type(first).__name__, getattr(first, "approximate", None)))
+        owner.require(activation is not None, f"its feed-forward starts with {type(first).__name__}")
+        self.activation: Any = activation
+        owner.skip(f"{name}.net.0", type(first))
+        self.inward: QuantLinear = owner.skip(f"{name}.net.0.proj", QuantLinear)
+        owner.skip(f"{name}.net.1", nn.Dropout)
+        self.out: QuantLinear = owner.skip(f"{name}.net.2", QuantLinear)
+        for i in range(3, len(ff.net)):
+            owner.skip(f"{name}.net.{i}", nn.Dropout)
+        single = len(self.inward.quantizers) == len(self.out.quantizers) == 1
+        owner.require(single, "its feed-forward reads two segments")
+
+    def make_plan(self) -> _FeedForwardPlan:
+        """Its packed layers."""
+        inward = pack_of(self.inward)
+        if self.activation is Activation.GEGLU:
+            half = self.inward.out_features // 2
+            in_order = torch.arange(2 * half, device="cpu").view(2, half)
+            inward = pack([self.inward], in_order.t().reshape(-1))  # value 0, gate 0, value 1, ...
+        return _FeedForwardPlan(self.activation, inward, pack_of(self.out))
