@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PLAIN: dict[str, Any] = {
@@ -128,6 +128,17 @@ GUIDANCES = tuple(
     for scale in (2.0, 4.0)
     for how, at in (("without", 1.0), ("with it", scale))
 )
+GUIDED_SCALE = 3.0
+# The strategies for who samples under guidance, as with text-to-image models; each is calibrated under it.
+GUIDED = tuple(
+    replace(
+        method,
+        name=f"{method.name}, guidance {GUIDED_SCALE:g}",
+        settings={**method.settings, "guidance_scale": GUIDED_SCALE},
+        scale=GUIDED_SCALE,
+    )
+    for method in STRATEGIES
+)
 FAMILIES: dict[str, tuple[Method, ...]] = {
     "strategies": STRATEGIES,
     "paper": PAPER_SETTING,
@@ -139,6 +150,7 @@ FAMILIES: dict[str, tuple[Method, ...]] = {
     "attention": ATTENTIONS,
     "correction": CORRECTIONS,
     "guidance": GUIDANCES,
+    "guided": GUIDED,
 }
 
 

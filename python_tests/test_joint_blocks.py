@@ -164,6 +164,17 @@ def test_joint_attention_kwargs_take_the_class_forward(name: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(fused, wanted, strict=True))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["stable diffusion 3", "flux"])
+def test_arguments_may_come_by_position(name: str) -> None:
+    make, kwargs = BLOCKS[name]
+    host = frozen(make())
+    for asked in (None, {"attention_mask": torch.zeros(10, 10)}):
+        by_position = host.block(IMAGE, TEXT, EMBEDDING, *kwargs.values(), asked)
+        by_name = run(host, {**kwargs, "joint_attention_kwargs": asked})
+        assert all(torch.equal(x, y) for x, y in zip(by_position, by_name, strict=True))
+
+
 def test_chunked_feed_forward_takes_the_class_forward() -> None:
     host = frozen(joint())
     host.block.set_chunk_feed_forward(1, 0)

@@ -239,21 +239,15 @@ class FusedJoint(_JointBlock):
         )
 
     def __call__(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: Rotation | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """Stable Diffusion 3 knows no rotation, and passes keywords."""
+        names = [*(["image_rotary_emb"] if self.is_flux else []), "joint_attention_kwargs"]
+        given = dict(zip(names, args, strict=False)) | kwargs
         chunked = getattr(self.block, "_chunk_size", None) is not None
-        unknown = bool(joint_attention_kwargs) or chunked
+        unknown = bool(given.get("joint_attention_kwargs")) or chunked
         if unknown or not self.applies(hidden_states, encoder_hidden_states, temb):
-            rotation = {"image_rotary_emb": image_rotary_emb} if self.is_flux else {}
-            more = {**rotation, "joint_attention_kwargs": joint_attention_kwargs}
-            return self.per_layer(hidden_states, encoder_hidden_states, temb, **more)
-        return self.run(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+            return self.per_layer(hidden_states, encoder_hidden_states, temb, *args, **kwargs)
+        return self.run(hidden_states, encoder_hidden_states, temb, given.get("image_rotary_emb"))
 
     def run(
         self,
@@ -297,10 +291,13 @@ class FusedJoint(_JointBlock):
         """Codes for the output of the text, unless it ends, and of the image, of their projections."""
         plan: _JointPlan = self.plan
         attention = self.attentions[0]
-        streams = ((text, plan.text.out), (image, plan.image.out))
-        readers = [(tokens[1].shape[1], out) for tokens, out in streams if tokens[0] is not None]
-        query = torch.cat([tokens[0] for tokens, _ in streams if tokens[0] is not None], 1)
-        key, value = (torch.cat([tokens[i] for tokens, _ in streams], 1) for i in (1, 2))  # type: ignore[misc]
+        queries, readers = [], []
+        for (query, *_), out in ((text, plan.text.out), (image, plan.image.out)):
+            if query is not None and out is not None:
+                queries.append(query)
+                readers.append((query.shape[1], out))
+        query = torch.cat(queries, 1)
+        key, value = (torch.cat([t, i], 1) for t, i in zip(text[1:], image[1:], strict=True))
         query, key = (attention.rotate(x, rotation) for x in (query, key))
         return attend(query, key, value, readers, attention.heads, self.int8)
 
@@ -308,6 +305,7 @@ class FusedJoint(_JointBlock):
         """Codes for the output of the image's attention to itself alone."""
         plan: _JointPlan = self.plan
         assert plan.itself is not None
+        assert plan.itself.out is not None
         query, key, value = plan.itself.project(image, adaptive)
         assert query is not None
         readers = [(image.shape[1], plan.itself.out)]

@@ -59,7 +59,7 @@ def attend(
     query: Tensor,  # [N, L, heads * D] float
     key: Tensor,  # [N, M, heads * D] of query's dtype
     value: Tensor,  # [N, M, heads * D] of query's dtype
-    readers: Sequence[tuple[int, Packed | None]],
+    readers: Sequence[tuple[int, Packed]],
     heads: int,
     int8: bool,
     mask: Tensor | None = None,  # [N, 1 or L, M], added to the scores
@@ -67,22 +67,22 @@ def attend(
     """Attention of each head in the codes of the layers behind it.
 
     Args:
-        readers: how many of the L tokens each layer reads, in order; None where nobody reads them.
+        readers: how many of the L tokens each layer reads, in order.
 
     Returns:
-        Input segments [N, tokens, heads * D] i8 of each layer; none where there is no layer.
+        The input segment [N, tokens, heads * D] i8 of each layer.
     """
     counts = [count for count, _ in readers]
     if mask is None and query.device.type == "cpu" and (ops.HAS_FAST_ATTENTION or int8):
+        parts = zip(query.split(counts, 1), readers, strict=True)
         return [
-            [] if out is None else [ops.attention_quantize(q, key, value, out.quantizers[0], heads, int8)]
-            for q, (_, out) in zip(query.split(counts, 1), readers, strict=True)
+            [ops.attention_quantize(q, key, value, out.quantizers[0], heads, int8)] for q, (_, out) in parts
         ]
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     rows = None if mask is None else mask.unsqueeze(1)
     result = F.scaled_dot_product_attention(q, k, v, attn_mask=rows).transpose(1, 2).flatten(2)
     parts = zip(result.split(counts, 1), readers, strict=True)
-    return [[] if out is None else out.quantize([part.contiguous()]) for part, (_, out) in parts]
+    return [out.quantize([part.contiguous()]) for part, (_, out) in parts]
 
 
 # ---- feed-forward nets -------------------------------------------------------------------------------------
