@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import _native
 from .memory import trim_heap
 from .nn import adapters_of
-from .nn.transformer_blocks import FusedAttention
+from .nn.fusion import FusedBlock
 from .pipeline import find_denoiser
 
 WARMUP_CALLS = 3  # lazy module loading and cuDNN's choices come to rest within two; one to spare
@@ -129,7 +129,7 @@ class _Parts:
         self._children = _native.Children([m._modules for m in denoiser.modules() if m._modules])
         self._adapters = list(adapters_of(denoiser).values())
         forwards = [m.__dict__.get("forward") for m in denoiser.modules()]
-        self._attentions = [f for f in forwards if isinstance(f, FusedAttention)]
+        self._attentions = [f for f in forwards if isinstance(f, FusedBlock) and f.int8 is not None]
         self._settings = self._read()
 
     def _read(self) -> list[Hashable]:
@@ -169,7 +169,7 @@ class GraphedForward:
         max_graphs: int = MAX_GRAPHS,
     ) -> None:
         self._denoiser, self._forward = denoiser, denoiser.forward
-        self._names = list(inspect.signature(denoiser.forward).parameters)  # the sample is the first of them
+        self._names = _names_of(denoiser)
         self._make_recorder = make_recorder
         self._max_graphs = max_graphs
         self._captured: dict[Hashable, _Captured] = {}
@@ -188,6 +188,12 @@ class GraphedForward:
             self._parts = _Parts(self._denoiser)
         # Pipelines name the sample, the timestep, both or neither, and its place differs between models.
         given = dict(zip(self._names, args, strict=False)) | kwargs
+        if len(given) < len(args) + len(kwargs):
+            raise TypeError(
+                f"adpdm.graph: wanted each of the arguments {self._names} at most once, got {len(args)} by "
+                f"position and {sorted(kwargs)} by name"
+            )
+        given = {name: given.pop(name) for name in self._names if name in given} | given  # in one order
         sample: Tensor = given[self._names[0]]
         # A number would be burnt into the graph: as a tensor it is an input like the others.
         given["timestep"] = torch.as_tensor(given["timestep"]).to(sample.device).reshape(-1)[:1]
@@ -211,6 +217,20 @@ class GraphedForward:
         result = recorder.record(lambda: self._forward(**given))
         inputs = [x for x in own if isinstance(x, Tensor)]
         return _Captured(recorder, inputs, pytree.tree_leaves(result), _rebuild(result))
+
+
+def _names_of(denoiser: nn.Module) -> list[str]:
+    """Names of the arguments of a forward: the sample first, the timestep somewhere."""
+    signature = inspect.signature(denoiser.forward)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    unnamed = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY}
+    names = [n for n, p in signature.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if kinds & unnamed or "timestep" not in names[1:]:
+        raise TypeError(
+            "adpdm.graph: wanted a forward that takes a sample first and arguments by name, among them "
+            f"timestep; got {type(denoiser).__name__}.forward{signature}"
+        )
+    return names
 
 
 _LEAVES = (Tensor, bool, int, float, str, type(None))

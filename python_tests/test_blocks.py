@@ -122,6 +122,15 @@ CASES: dict[str, Case] = {
         (randn(2, 7, 8),),
         {"encoder_hidden_states": CONTEXT, "encoder_attention_mask": MASK, "timestep": randn(2, 48)},
     ),
+    "transformer block with shared adaptive norms and a mask for each token": (
+        lambda: frozen(single_block()),
+        (randn(2, 7, 8),),
+        {
+            "encoder_hidden_states": CONTEXT,
+            "encoder_attention_mask": randn(2, 7, 3),
+            "timestep": randn(2, 48),
+        },
+    ),
     "transformer block with shared adaptive norms and no context": (
         lambda: frozen(single_block(cross_attention_dim=None)),
         (randn(2, 7, 8),),
@@ -344,10 +353,18 @@ def test_masked_attention_takes_the_class_forward() -> None:
 def test_masks_of_unknown_form_take_the_class_forward() -> None:
     host = frozen(single_block())
     x, timestep = randn(2, 7, 8), randn(2, 48)
-    for mask in (MASK[:1], MASK[:, 0], MASK.bfloat16()):
+    for mask in (MASK[:1], MASK[:, 0], MASK.bfloat16(), MASK == 0, MASK.repeat_interleave(2, 0)):
         known = {"encoder_hidden_states": CONTEXT, "timestep": timestep}
         host.block.forward.per_layer = lambda *args, **kwargs: x
         assert run(host, (x,), {**known, "encoder_attention_mask": mask}) is x
+
+
+def test_gradient_of_rows_that_are_made_outside_passes() -> None:
+    host = frozen(single_block(cross_attention_dim=None))
+    rows = randn(2, 48).requires_grad_()
+    host.block(randn(2, 7, 8), timestep=rows).sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.abs().max() > 0
 
 
 def test_other_processor_takes_the_class_forward() -> None:

@@ -149,7 +149,26 @@ def test_capture_takes_arguments_by_name_or_position_wherever_the_timestep_is(de
         lambda: denoiser(timestep=5, hidden_states=sample, text=text),
     ):
         assert call().tolist() == [[9.0, 9.0]] * 2
-    assert len(graphed) <= 3
+    assert len(graphed) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("args", [(1, 2, 3, 4, 5), (1,)])
+def test_capture_refuses_arguments_given_twice_or_too_many(denoiser: Denoiser, args: tuple[int, ...]) -> None:
+    graph.capture(denoiser, make_recorder=Rerun)
+    with pytest.raises(TypeError, match="at most once, got . by position and"):
+        denoiser(*args, sample=torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    "forward", [lambda *args: None, lambda sample, t: None, lambda timestep: None], ids=["*", "t", "first"]
+)
+def test_capture_wants_a_forward_with_names(denoiser: Denoiser, forward: Any) -> None:
+    denoiser.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(
+        TypeError, match="sample first and arguments by name, among them timestep; got Denoiser"
+    ):
+        graph.capture(denoiser, make_recorder=Rerun)
 
 
 def test_children_notice_every_exchange() -> None:

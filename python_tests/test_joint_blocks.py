@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,37 +128,65 @@ def joined_projections(block: Any) -> None:
     block.attn.fused_projections = True
 
 
-CHANGES = [
-    (FluxTransformerBlock, other_processor, "the processor of attn is Other now"),
-    (FluxSingleTransformerBlock, own_backend, "attn has joined projections, or a backend of its own"),
-    (FluxTransformerBlock, joined_projections, "attn has joined projections, or a backend of its own"),
+def other_norm(block: Any) -> None:
+    block.attn.norm_q = None
+
+
+def other_processor_of_the_second(block: Any) -> None:
+    block.attn2.processor = type("Other", (JointAttnProcessor2_0,), {})()
+
+
+def hook(block: Any) -> None:
+    block.attn.to_q.register_forward_hook(lambda module, args, output: None)
+
+
+def hook_on_unread_queries(block: Any) -> None:
+    block.attn.add_q_proj.register_forward_hook(lambda module, args, output: None)
+
+
+CHANGES: list[tuple[str, Callable[[Any], None], str]] = [
+    ("flux", other_processor, "the processor of attn is Other now"),
+    ("stable diffusion 3", other_processor, "the processor of attn is Other now"),
     (
-        FluxSingleTransformerBlock,
-        lambda block: block.attn.to_q.register_forward_hook(lambda module, args, output: None),
-        "QuantLinear has hooks",
+        "stable diffusion 3.5, two attentions",
+        other_processor_of_the_second,
+        "the processor of attn2 is Other now",
     ),
+    ("flux, one sequence", own_backend, "the processor of attn has a backend of its own"),
+    ("flux", joined_projections, "attn has joined projections"),
+    ("stable diffusion 3.5", other_norm, "norm_q was replaced"),
+    ("flux, one sequence", hook, "QuantLinear has hooks"),
+    ("stable diffusion 3, last", hook_on_unread_queries, "QuantLinear has hooks"),
+    ("stable diffusion 3", lambda block: block.set_chunk_feed_forward(1, 0), ""),
 ]
 
 
-@pytest.mark.parametrize(("kind", "change", "reason"), CHANGES)
+@pytest.mark.parametrize(("name", "change", "reason"), CHANGES)
 def test_change_after_fusing_takes_the_class_forward(
-    kind: Any, change: Callable[[Any], None], reason: str, monkeypatch: pytest.MonkeyPatch
+    name: str, change: Callable[[Any], None], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = frozen(flux(kind))
+    host = frozen(BLOCKS[name][0]())
     change(host.block)
-    assert reason_of(host) == reason
+    assert reason_of(host) == reason  # chunks are a matter of the call
+    assert takes_the_class_forward(host, {}, monkeypatch)
+
+
+def takes_the_class_forward(host: Any, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> bool:
     calls: list[int] = []
-    monkeypatch.setattr(host.block.forward, "per_layer", lambda *a, **k: calls.append(1) or (TEXT, IMAGE))
-    run(host, {})
-    assert calls == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(host.block.forward, "per_layer", lambda *a, **k: calls.append(1) or (TEXT, IMAGE))
+        run(host, kwargs)
+    return calls == [1]
 
 
 @pytest.mark.parametrize("name", ["stable diffusion 3", "flux", "flux, one sequence"])
-def test_joint_attention_kwargs_take_the_class_forward(name: str) -> None:
+def test_joint_attention_kwargs_take_the_class_forward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, kwargs = BLOCKS[name]
     host = frozen(make())
     asked = {**kwargs, "joint_attention_kwargs": {"attention_mask": torch.zeros(10, 10)}}
     asked["joint_attention_kwargs"]["attention_mask"][:, 0] = -1e4  # the first token, seen by nobody
+    assert takes_the_class_forward(host, asked, monkeypatch)
+    assert not takes_the_class_forward(host, {**kwargs, "joint_attention_kwargs": {}}, monkeypatch)
     fused = run(host, asked)
     with unfused(host):
         wanted = run(host, asked)
@@ -165,22 +194,34 @@ def test_joint_attention_kwargs_take_the_class_forward(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["stable diffusion 3", "flux"])
-def test_arguments_may_come_by_position(name: str) -> None:
+@pytest.mark.parametrize("name", ["stable diffusion 3", "flux", "flux, one sequence"])
+def test_arguments_may_come_by_position(name: str, no_fallback: None) -> None:
+    """As in diffusers' forward under gradient checkpointing."""
     make, kwargs = BLOCKS[name]
     host = frozen(make())
-    for asked in (None, {"attention_mask": torch.zeros(10, 10)}):
-        by_position = host.block(IMAGE, TEXT, EMBEDDING, *kwargs.values(), asked)
-        by_name = run(host, {**kwargs, "joint_attention_kwargs": asked})
-        assert all(torch.equal(x, y) for x, y in zip(by_position, by_name, strict=True))
+    by_position = host.block(IMAGE, TEXT, EMBEDDING, *kwargs.values(), None)
+    assert all(torch.equal(x, y) for x, y in zip(by_position, run(host, kwargs), strict=True))
 
 
-def test_chunked_feed_forward_takes_the_class_forward() -> None:
-    host = frozen(joint())
-    host.block.set_chunk_feed_forward(1, 0)
-    fused = run(host, {})
-    with unfused(host):
-        assert all(torch.equal(x, y) for x, y in zip(fused, run(host, {}), strict=True))
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux"])
+def test_gradients_pass_through_the_class_forward_under_checkpointing(name: str) -> None:
+    """Inputs of the embeddings want gradients, blocks do not."""
+    case = make_case(name)
+    settings = QuantConfig(num_groups=1, num_inference_steps=2, histogram_images=3, grouping="shared")
+    arguments = {"scheduler": case.scheduler, "conditioning": case.conditioning, "call": case.call}
+    adpdm.quantize(case.denoiser, settings, **arguments)
+    sampler = case.sampler(case.denoiser)
+    run = sampler.run(5, 0, 3)
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            case.denoiser.enable_gradient_checkpointing()
+        sample = run.samples[0].clone().requires_grad_()
+        sampler.predict(sample, sampler.calls[0], run.conditioning).square().sum().backward()
+        assert sample.grad is not None
+        found.append(sample.grad)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0])
 
 
 class _Processor(JointAttnProcessor2_0):
@@ -232,6 +273,28 @@ def test_denoiser_runs_fused_and_captured(name: str, no_fallback: None) -> None:
     graph.capture(case.denoiser)
     assert all(torch.equal(predict(call), x) for call, x in enumerate(fused))
     graph.release(case.denoiser)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_capture_records_again_when_attention_multiplies_something_else(name: str) -> None:
+    case = make_case(name)
+    settings = QuantConfig(num_groups=1, num_inference_steps=2, histogram_images=3, grouping="shared")
+    arguments = {"scheduler": case.scheduler, "conditioning": case.conditioning, "call": case.call}
+    adpdm.quantize(case.denoiser, replace(settings, attention="float"), **arguments)
+    sampler = case.sampler(case.denoiser)
+    run = sampler.run(5, 0, 3)
+
+    def predict() -> Tensor:
+        return sampler.predict(run.samples[0], sampler.calls[0], run.conditioning)
+
+    graph.capture(case.denoiser)
+    in_float = predict()
+    fuse_blocks(case.denoiser, attention="int8")
+    in_int8 = predict()
+    graph.release(case.denoiser)
+    assert torch.equal(predict(), in_int8)
+    assert not torch.equal(in_int8, in_float)
 
 
 @pytest.mark.parametrize("name", ["stable diffusion 3.5, two attentions", "flux", "flux, one sequence"])

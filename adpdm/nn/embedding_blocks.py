@@ -95,7 +95,7 @@ def adaptive_parts(
 ) -> list[Adaptive]:
     """The rows of each part."""
     by_part = rows.unflatten(1, (-1, 3)).unbind(1)
-    return [Adaptive(part[:, [1, 0]].flatten(1), part[:, 2].contiguous()) for part in by_part]
+    return [Adaptive(torch.cat([part[:, 1], part[:, 0]], 1), part[:, 2].contiguous()) for part in by_part]
 
 
 @fuses("PatchEmbed")

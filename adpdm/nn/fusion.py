@@ -53,11 +53,14 @@ class FusedBlock:
     """
 
     is_float = False  # reads no codes: a matter of speed, of which nothing is reported
+    int8: bool | None = None  # whether its attention multiplies codes on a CPU; None for other blocks
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self.forward = type(block).forward  # torch.compile reads no attributes of classes allowed in graphs
-        self._links: list[tuple[dict[str, Any], str, nn.Module]] = []  # (owner's children, name, child)
+        self._links: list[
+            tuple[dict[str, Any], str, nn.Module | None]
+        ] = []  # (owner's children, name, child)
         self._modules: list[nn.Module] = [block]
         self._parts: list[FusedBlock] = []  # of blocks inside, run without their `__call__`
         self._quantizers: list[Any] = []
@@ -77,13 +80,19 @@ class FusedBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a subclass computes")
 
+    # ---- attention ----
+
     def choose_attention(self, products: AttentionProducts) -> None:
         """What attention multiplies; blocks without ignore it, those inside are told themselves."""
+        if self.int8 is not None:
+            self.int8 = ops.HAS_FAST_INT8_ATTENTION if products == "auto" else products == "int8"
 
     @property
     def attention(self) -> str:
         """What its attention multiplies if it is called now; empty for other blocks."""
-        return ""
+        if self.int8 is None:
+            return ""
+        return "int8" if self.int8 and next(self.block.parameters()).device.type == "cpu" else "float"
 
     # ---- building ----
 
@@ -107,6 +116,11 @@ class FusedBlock:
         self._links.append((owner._modules, child_name, child))
         self._modules.append(child)
         return child
+
+    def hold(self, name: str, child: nn.Module | None) -> None:
+        """Expect a child, or none, to stay what it is; its forward is called."""
+        owner_name, _, child_name = name.rpartition(".")
+        self._links.append((self.block.get_submodule(owner_name)._modules, child_name, child))
 
     def contain(self, name: str) -> Any:
         """The fused form of a block inside, which this one runs without its `__call__`."""

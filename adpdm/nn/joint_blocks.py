@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import AttentionProducts
+from .. import ops
 from ..ops import Activation
 from .embedding_blocks import Adaptive, rows_of_block
 from .fusion import FusedBlock, NormCodes, fuses, pack_of
 from .layers import QuantLinear
 from .packed import Packed
-from .transformer_parts import FeedForwardPart, Projections, attend, multiplies_int8
+from .transformer_parts import FeedForwardPart, FeedForwardPlan, Projections, attend
 
 FLOAT16_BOUND = 65504.0  # Flux keeps what it passes on between these in float16
-CHANGED = "has joined projections, or a backend of its own"
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [L, D] f32
 
 
@@ -28,30 +27,30 @@ class _Attention:
     Args:
         owner: the fused form of the block, which skips the modules of the attention.
         name: of the attention within the block.
-        processor: class name of the one that is known.
+        kind, processor: class names of the attention and the processor that are known.
     """
 
-    def __init__(self, owner: FusedBlock, name: str, processor: str) -> None:
+    def __init__(self, owner: FusedBlock, name: str, kind: str, processor: str) -> None:
         attn: Any = owner.block.get_submodule(name)
         self.attn, self.name, self.owner = attn, name, owner
-        self.processor, found = attn.processor, type(attn.processor).__name__
+        owner.require(type(attn).__name__ == kind, f"its {name} is a {type(attn).__name__}")
         owner.skip(name, type(attn))
+        self.processor, found = attn.processor, type(attn.processor).__name__
         owner.require(found == processor, f"the processor of {name} is {found}")
-        owner.require(not self._is_changed(), f"{name} {CHANGED}")
+        owner.require(not self.reason(), self.reason())
         self.heads: int = attn.heads
 
-    def _is_changed(self) -> bool:
-        """Whether settings that diffusers makes later ask for another computation."""
-        chosen = (getattr(self.processor, x, None) for x in ("_attention_backend", "_parallel_config"))
-        return bool(getattr(self.attn, "fused_projections", False)) or any(x is not None for x in chosen)
-
-    def applies(self) -> bool:
-        return self.attn.processor is self.processor and not self._is_changed()
-
     def reason(self) -> str:
+        """What diffusers was asked for later, if anything; a backend of all models is not looked at."""
         if self.attn.processor is not self.processor:
             return f"the processor of {self.name} is {type(self.attn.processor).__name__} now"
-        return f"{self.name} {CHANGED}" if self._is_changed() else ""
+        if any(
+            getattr(self.processor, x, None) is not None for x in ("_attention_backend", "_parallel_config")
+        ):
+            return f"the processor of {self.name} has a backend of its own"
+        # Flux's processor asks for it; that of Stable Diffusion 3 would be another.
+        joined = type(self.processor).__name__ == "FluxAttnProcessor" and self.attn.fused_projections
+        return f"{self.name} has joined projections" if joined else ""
 
     def layer(self, name: str) -> QuantLinear:
         """A layer of the attention, which reads one segment."""
@@ -66,8 +65,10 @@ class _Attention:
         return self.layer("to_out.0")
 
     def heads_norm(self, name: str) -> _HeadsNorm:
-        """The norm of this name, if there is one."""
-        return _HeadsNorm(getattr(self.attn, name, None), self.heads)
+        """The norm of this name, if there is one: it is called, and must stay the one that it is."""
+        norm = getattr(self.attn, name, None)
+        self.owner.hold(f"{self.name}.{name}", norm)
+        return _HeadsNorm(norm, self.heads)
 
     def rotate(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         """x [N, L, heads * D], pairs (even, odd) of channels turned by the angles of their positions."""
@@ -96,20 +97,12 @@ class _HeadsNorm:
 
 
 class _JointBlock(FusedBlock):
-    """What the blocks share: attentions whose settings may change, and what they multiply."""
+    """What the blocks share: attentions whose settings may change."""
 
     attentions: list[_Attention]
-    out: QuantLinear
-
-    def choose_attention(self, products: AttentionProducts) -> None:
-        self.int8 = multiplies_int8(products)
-
-    @property
-    def attention(self) -> str:
-        return "int8" if self.int8 and self.out.weight.device.type == "cpu" else "float"
 
     def applies(self, *inputs: Tensor | None) -> bool:
-        return all(a.applies() for a in self.attentions) and super().applies(*inputs)
+        return not any(a.reason() for a in self.attentions) and super().applies(*inputs)
 
     def reason(self) -> str:
         return next((r for a in self.attentions if (r := a.reason())), "") or super().reason()
@@ -160,7 +153,7 @@ class _StreamPlan:
 @dataclass(frozen=True)
 class _NetPlan:
     norm: NormCodes
-    feed_forward: Callable[[Tensor, NormCodes, Adaptive], Tensor]
+    feed_forward: FeedForwardPlan
 
     def __call__(self, x: Tensor, adaptive: Adaptive) -> Tensor:
         return self.feed_forward(x, self.norm, adaptive)
@@ -186,37 +179,38 @@ class _JointPlan:
     itself: _StreamPlan | None
 
 
-@fuses("JointTransformerBlock", "FluxTransformerBlock")
 class FusedJoint(_JointBlock):
     """Norms end in codes, projections of one sequence are one product, attention ends in its outputs' codes.
 
     Tokens of the text come first, as in Flux, where it matters to the rotation of positions.
     """
 
+    known_attention: tuple[str, str]  # class names of attention and processor
+    is_bounded: bool  # whether the text stays within float16
+
     def inspect(self) -> None:
         b: Any = self.block
-        self.is_flux = type(b).__name__ == "FluxTransformerBlock"
         self.text_ends = bool(getattr(b, "context_pre_only", False))  # in Stable Diffusion 3's last block
         attends_twice = bool(getattr(b, "use_dual_attention", False))
-        processor = "FluxAttnProcessor" if self.is_flux else "JointAttnProcessor2_0"
-        joint = _Attention(self, "attn", processor)
+        joint = _Attention(self, "attn", *self.known_attention)
         self.attentions = [joint]
         norm = self.adaptive_norm("norm1", "SD35AdaLayerNormZeroX" if attends_twice else "AdaLayerNormZero")
-        self.out = joint.output()
-        self.image = self._stream(joint, norm, [f"to_{x}" for x in "qkv"], self.out, "norm_")
+        self.image = self._stream(joint, norm, [f"to_{x}" for x in "qkv"], joint.output(), "norm_")
         self.image_net = _Net(self, "")
         kind = "AdaLayerNormContinuous" if self.text_ends else "AdaLayerNormZero"
         text_norm = self.adaptive_norm("norm1_context", kind)
-        names = [f"add_{x}_proj" for x in ("kv" if self.text_ends else "qkv")]
+        names = [f"add_{x}_proj" for x in "qkv"]
+        if self.text_ends:  # its queries ask for what nobody reads
+            joint.layer(names.pop(0))
         out = None if self.text_ends else joint.layer("to_add_out")
         self.text = self._stream(joint, text_norm, names, out, "norm_added_")
         self.text_net = None if self.text_ends else _Net(self, "_context")
         self.itself: _Stream | None = None
         if attends_twice:  # the image once more, to itself alone
-            itself = _Attention(self, "attn2", processor)
+            itself = _Attention(self, "attn2", *self.known_attention)
             self.attentions.append(itself)
             self.itself = self._stream(itself, norm, [f"to_{x}" for x in "qkv"], itself.output(), "norm_")
-        self.choose_attention("auto")
+        self.int8 = ops.HAS_FAST_INT8_ATTENTION
 
     def _stream(
         self,
@@ -237,17 +231,6 @@ class FusedJoint(_JointBlock):
             None if self.text_net is None else self.text_net.make_plan(),
             None if self.itself is None else self.itself.make_plan(),
         )
-
-    def __call__(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        names = [*(["image_rotary_emb"] if self.is_flux else []), "joint_attention_kwargs"]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        chunked = getattr(self.block, "_chunk_size", None) is not None
-        unknown = bool(given.get("joint_attention_kwargs")) or chunked
-        if unknown or not self.applies(hidden_states, encoder_hidden_states, temb):
-            return self.per_layer(hidden_states, encoder_hidden_states, temb, *args, **kwargs)
-        return self.run(hidden_states, encoder_hidden_states, temb, given.get("image_rotary_emb"))
 
     def run(
         self,
@@ -271,7 +254,7 @@ class FusedJoint(_JointBlock):
         if plan.text_net is None:
             return None, image
         text = plan.text_net(plan.text.add(text, text_codes[0], text_first), text_second[0])
-        return _bounded(text) if self.is_flux else text, image
+        return _bounded(text) if self.is_bounded else text, image
 
     def _text_parts(self, text: Tensor, embedding: Tensor) -> list[Adaptive]:
         """Rows of attention and feed-forward net; of a text that ends, scale and shift alone."""
@@ -299,7 +282,7 @@ class FusedJoint(_JointBlock):
         query = torch.cat(queries, 1)
         key, value = (torch.cat([t, i], 1) for t, i in zip(text[1:], image[1:], strict=True))
         query, key = (attention.rotate(x, rotation) for x in (query, key))
-        return attend(query, key, value, readers, attention.heads, self.int8)
+        return attend(query, key, value, readers, attention.heads, bool(self.int8))
 
     def _attend_itself(self, image: Tensor, adaptive: Adaptive) -> list[Tensor]:
         """Codes for the output of the image's attention to itself alone."""
@@ -309,7 +292,50 @@ class FusedJoint(_JointBlock):
         query, key, value = plan.itself.project(image, adaptive)
         assert query is not None
         readers = [(image.shape[1], plan.itself.out)]
-        return attend(query, key, value, readers, self.attentions[1].heads, self.int8)[0]
+        return attend(query, key, value, readers, self.attentions[1].heads, bool(self.int8))[0]
+
+
+@fuses("JointTransformerBlock")
+class FusedStableDiffusion3(FusedJoint):
+    """Of Stable Diffusion 3 and 3.5: no rotation; in 3.5 norms of heads, and a second attention in some."""
+
+    known_attention = ("Attention", "JointAttnProcessor2_0")
+    is_bounded = False
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        block: Any = self.block
+        unknown = bool(joint_attention_kwargs) or block._chunk_size is not None
+        if unknown or not self.applies(hidden_states, encoder_hidden_states, temb):
+            return self.per_layer(hidden_states, encoder_hidden_states, temb, joint_attention_kwargs)
+        return self.run(hidden_states, encoder_hidden_states, temb, None)
+
+
+@fuses("FluxTransformerBlock")
+class FusedFlux(FusedJoint):
+    """Of Flux, the blocks that keep image and text apart."""
+
+    known_attention = ("FluxAttention", "FluxAttnProcessor")
+    is_bounded = True
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotation | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if joint_attention_kwargs or not self.applies(hidden_states, encoder_hidden_states, temb):
+            return self.per_layer(
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
+        return self.run(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
 
 
 @dataclass(frozen=True)
@@ -323,19 +349,19 @@ class FusedSingle(_JointBlock):
     """Attention and feed-forward net side by side on one norm; both end in the codes of one layer."""
 
     def inspect(self) -> None:
-        attention = _Attention(self, "attn", "FluxAttnProcessor")
+        attention = _Attention(self, "attn", "FluxAttention", "FluxAttnProcessor")
         self.attentions = [attention]
         norm = self.adaptive_norm("norm", "AdaLayerNormZeroSingle")
         self.inward: QuantLinear = self.skip("proj_mlp", QuantLinear)
         activation = self.skip("act_mlp", nn.GELU)
         self.require(activation.approximate == "tanh", "its GELU is exact")
-        self.out = self.skip("proj_out", QuantLinear)
-        single = len(self.inward.quantizers) == len(self.out.quantizers) == 1
+        out: QuantLinear = self.skip("proj_out", QuantLinear)
+        single = len(self.inward.quantizers) == len(out.quantizers) == 1
         self.require(single, "its feed-forward reads two segments")
         projections = [attention.layer(f"to_{x}") for x in "qkv"]
         norms = [attention.heads_norm(f"norm_{x}") for x in "qk"]
-        self.stream = _Stream(norm, projections, self.out, norms)
-        self.choose_attention("auto")
+        self.stream = _Stream(norm, projections, out, norms)
+        self.int8 = ops.HAS_FAST_INT8_ATTENTION
 
     def make_plan(self) -> _SinglePlan:
         return _SinglePlan(self.stream.make_plan(), pack_of(self.inward))
@@ -368,7 +394,7 @@ class FusedSingle(_JointBlock):
         query, key = (attention.rotate(y, rotation) for y in (query, key))
         assert stream.out is not None
         readers = [(x.shape[1], stream.out)]
-        ((attended,),) = attend(query, key, value, readers, attention.heads, self.int8)
+        ((attended,),) = attend(query, key, value, readers, attention.heads, bool(self.int8))
         codes = stream.norm.layer(x, inward.quantizers[0], part.modulation)
         end = stream.out.quantizers[0]
         net = inward([codes], x.dtype, activation=Activation.GELU_TANH, quantizer=end)

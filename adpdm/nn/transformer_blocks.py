@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import AttentionProducts
 from ..ops import Activation
 from .embedding_blocks import PLAIN, Adaptive, adaptive_parts, rows_of_block
 from .fusion import FusedBlock, NormCodes, fuses, grad_checkpointed, pack_of
 from .layers import QuantConv2d, QuantLayer, QuantLinear
 from .packed import Packed, quantize
 from .tracing import derived
-from .transformer_parts import FeedForwardPart, Projections, Quantize, attend, multiplies_int8
+from .transformer_parts import FeedForwardPart, FeedForwardPlan, Projections, Quantize, attend
 
 
 class _AttentionPlan:
@@ -62,14 +61,7 @@ class FusedAttention(FusedBlock):
         single = all(len(p.quantizers) == 1 for p in (*projections, self.out))
         self.require(single, "a projection reads two segments")
         self.projections: list[QuantLinear] = projections
-        self.choose_attention("auto")
-
-    def choose_attention(self, products: AttentionProducts) -> None:
-        self.int8 = multiplies_int8(products)
-
-    @property
-    def attention(self) -> str:
-        return "int8" if self.int8 and self.out.weight.device.type == "cpu" else "float"
+        self.int8 = ops.HAS_FAST_INT8_ATTENTION
 
     def make_plan(self) -> _AttentionPlan:
         norm = self.block.get_submodule("group_norm") if self.block._modules.get("group_norm") else None
@@ -140,7 +132,7 @@ class FusedAttention(FusedBlock):
             key, value = derived(plan, "context")(lambda q: quantize(context, q), dtype)
         readers = [(query.shape[1], plan.out)]
         heads: int = self.block.heads  # type: ignore[assignment]
-        (codes,) = attend(query, key, value, readers, heads, self.int8, mask)
+        (codes,) = attend(query, key, value, readers, heads, bool(self.int8), mask)
         return plan.out(codes, dtype, row_scale=gate, residual=residual, output_scale=factor)
 
 
@@ -149,7 +141,7 @@ class _TransformerPlan:
     norm1: NormCodes
     norm2: NormCodes | None  # before attention to the context
     norm3: NormCodes  # before the feed-forward net
-    feed_forward: Callable[[Tensor, NormCodes, Adaptive], Tensor]
+    feed_forward: FeedForwardPlan
 
 
 @fuses("BasicTransformerBlock")
@@ -208,12 +200,16 @@ class FusedTransformer(FusedBlock):
         encoder_attention_mask: Tensor | None = None,
         timestep: Any = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
-        **others: Any,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Any:
         block: Any = self.block
+        rows = timestep if isinstance(timestep, Tensor) else None  # which PixArt made outside of the block
         unknown = attention_mask is not None or cross_attention_kwargs or block._chunk_size is not None
         unknown = unknown or not _is_bias(encoder_attention_mask, hidden_states, encoder_hidden_states)
-        unknown = unknown or not self.applies(hidden_states, encoder_hidden_states)
+        unknown = unknown or not self.applies(
+            hidden_states, encoder_hidden_states, rows, encoder_attention_mask
+        )
         if unknown or hidden_states.dim() != 3:
             return self.per_layer(
                 hidden_states,
@@ -222,9 +218,10 @@ class FusedTransformer(FusedBlock):
                 encoder_attention_mask,
                 timestep,
                 cross_attention_kwargs,
-                **others,
+                class_labels,
+                added_cond_kwargs,
             )
-        parts = self._embed(hidden_states, timestep, others.get("class_labels"))
+        parts = self._embed(hidden_states, timestep, class_labels)
         return self.run(hidden_states, encoder_hidden_states, encoder_attention_mask, *parts)
 
     def _embed(self, x: Tensor, timestep: Any, class_labels: Any) -> Sequence[Adaptive]:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import AttentionProducts
 from ..ops import Activation
 from .embedding_blocks import Adaptive
 from .fusion import FusedBlock, NormCodes, pack_of
@@ -48,11 +47,6 @@ class Projections:
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
-
-
-def multiplies_int8(products: AttentionProducts) -> bool:
-    """Whether attention multiplies 8-bit codes, as far as the CPU decides."""
-    return ops.HAS_FAST_INT8_ATTENTION if products == "auto" else products == "int8"
 
 
 def attend(
@@ -96,7 +90,9 @@ _ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class _FeedForwardPlan:
+class FeedForwardPlan:
+    """Packed layers of a feed-forward net."""
+
     activation: Activation
     inward: Packed  # with GEGLU, rows of value and gate in turn
     out: Packed
@@ -137,11 +133,11 @@ class FeedForwardPart:
         single = len(self.inward.quantizers) == len(self.out.quantizers) == 1
         owner.require(single, "its feed-forward reads two segments")
 
-    def make_plan(self) -> _FeedForwardPlan:
+    def make_plan(self) -> FeedForwardPlan:
         """Its packed layers."""
         inward = pack_of(self.inward)
         if self.activation is Activation.GEGLU:
             half = self.inward.out_features // 2
             in_order = torch.arange(2 * half, device="cpu").view(2, half)
             inward = pack([self.inward], in_order.t().reshape(-1))  # value 0, gate 0, value 1, ...
-        return _FeedForwardPlan(self.activation, inward, pack_of(self.out))
+        return FeedForwardPlan(self.activation, inward, pack_of(self.out))
