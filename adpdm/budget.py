@@ -114,7 +114,7 @@ def estimate(config: QuantConfig, num_calls: int, image_seconds: float) -> float
         passes += generated + trained + HELD_OUT_TRAJECTORIES * rows * search.batch_size * num_calls
     if config.correct_prediction:
         fits = 3 if config.grouping == "search" else 1  # to judge it before and after; of the finished model
-        passes += fits * min(CORRECTION_IMAGES, observed) * num_calls
+        passes += fits * min(rows * CORRECTION_IMAGES, observed) * num_calls
     return PARTITION_SECONDS + RESERVE * passes * image_seconds
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +17,6 @@ from torch import Tensor
 from .bias import correct_bias
 from .config import QuantConfig
 from .correction import corrected
-from .fingerprint import fingerprint_of, named_tensors
 from .nn import QuantLayer
 from .partition import partition
 from .precision import RAISED_BITS, measure_sensitivity, raise_bits
@@ -28,7 +25,7 @@ from .quantizers import ActivationQuantizer
 from .quantizers.activation import Mode
 from .replay import Progress, Replay
 from .rounding import NEAREST_FROM_BITS, round_weights
-from .schedulers import identity, in_channels_last, model_input
+from .schedulers import in_channels_last, model_input
 from .search import WARN_BELOW_MAX_IMPORTANCE, Batch, GroupSearch, SearchOutcome
 from .search_state import SearchState
 from .step import StepState
@@ -97,9 +94,11 @@ class Calibration:
         progress: Progress = silent,
         state_file: Path | None = None,
         processes: Processes = ALONE,
+        fingerprint: str = "",
     ) -> None:
         self.sampler, self.layers, self.step, self.config = sampler, layers, step, config
         self.progress, self.state_file, self.processes = progress, state_file, processes
+        self.fingerprint = fingerprint
         self.trace = CalibrationTrace()
         self.num_steps, self.num_calls = len(sampler.timesteps), len(sampler.calls)
         self.quantizers: dict[str, ActivationQuantizer] = {
@@ -278,7 +277,9 @@ class Calibration:
         )
         call = self._call_at(step_index, round_index)
         images = range(first, first + count)
-        made = run_in_units(self.sampler, self.processes, self.config.seed, images, stop=call)
+        # Noise is added to whole images; otherwise those of a step are enough.
+        stop = None if self.config.search.objective == "noise" else call
+        made = run_in_units(self.sampler, self.processes, self.config.seed, images, stop=stop)
         search.set_mode(mode)
         return self._batch(made, call, torch.arange(made.samples.shape[1], device="cpu"), round_index)
 
@@ -393,24 +394,16 @@ class Calibration:
 
     # ---- resuming ----
 
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        """What a saved search depends on: settings, scheduler, layers with their weights, conditioning."""
-        weights = ((name, layer.weight) for name, layer in self.layers.items())
-        given = named_tensors(self.sampler.given)
-        settings = [self.config.to_dict(), identity(self.sampler.scheduler)]
-        return json.dumps([*settings, fingerprint_of([*weights, *given])], default=str)
-
     def _save(self, search: GroupSearch, selector: TimestepSelector, rounds_done: int) -> None:
         if self.state_file is not None and self.processes.rank == 0:
             trace = (selector.trace, selector.visits, self.trace.losses)
             state = SearchState(search.state(), rounds_done, search.steps_done, *trace)
-            state.save(self.state_file, self._fingerprint)
+            state.save(self.state_file, self.fingerprint)
 
     def _saved(self) -> SearchState | None:
         if self.state_file is None or not self.state_file.exists():
             return None
-        return SearchState.read(self.state_file, self._fingerprint)
+        return SearchState.read(self.state_file, self.fingerprint)
 
     def _resume(self, search: GroupSearch, selector: TimestepSelector, pool: list[Batch]) -> int:
         """Continue a saved search; regenerates its calibration images, which are a function of the seed."""

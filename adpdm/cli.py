@@ -38,6 +38,7 @@ from .evaluate import (
     SampleSettings,
     compare,
     generate,
+    rows_in_turn,
     sample_set,
     set_distance,
 )
@@ -211,7 +212,7 @@ def _sample(args: argparse.Namespace) -> dict[str, Any]:
         args.steps,
         args.seed,
         min(args.images, args.batch),
-        conditioning=asked.conditioning,
+        conditioning=asked.rows(args.images),
         call=asked.call,
     )
     samples = result.samples
@@ -269,22 +270,29 @@ class _Asked:
 
     denoisers: list[nn.Module]  # guided where that is asked for
     bare: list[nn.Module]
-    conditioning: Conditioning
+    conditioning: Conditioning  # for images in turn
     call: DenoiserCall | None
     decode: Callable[[Tensor], Tensor] | None
+
+    def rows(self, num_images: int) -> Conditioning:
+        """The conditioning with one row per image."""
+        return rows_in_turn(self.conditioning, 0, num_images)
 
 
 def _asked(args: argparse.Namespace, pipe: Any, *others: Any) -> _Asked:
     """How the denoisers of pipelines are sampled; the first of them encodes texts and decodes latents."""
+    for name, count in (("--images", args.images), ("--steps", args.steps)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     bare = denoisers = [find_denoiser(each) for each in (pipe, *others)]
     files = [None if name is None else Path(name) for name in (args.call, args.constants)]
     call, given = read_call(files[0], files[1], denoisers[0]), Conditioning()
     if args.conditioning is not None:
-        given = read_conditioning(Path(args.conditioning), denoisers[0], args.images)
+        given = read_conditioning(Path(args.conditioning), denoisers[0])
     if args.prompt:
         if "encoder_hidden_states" in given:
             raise ValueError("--prompt and --conditioning must not both give encoder_hidden_states, got both")
-        given = {**given, **conditioning_of_prompts(pipe, args.prompt, args.images)}
+        given = {**given, **conditioning_of_prompts(pipe, args.prompt)}
     if args.guidance_scale is not None:
         denoisers = guided(pipe, denoisers, args.guidance_scale, given)
     shapes = [try_call(denoiser, pipe.scheduler, args.steps, given, call) for denoiser in denoisers]
@@ -305,7 +313,7 @@ def _compare(args: argparse.Namespace) -> tuple[Any, _Asked, EvaluationResult]:
             asked.denoisers[1],
             reference.scheduler,
             config,
-            conditioning=asked.conditioning,
+            conditioning=asked.rows(args.images),
             call=asked.call,
             decode=asked.decode,
             paths=(Path(args.original), Path(args.quantized)),
@@ -326,9 +334,9 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{stored} is missing; `adpdm quantize` writes it beside the model")
     scheduler, asked, result = _compare(args)
     values = json.loads(stored.read_text())
-    probes = probe_layers(
-        asked.bare[0], asked.bare[1], scheduler, args.seed, conditioning=asked.conditioning, call=asked.call
-    )
+    rows = asked.rows(args.images)
+    original, quantized = asked.bare
+    probes = probe_layers(original, quantized, scheduler, args.seed, conditioning=rows, call=asked.call)
     build_report(Path(args.out), values, probes, result, args.command)
     _table(f"report in {args.out}", evaluation_rows(result))
     return {"out": args.out, "evaluation": result.to_dict()}

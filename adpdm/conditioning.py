@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ IMAGE_CHANNELS = (1, 3)
 CALL_KEYS = tuple(field.name for field in fields(DenoiserCall))
 
 
-def read_conditioning(path: Path, denoiser: nn.Module, num_images: int) -> Conditioning:
-    """Tensors by argument name, rows repeated in turn until there is one per image.
+def read_conditioning(path: Path, denoiser: nn.Module) -> Conditioning:
+    """Tensors by argument name, for images in turn.
 
     Args:
         path: of a safetensors file; a dot in a name makes a dict (`added_cond_kwargs.text_embeds`). Floating
@@ -42,18 +42,32 @@ def read_conditioning(path: Path, denoiser: nn.Module, num_images: int) -> Condi
     _demand_arguments("--conditioning", path, tensors, denoiser)
     dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), torch.float32)
     moved = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    images = torch.arange(num_images) % next(iter(rows.values()))
-    return pick(_nested(moved), images)
+    return _nested(moved)
 
 
-def conditioning_of_prompts(pipe: Any, prompts: Sequence[str], num_images: int) -> Conditioning:
-    """Embeddings of texts by the pipeline's own encoder, in turn until there is one per image.
+def conditioning_of_prompts(pipe: Any, prompts: Sequence[str]) -> Conditioning:
+    """Embeddings of texts by the pipeline's own encoder, for images in turn.
 
     Raises:
         TypeError: for a pipeline that cannot encode texts in the way of Stable Diffusion 1 and 2.
     """
-    rows = encode_texts("--prompt", pipe, prompts)
-    return {"encoder_hidden_states": rows[torch.arange(num_images) % len(prompts)]}
+    return {"encoder_hidden_states": encode_texts("--prompt", pipe, prompts)}
+
+
+class LatentDecoder(nn.Module):
+    """From final samples [B, C, h, w] of a latent model to images [B, 3, H, W] by its VAE."""
+
+    def __init__(self, vae: Any, factor: float, shift: float) -> None:
+        super().__init__()
+        self.vae = vae
+        self.register_buffer("scaling", torch.tensor([factor, shift], dtype=torch.float64))
+        self._factor, self._shift = factor, shift
+
+    @torch.no_grad()
+    def forward(self, samples: Tensor) -> Tensor:
+        latents = samples.to(self.vae.dtype) / self._factor + self._shift
+        # One at a time: a decoder needs more memory per image than a denoiser.
+        return torch.cat([self.vae.decode(latent).sample for latent in latents.split(1)])
 
 
 def guided(pipe: Any, denoisers: Sequence[nn.Module], scale: float, given: Conditioning) -> list[nn.Module]:
@@ -93,7 +107,7 @@ def read_call(settings: Path | None, constants: Path | None, denoiser: nn.Module
     return DenoiserCall(**{**values, "constants": fixed})
 
 
-def decoder_of(pipe: Any, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor] | None:
+def decoder_of(pipe: Any, shape: tuple[int, ...]) -> LatentDecoder | None:
     """From final samples to images by the pipeline's VAE; None where samples are images.
 
     Raises:
@@ -109,14 +123,7 @@ def decoder_of(pipe: Any, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor] 
             f"of a pipeline with a VAE that has a scaling_factor; got {type(pipe).__name__} with "
             f"{'no VAE' if vae is None else type(vae).__name__}: call adpdm.evaluate.compare with decode="
         )
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-
-    def decode(samples: Tensor) -> Tensor:
-        latents = samples.to(vae.dtype) / factor + shift
-        # One at a time: a decoder needs more memory per image than a denoiser.
-        return torch.cat([vae.decode(latent).sample for latent in latents.split(1)])
-
-    return decode
+    return LatentDecoder(vae, factor, getattr(vae.config, "shift_factor", None) or 0.0)
 
 
 def try_call(

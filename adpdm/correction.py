@@ -56,7 +56,8 @@ def fit_correction(
         watch: called with (calls done, calls in total) of this process.
         processes: that share the calls.
     """
-    count = min(CORRECTION_IMAGES, trajectory.samples.shape[1])
+    each = 1 if sampler.guidance is None else 2  # rows of an image, of one sample
+    count = min(each * CORRECTION_IMAGES, trajectory.samples.shape[1])
     conditioning = pick(trajectory.conditioning, torch.arange(count, device=trajectory.samples.device))
     num_calls = len(sampler.step_of_call)
     done, total = 0, len(processes.share([1.0] * num_calls))
@@ -70,10 +71,12 @@ def fit_correction(
         rows = torch.stack([part.double().flatten(1) for part in parts], 1)  # [B, 3, *]
         done += 1
         watch(done, total)
-        return [(rows @ rows.transpose(1, 2)).cpu()]
+        return [(rows @ rows.transpose(1, 2)).unflatten(0, (-1, each)).sum(1).cpu()]
 
     steps = len(sampler.timesteps)
-    moments = torch.zeros(steps, count, 3, 3, dtype=torch.float64, device="cpu")  # prediction, sample, error
+    moments = torch.zeros(
+        steps, count // each, 3, 3, dtype=torch.float64, device="cpu"
+    )  # prediction, sample, error
     by_call = processes.map(range(num_calls), moments_at)
     for step, (of_call,) in zip(sampler.step_of_call, by_call, strict=True):
         moments[step] += of_call

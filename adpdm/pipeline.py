@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import platform
 import time
 from collections.abc import Sequence
@@ -188,9 +189,8 @@ def quantize_denoiser(
     return report
 
 
-def _facts(sampler: Sampler, config: QuantConfig) -> dict[str, str]:
-    """What the result depends on, in words."""
-    call, device = sampler.call, sampler.device
+def _asked(sampler: Sampler, config: QuantConfig) -> dict[str, str]:
+    """What was asked for, in words and fingerprints."""
     settings = config.to_dict()
     settings.update({f"search.{name}": value for name, value in settings.pop("search").items()})
     return {
@@ -200,7 +200,15 @@ def _facts(sampler: Sampler, config: QuantConfig) -> dict[str, str]:
         "weights": fingerprint_of(_tensors(sampler.denoiser), type(sampler.denoiser).__name__),
         "conditioning": fingerprint_of(named_tensors(sampler.given)),
         "shape of a sample": str(sampler.sample_shape),
-        "timestep_factor": str(call.timestep_factor),
+        "call": sampler.call.fingerprint,
+    }
+
+
+def _facts(sampler: Sampler, config: QuantConfig) -> dict[str, str]:
+    """What the result depends on, in words."""
+    device = sampler.device
+    return {
+        **_asked(sampler, config),
         # Rounding of torch's layers depends on these.
         "version of torch": torch.__version__,
         "instruction set": f"{build_info()['isa']} and {torch.backends.cpu.get_cpu_capability()}",
@@ -222,6 +230,8 @@ def _quantize(
 ) -> QuantizationReport:
     denoiser = sampler.denoiser
     denoiser.eval().requires_grad_(False)
+    path = None if state_file is None else Path(state_file)
+    fingerprint = "" if path is None else json.dumps(_asked(sampler, config))  # before anything is changed
     layers = describe_layers(denoiser, config, lambda: _trace_forward(sampler))
     equalized = _equalize(sampler, layers, config, progress)
     num_groups = config.groups_per_layer(len(sampler.timesteps))
@@ -234,9 +244,8 @@ def _quantize(
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = swap_layers(denoiser, layers, num_groups, make_step)
     attach_step_hook(denoiser)
-    path = None if state_file is None else Path(state_file)
     quant = quant_layers(denoiser)
-    calibration = Calibration(sampler, quant, step, config, progress, path, processes)
+    calibration = Calibration(sampler, quant, step, config, progress, path, processes, fingerprint)
     trace = calibration.run()
     if equalized.seconds:
         trace.seconds = {"equalization": equalized.seconds, **trace.seconds}

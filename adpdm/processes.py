@@ -25,7 +25,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=2)  # at a meeting, for shares that take longer; who ended is missed at once
+PATIENCE = timedelta(days=7)  # at a meeting, for shares that take longer; who ended is missed at once
 LONGEST_FACT = 40  # characters that an error repeats; fingerprints say nothing to a reader
 CPU = torch.device("cpu")
 
@@ -72,10 +72,11 @@ class Processes:
             forms: dict[int, list[Form]] = {}
             for said in self.meet({i: [_form(t) for t in tensors] for i, tensors in whole.items()}):
                 forms.update(said)
-            with self._talking():
+            with self._exchanging():
                 for i, owner in enumerate(owners(costs, self.size)):
                     buffer = _packed(whole[i]) if owner == self.rank else _buffer_of(forms[i])
-                    dist.broadcast(buffer, dist.get_global_rank(self.group, owner), self.group)
+                    with self._talking():
+                        dist.broadcast(buffer, dist.get_global_rank(self.group, owner), self.group)
                     if owner != self.rank:
                         whole[i] = _unpacked(buffer, forms[i], self.device)
         return [whole[i] for i in range(len(costs))]
@@ -112,10 +113,11 @@ class Processes:
             return
         with _interrupts_held():
             self.meet()
-            with self._talking():
+            with self._exchanging():
                 for x in tensors:
                     here = x.to(CPU).contiguous()
-                    dist.all_reduce(here, getattr(dist.ReduceOp, operation), self.group)
+                    with self._talking():
+                        dist.all_reduce(here, getattr(dist.ReduceOp, operation), self.group)
                     x.copy_(here)
 
     # ---- going on together ----
@@ -169,14 +171,21 @@ class Processes:
         return said
 
     @contextmanager
-    def _talking(self) -> Iterator[None]:
-        """Around what all processes do at once; after an error in it nobody knows where the others are."""
+    def _exchanging(self) -> Iterator[None]:
+        """Around what all processes do in step; after an error in it nobody knows where the others are."""
         try:
             yield
-        except BaseException as error:
+        except BaseException:
             self.is_over, self.in_touch = True, False
-            if not isinstance(error, RuntimeError):
-                raise
+            raise
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Around one call of torch.distributed, which fails when another process is no longer there."""
+        try:
+            with self._exchanging():
+                yield
+        except RuntimeError as error:
             raise OtherProcessFailed(f"another process ended without a word ({error})") from error
 
 

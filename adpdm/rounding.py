@@ -127,9 +127,7 @@ def round_columns(weight: Tensor, scale: Tensor, moments: Tensor, bound: int) ->
     columns = weight.shape[1]
     diagonal = moments.diagonal()
     order = diagonal.argsort(descending=True, stable=True)
-    damped = moments + torch.diag((DAMPING * diagonal.mean()).expand(columns))
-    damped = damped + torch.diag((damped.diagonal() <= 0).to(damped))  # inputs that are always 0
-    lower = torch.linalg.cholesky(damped[order][:, order])
+    lower = _cholesky(moments[order][:, order], DAMPING * diagonal.mean())
     factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
     rest, step = weight[:, order], scale[:, order]
     codes = torch.empty_like(rest)
@@ -142,6 +140,18 @@ def round_columns(weight: Tensor, scale: Tensor, moments: Tensor, bound: int) ->
             rest[:, j + 1 : last] -= torch.outer(errors[:, j - first], factor[j, j + 1 : last])
         rest[:, last:] -= errors @ factor[first:last, last:]
     return codes[:, order.argsort()].to(torch.int8)
+
+
+def _cholesky(moments: Tensor, damping: Tensor) -> Tensor:
+    """Lower factor [K, K] of moments with damping [] added; with more where rounding left them indefinite."""
+    while True:
+        damped = moments + torch.diag(damping.expand(len(moments)))
+        damped = damped + torch.diag((damped.diagonal() <= 0).to(damped))  # inputs that are always the same
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return factor
+        damping = torch.maximum(10 * damping, DAMPING * moments.abs().max())
 
 
 def _squared_error(error: Tensor, moments: Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-STATE_VERSION = 2  # 1 generated images in batches of another size, which rounds differently
+from .files import replacing
+
+STATE_VERSION = 3  # 1 generated images in batches of another size, 2 belonged to less than it depends on
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,8 @@ class SearchState:
             "trace": json.dumps([self.rounds, self.visits, self.losses]),
         }
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
-        save_file(self.tensors, temporary, metadata=header)
-        os.replace(temporary, file)
+        with replacing(file) as temporary:
+            save_file(self.tensors, temporary, metadata=header)
 
     @classmethod
     def read(cls, file: Path, fingerprint: str) -> SearchState:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
+from .fingerprint import fingerprint_of, named_tensors
 from .processes import Processes
 from .schedulers import first_sample, in_channels_last, model_input, used_output
 
@@ -61,6 +62,14 @@ class DenoiserCall:
     def given_timestep(self, timestep: Tensor) -> Tensor:
         """What the denoiser is given for a timestep of the scheduler."""
         return timestep if self.timestep_factor == 1.0 else timestep * self.timestep_factor
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that it gives to a denoiser and a scheduler."""
+        leaves, structure = tree_flatten([self.constants, self.schedule])
+        plain = [x for x in leaves if not isinstance(x, Tensor)]
+        words = f"{self.sample_shape} {self.timestep_factor} {structure} {plain}"
+        return fingerprint_of(named_tensors(self.constants), words)
 
     def on(self, device: torch.device) -> DenoiserCall:
         """The same call with its constants on a device."""

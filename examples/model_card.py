@@ -147,7 +147,8 @@ def _kind(model: ModelFolder) -> tuple[str, str]:
 
 def _front_matter(kind: str) -> str:
     """Licence, library and tags."""
-    tags = ["diffusion", f"{kind}-image-generation", "adpdm"]
+    task = kind if kind == "text-to-image" else f"{kind}-image-generation"
+    tags = ["diffusion", task, "adpdm"]
     lines = ["license: apache-2.0", "library_name: diffusers", "tags:", *(f"- {name}" for name in tags)]
     return "\n".join(["---", *lines, "---"])
 

@@ -39,6 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from training import RECORD_FILE, Recipe, Trainer, argument_parser, parse, train
 from training_data import CIFAR10
+from transformers import CLIPTextModel
 
 ENCODED_AT_ONCE = 250  # images
 
@@ -64,11 +65,26 @@ class LatentTrainer(Trainer):
     def __init__(self, recipe: Recipe, args: argparse.Namespace) -> None:
         self.vae = AutoencoderKL.from_pretrained(args.autoencoder)
         self.tokenizer = make_tokenizer()
-        self.text_encoder = make_text_encoder(self.tokenizer, args.seed)
+        if (args.out / "state.pt").exists():
+            self._refuse_another_autoencoder(args)
+            text_encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder")
+            self.text_encoder = text_encoder.float().eval().requires_grad_(False)
+        else:
+            # As it is saved, so that the pipeline that comes out has the texts that were trained on.
+            self.text_encoder = make_text_encoder(self.tokenizer, args.seed).half().float()
         self.embeddings = encode(self.tokenizer, self.text_encoder, all_captions())
         trained = args.autoencoder.parent / RECORD_FILE
         self.autoencoder = json.loads(trained.read_text()) if trained.is_file() else None
         super().__init__(recipe, args)
+
+    def _refuse_another_autoencoder(self, args: argparse.Namespace) -> None:
+        known = AutoencoderKL.from_pretrained(args.out / "vae").half().state_dict()
+        given = {name: value.half() for name, value in self.vae.state_dict().items()}
+        if known.keys() != given.keys() or any(not torch.equal(known[name], given[name]) for name in known):
+            raise SystemExit(
+                f"{args.out} was trained in the latents of another autoencoder than {args.autoencoder}; "
+                "give that one, or choose another --out"
+            )
 
     def _condition(self, labels: Tensor) -> dict[str, Tensor]:
         """Captions of labels [B] i64; the empty one in place of some of them."""

@@ -21,8 +21,8 @@ from adpdm import QuantConfig
 from adpdm.correction import Correction, correct, corrected, fit_correction
 from adpdm.graph import capture
 from adpdm.step import StepState, attach_step_hook
-from adpdm.testing import ddim_scheduler, tiny_transformer, tiny_unet
-from adpdm.trajectory import Sampler
+from adpdm.testing import ddim_scheduler, tiny_conditional_unet, tiny_transformer, tiny_unet
+from adpdm.trajectory import Guidance, Sampler
 
 STEPS = 4
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -121,6 +121,19 @@ def test_what_does_not_help_other_images_is_left_out() -> None:
     alone = replace(trajectory, **{k: getattr(noisy, k)[:, :1] for k in ("samples", "noise_preds")})
     found = fit_correction(sampler, alone, lambda *_: None)  # no other image says anything
     assert found.weights.tolist() == [[1.0, 0.0]] * STEPS
+
+
+@torch.no_grad()
+def test_the_two_rows_of_a_guided_image_say_nothing_of_each_other() -> None:
+    exact = tiny_conditional_unet()
+    texts = {"encoder_hidden_states": noise(2, 3, 8)}
+    none = Guidance(3.0, {"encoder_hidden_states": torch.zeros(1, 3, 8)})
+    sampler = Sampler(exact, ddim_scheduler(), (4, 8, 8), STEPS, texts, None, none)
+    for images, is_known in ((1, False), (2, True)):
+        trajectory = sampler.run(0, 0, images)
+        halved = replace(trajectory, noise_preds=trajectory.noise_preds / 2)
+        found = fit_correction(sampler, halved, lambda *_: None)
+        assert all((left < 1) == is_known for left in found.energy_left)
 
 
 def test_what_pays_at_no_step_is_left_away() -> None:

@@ -96,6 +96,23 @@ def test_inputs_that_are_always_zero_do_not_spoil_the_rest() -> None:
     assert torch.equal(everything.double(), (weight / scale).round().clamp(-7, 7))
 
 
+def test_inputs_that_never_change_do_not_spoil_the_rest() -> None:
+    """Their centred moments are what rounding leaves of zero: of either sign, larger than the diagonal."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(3, 20, generator=generator).double()
+    scale = torch.full_like(weight, 0.3)
+    moments = moments_of(20)
+    moments[:4], moments[:, :4] = 0, 0
+    moments[0, 1] = moments[1, 0] = 1e-7
+    moments[2, 2], moments[3, 3] = -1e-9, 1e-12
+    rest = round_columns(weight[:, 4:], scale[:, 4:], moments[4:, 4:], 7)
+    codes = round_columns(weight, scale, moments, 7)
+    assert int(codes.abs().max()) <= 7
+    assert (codes[:, 4:] != rest).double().mean() < 0.1  # damping is a share of a mean
+    nothing_else = round_columns(weight[:, :4], scale[:, :4], moments[:4, :4], 7)
+    assert int(nothing_else.abs().max()) <= 7
+
+
 def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(5)).double()
     scale = torch.full_like(weight, 0.3)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import adpdm.evaluate.distance
+from adpdm import DenoiserCall
 from adpdm.cli import main
 from adpdm.evaluate import SampleSet, SampleSettings, generate, sample_set, set_distance
 from adpdm.evaluate.sampling import to_uint8
@@ -117,7 +119,8 @@ def test_samples_of_another_model_or_setting_are_left_alone(
     make(tmp_path / "set")
     before = contents(tmp_path / "set")
     with pytest.raises(
-        ValueError, match="holds samples of another model, scheduler, condition, guidance or setting"
+        ValueError,
+        match="holds samples of another model, decoder, scheduler, .* guidance or setting",
     ):
         make(tmp_path / "set", settings, seed)
     assert contents(tmp_path / "set") == before
@@ -135,6 +138,69 @@ def test_conditioning_rows_go_to_images_in_turn(tmp_path: Path) -> None:
     assert np.array_equal(found, to_uint8(wanted))
 
 
+def test_a_conditional_set_grows(tmp_path: Path) -> None:
+    unet, texts = tiny_conditional_unet(), torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    given = {"encoder_hidden_states": texts}
+    for count in (3, 7):
+        settings = replace(SETTINGS, num_images=count)
+        found = sample_set(unet, ddim_scheduler(), tmp_path / "grown", settings, conditioning=given)
+    whole = sample_set(unet, ddim_scheduler(), tmp_path / "whole", SETTINGS, conditioning=given)
+    assert np.array_equal(found.images(), whole.images())
+    assert contents(tmp_path / "grown") == contents(tmp_path / "whole")
+
+
+class Brighter(torch.nn.Module):
+    """A decoder with a parameter, which says whether gradients would be kept."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = torch.nn.Parameter(torch.tensor(by))
+        self.kept_gradients = False
+
+    def forward(self, samples: torch.Tensor) -> torch.Tensor:
+        result = samples + self.by
+        self.kept_gradients |= result.requires_grad
+        return result
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"decode": Brighter(0.2)},
+        {"decode": None},
+        {"call": DenoiserCall(timestep_factor=0.5)},
+        {"call": DenoiserCall(schedule={"timesteps": [9, 1]})},
+        {"call": DenoiserCall(constants={"class_labels": torch.ones(1)})},
+        {"call": DenoiserCall(constants={"return_dict": False})},
+    ],
+)
+def test_samples_of_another_call_or_decoder_are_left_alone(tmp_path: Path, other: dict[str, Any]) -> None:
+    decoder = Brighter(0.1)
+    make(tmp_path / "set", decode=decoder)
+    assert not decoder.kept_gradients
+    make(tmp_path / "set", decode=Brighter(0.1), call=DenoiserCall())
+    with pytest.raises(ValueError, match="holds samples of another model"):
+        make(tmp_path / "set", **{"decode": decoder, **other})
+
+
+def test_an_error_while_writing_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "set")
+    before = contents(tmp_path / "set")
+
+    def broken(out: Any, images: np.ndarray) -> None:
+        out.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", broken)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "set", replace(SETTINGS, num_images=10))
+    after = contents(tmp_path / "set")
+    assert after.pop("samples.json") != before.pop("samples.json")  # it wants more images now
+    assert after == before
+
+
 def test_folders_without_a_manifest_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be a folder that `adpdm dataset` wrote"):
         SampleSet.open(tmp_path)
@@ -142,7 +208,7 @@ def test_folders_without_a_manifest_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got images without"):
         make(tmp_path)
     (tmp_path / "samples.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="must have format 1"):
+    with pytest.raises(ValueError, match="must have format 2"):
         make(tmp_path)
 
 
@@ -163,7 +229,7 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> None:
 def write_set(folder: Path, images: np.ndarray, seed: int = 0) -> Path:
     folder.mkdir()
     settings = {"num_images": len(images), "num_inference_steps": 2, "seed": seed, "chunk_size": 100}
-    (folder / "samples.json").write_text(json.dumps({"format": 1, "fingerprint": "", "settings": settings}))
+    (folder / "samples.json").write_text(json.dumps({"format": 2, "fingerprint": "", "settings": settings}))
     np.save(folder / "images-000000.npy", images)
     return folder
 

@@ -54,4 +54,19 @@ def test_state_file_is_replaced_in_one_go(tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr(search_state, "save_file", broken)
         with pytest.raises(OSError, match="disk full"):
             adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
-    assert not state.exists()
+    assert list(state.parent.iterdir()) == []
+    adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
+    before = state.read_bytes()
+    found = search_state.SearchState({}, 0, 0, [], [], [])
+    monkeypatch.setattr(search_state, "save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        found.save(state, "")
+    assert [file.read_bytes() for file in state.parent.iterdir()] == [before]
+
+
+def test_state_belongs_to_what_is_not_quantized_as_well(tmp_path: Path) -> None:
+    state, other = tmp_path / "state.safetensors", tiny_unet(**ONE_BLOCK)
+    adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
+    other.conv_norm_out.weight.data *= 1.01
+    with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
+        adpdm.quantize(other, config(), scheduler=ddim_scheduler(), state_file=state)

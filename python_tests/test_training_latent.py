@@ -206,6 +206,18 @@ def test_pipeline_resumes_to_the_same_bytes_and_samples_texts(
     assert torch.allclose(text.float(), trained, atol=0.01)  # weights in float16
 
 
+def test_texts_and_latents_stay_those_of_the_beginning(data: Path, autoencoder: Path, tmp_path: Path) -> None:
+    out = run(train_latent, data, tmp_path / "out", 1, "--autoencoder", autoencoder)
+    texts = (out / "text_encoder" / "model.safetensors").read_bytes()
+    run(train_latent, data, out, 2, "--autoencoder", autoencoder, "--seed", "7")
+    assert (out / "text_encoder" / "model.safetensors").read_bytes() == texts
+    torch.manual_seed(5)
+    other = tmp_path / "other"
+    tiny_autoencoder().save_pretrained(other)
+    with pytest.raises(SystemExit, match="was trained in the latents of another autoencoder than"):
+        run(train_latent, data, out, 3, "--autoencoder", other)
+
+
 def test_images_are_conditioned_on_captions_of_their_class(
     data: Path, autoencoder: Path, tmp_path: Path
 ) -> None:
@@ -290,6 +302,7 @@ def test_card_tells_of_texts_and_of_the_autoencoder(trained: Path) -> None:
     model_card.main([str(trained), *options])
     words = " ".join((trained / "README.md").read_text().split())
     for sentence in (
+        "- text-to-image - adpdm",
         "A small text-to-image latent diffusion model (UNet2DConditionModel, 0.0 million parameters)",
         'scale 3; a row per text: "a photo of an airplane", "a photo of an automobile"',
         'texts = ["a photo of an airplane"',

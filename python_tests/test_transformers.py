@@ -100,7 +100,7 @@ def test_conditioning_may_hold_dicts() -> None:
     assert pick(given, slice(1, 3))["a"].shape == (2, 2)
 
 
-def test_state_file_belongs_to_its_constants(tmp_path: Path) -> None:
+def test_state_file_belongs_to_its_call(tmp_path: Path) -> None:
     case, state = flux(), tmp_path / "state.safetensors"
     search = SearchConfig(num_steps=2, refit_steps=1, batch_size=2)
     settings = QuantConfig(
@@ -115,8 +115,17 @@ def test_state_file_belongs_to_its_constants(tmp_path: Path) -> None:
     adpdm.quantize(copy.deepcopy(case.denoiser), settings, call=case.call, **arguments)
     assert state.exists()
     constants = {**case.call.constants, "txt_ids": torch.ones(5, 3)}
-    with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
-        adpdm.quantize(case.denoiser, settings, call=replace(case.call, constants=constants), **arguments)
+    changes: list[dict[str, Any]] = [
+        {"constants": constants},
+        {"schedule": {"mu": 0.9}},
+        {"timestep_factor": 2e-3},
+        {"constants": {**case.call.constants, "return_dict": True}},
+    ]
+    for change in changes:
+        with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
+            adpdm.quantize(
+                copy.deepcopy(case.denoiser), settings, call=replace(case.call, **change), **arguments
+            )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,7 +9,7 @@ from adpdm.evaluate.frechet import FrechetResult, frechet_distance
 from adpdm.evaluate.guidance import GuidedDenoiser
 from adpdm.evaluate.layers import layer_sqnr
 from adpdm.evaluate.metrics import PEAK_TO_PEAK, pooled_sqnr, psnr, psnr_per_image, sqnr, sqnr_per_image
-from adpdm.evaluate.sample_set import SampleSet, SampleSettings, sample_set
+from adpdm.evaluate.sample_set import SampleSet, SampleSettings, rows_in_turn, sample_set
 from adpdm.evaluate.sampling import GenerationResult, generate, image_seeds
 from adpdm.evaluate.timing import PairTiming, time_pair
 
@@ -37,6 +37,7 @@ __all__ = [
     "pooled_sqnr",
     "psnr",
     "psnr_per_image",
+    "rows_in_turn",
     "sample_set",
     "set_distance",
     "sqnr",

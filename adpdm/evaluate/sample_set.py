@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from adpdm.evaluate.guidance import GuidedDenoiser
 from adpdm.evaluate.sampling import Progress, generate, to_uint8
+from adpdm.files import replacing
 from adpdm.fingerprint import fingerprint_of, named_tensors
 from adpdm.schedulers import identity
 from adpdm.trajectory import Conditioning, DenoiserCall, pick
 
 MANIFEST_NAME = "samples.json"
-FORMAT = 1
+FORMAT = 2  # 1 did not know how the denoiser was called, nor the decoder
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,18 @@ def sample_set(
         denoiser: on the device of this process.
         conditioning: tensors with the same number of rows each; image i uses row i modulo that number.
         call: what else the denoiser is given, as for `adpdm.quantize`.
-        decode: from samples [B, *] to images [B, C, H, W] in [-1, 1]; None where samples are images.
+        decode: from samples [B, *] to images [B, C, H, W] in [-1, 1]; None where samples are images. What
+            the images owe to it is known of a module, as the command line's, by its state alone.
         progress: called with (done, total, what) over the files of this process.
 
     Returns: the set, which other processes may still be filling.
 
     Raises:
-        ValueError: for a folder with samples of another model, scheduler, conditioning, guidance or setting.
+        ValueError: for a folder with samples of another model, decoder, scheduler, conditioning, call,
+            guidance or setting.
     """
-    result = _begin(folder, settings, _fingerprint(denoiser, scheduler, conditioning))
+    made_of = _fingerprint(denoiser, scheduler, conditioning, call or DenoiserCall(), decode)
+    result = _begin(folder, settings, made_of)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     mine = [n for n in result.missing() if n % world == rank]
     sizes = result.sizes()
@@ -148,7 +152,10 @@ def sample_set(
             call=call,
             first=first,
         ).samples
-        _write(result.chunk(number), to_uint8(samples if decode is None else decode(samples)))
+        with torch.no_grad():
+            images = to_uint8(samples if decode is None else decode(samples))
+        with replacing(result.chunk(number)) as temporary, temporary.open("wb") as out:
+            np.save(out, images)
         if progress is not None:
             progress(done + 1, len(mine), "files of samples")
     return result
@@ -166,21 +173,28 @@ def _begin(folder: Path, settings: SampleSettings, fingerprint: str) -> SampleSe
         fixed = {**found, "settings": {**found["settings"], "num_images": settings.num_images}}
         if fixed != manifest:
             raise ValueError(
-                f"{folder} holds samples of another model, scheduler, condition, guidance or setting "
-                f"({found['settings']}); wanted {asdict(settings)}: give another folder"
+                f"{folder} holds samples of another model, decoder, scheduler, condition, call, guidance or "
+                f"setting ({found['settings']}); wanted {asdict(settings)}: give another folder"
             )
         if found["settings"]["num_images"] >= settings.num_images:
             return SampleSet(folder, manifest)
     # All processes write the same bytes.
-    temporary = folder / f"{MANIFEST_NAME}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    os.replace(temporary, folder / MANIFEST_NAME)
+    with replacing(folder / MANIFEST_NAME) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1))
     return SampleSet(folder, manifest)
 
 
-def _fingerprint(denoiser: nn.Module, scheduler: Any, conditioning: Conditioning | None) -> str:
-    """Of weights, scheduler, conditioning and guidance."""
-    given, words = named_tensors(conditioning or {}), identity(scheduler)
+def _fingerprint(
+    denoiser: nn.Module,
+    scheduler: Any,
+    conditioning: Conditioning | None,
+    call: DenoiserCall,
+    decode: Callable[[Tensor], Tensor] | None,
+) -> str:
+    """Of weights, scheduler, conditioning, call, guidance and decoder."""
+    given, words = named_tensors(conditioning or {}), f"{identity(scheduler)} {call.fingerprint}"
+    if isinstance(decode, nn.Module):
+        given += [(f"decoder {name}", value) for name, value in decode.state_dict().items()]
     if isinstance(denoiser, GuidedDenoiser):
         words += f" guidance {denoiser.scale} {denoiser.null_class}"
         given += [] if denoiser.null_text is None else [("null_text", denoiser.null_text)]
@@ -194,10 +208,3 @@ def rows_in_turn(conditioning: Conditioning, first: int, count: int) -> Conditio
         return {}
     rows = leaves[0]
     return pick(conditioning, torch.arange(first, first + count, device=rows.device) % len(rows))
-
-
-def _write(file: Path, images: np.ndarray) -> None:
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as out:
-        np.save(out, images)
-    os.replace(temporary, file)
