@@ -37,13 +37,15 @@ SPLITS = (1, 2, 4, 8)
 SHORT, LONG = 16, 80  # k tiles of the two reductions between which a slope is taken
 WAVES = 4  # of a full device
 OUTPUT_TILES = 16  # of the full device's matrix, so that it is not bound by memory
+CORES = ("mma", "wgmma")
 CONTESTANTS = {"a8w8": "W8A8", "a8w4": "W4A8", "a4w4": "W4A4", "a4w4-unpacked": "W4A4"}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of one mode, with the number of blocks a multiprocessor holds at once."""
+    """A tile of one core and mode, with the number of blocks a multiprocessor holds at once."""
 
+    core: str  # mma or wgmma
     mode: str
     rows: int
     outputs: int
@@ -51,11 +53,17 @@ class Tile:
 
     @property
     def name(self) -> str:
+        """As in the table."""
         return f"{self.rows}x{self.outputs}"
 
     @property
+    def choice(self) -> str:
+        """As ADPDM_CUDA_TILE takes it, without splits."""
+        return f"{self.core}:{self.name}"
+
+    @property
     def codes_per_k_tile(self) -> int:
-        return 128 if self.mode.startswith("a4") else 64
+        return 128 if self.core == "wgmma" or self.mode.startswith("a4") else 64
 
 
 @contextmanager
@@ -89,7 +97,7 @@ def matrix_call(tile: Tile, rows: int, outputs: int, k_tiles: int) -> Call:
 
 def time_matrix(tile: Tile, rows: int, outputs: int, k_tiles: int) -> float:
     """Microseconds of a linear layer of that size on the tile, not split."""
-    with chosen(f"{tile.name}/1"):
+    with chosen(f"{tile.choice}/1"):
         return median_microseconds(matrix_call(tile, rows, outputs, k_tiles))
 
 
@@ -114,10 +122,11 @@ def measure_costs(tile: Tile, num_sms: int, megahertz: float, time: MatrixTimer 
 
 
 def tiles_of(architecture: dict[str, Any]) -> list[Tile]:
-    """All tiles of core A."""
+    """All tiles of all cores that the architecture has."""
     return [
-        Tile(mode, *map(int, name.split("x")), costs[0])  # type: ignore[arg-type]
-        for mode, tiles in architecture["mma"].items()
+        Tile(core, mode, *map(int, name.split("x")), costs[0])  # type: ignore[arg-type]
+        for core in CORES
+        for mode, tiles in architecture.get(core, {}).items()
         for name, costs in tiles.items()
     ]
 
@@ -152,7 +161,7 @@ def judge_planner(layer: Layer, mode: str, tiles: list[Tile], time: Callable[[Ca
     call = (conv_calls(layer) if isinstance(layer, Conv) else linear_calls(layer))[CONTESTANTS[mode]]
     times = {}
     for tile, splits in itertools.product([t for t in tiles if t.mode == mode], SPLITS):
-        name = f"{tile.name}/{splits}"
+        name = f"{tile.choice}/{splits}"
         with chosen(name):
             times[name] = time(call)
     best = min(times, key=lambda name: times[name])
@@ -162,7 +171,7 @@ def judge_planner(layer: Layer, mode: str, tiles: list[Tile], time: Callable[[Ca
 def replace_rows(table: dict[str, Any], arch: int, rows: dict[str, Any], origin: str) -> dict[str, Any]:
     """The table with measured rows for exactly this architecture."""
     base = architecture_of(table, arch)
-    entry = {**base, "arch": arch, "origin": origin, "mma": rows}
+    entry = {**base, "arch": arch, "origin": origin, **rows}
     others = [e for e in table["architectures"] if e["arch"] != arch]
     return {**table, "architectures": sorted([*others, entry], key=lambda e: int(e["arch"]))}
 
@@ -193,13 +202,13 @@ def main() -> None:
     table = json.loads(TABLE.read_text())
     tiles = tiles_of(architecture_of(table, arch))
     megahertz = clock_megahertz()
-    rows: dict[str, dict[str, list[int]]] = {}
+    rows: dict[str, dict[str, dict[str, list[int]]]] = {}  # by core, mode and tile
     for tile in tiles:
         costs = measure_costs(tile, properties.multi_processor_count, megahertz)
-        rows.setdefault(tile.mode, {})[tile.name] = costs
-        print(f"{tile.mode:14} {tile.name:8} {costs}", flush=True)
+        rows.setdefault(tile.core, {}).setdefault(tile.mode, {})[tile.name] = costs
+        print(f"{tile.core:5} {tile.mode:14} {tile.name:8} {costs}", flush=True)
     choices = []
-    for layer, mode in itertools.product([x for m in args.models for x in LAYERS[m]], rows):
+    for layer, mode in itertools.product([x for m in args.models for x in LAYERS[m]], rows["mma"]):
         choice = judge_planner(layer, mode, tiles, median_microseconds)
         choices.append(choice)
         print(
@@ -210,7 +219,7 @@ def main() -> None:
     print(f"median loss of the planner {statistics.median(c.loss for c in choices):.1%}")
     origin = f"measured on {properties.name} at up to {megahertz:.0f} MHz"
     if args.json:
-        result = {"arch": arch, "origin": origin, "mma": rows, "choices": [asdict(c) for c in choices]}
+        result = {"arch": arch, "origin": origin, **rows, "choices": [asdict(c) for c in choices]}
         args.json.write_text(json.dumps(result, indent=1))
     if args.table:
         new = replace_rows(json.loads(args.table.read_text()), arch, rows, origin)

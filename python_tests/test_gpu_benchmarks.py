@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from pathlib import Path
 from types import ModuleType
@@ -62,7 +63,7 @@ def test_rates_and_ratios(kernels: ModuleType) -> None:
 
 
 def test_costs_are_found_again(sweep: ModuleType) -> None:
-    tile = sweep.Tile("a8w8", 64, 64, 3)
+    tile = sweep.Tile("mma", "a8w8", 64, 64, 3)
     tile_cycles, lone_cycles, block_cycles, sms, megahertz = 200, 320, 2200, 100, 1500.0
 
     def planted(tile: Any, rows: int, outputs: int, k_tiles: int) -> float:
@@ -76,15 +77,27 @@ def test_costs_are_found_again(sweep: ModuleType) -> None:
     assert sweep.measure_costs(tile, sms, megahertz, planted) == [3, tile_cycles, lone_cycles, block_cycles]
 
 
+def test_every_tile_of_the_table_is_swept(sweep: ModuleType) -> None:
+    table = json.loads(sweep.TABLE.read_text())
+    tiles = sweep.tiles_of(sweep.architecture_of(table, 90))
+    assert {"mma:128x128", "wgmma:128x128", "wgmma:128x160", "wgmma:128x256"} <= {t.choice for t in tiles}
+    assert {t.codes_per_k_tile for t in tiles if t.core == "wgmma"} == {128}
+    assert {t.core for t in sweep.tiles_of(sweep.architecture_of(table, 86))} == {"mma"}
+
+
 def test_planner_is_judged_against_the_best_tile(sweep: ModuleType) -> None:
     layers = importlib.import_module("gpu_layers")
-    tiles = [sweep.Tile("a8w8", 64, 64, 3), sweep.Tile("a8w8", 128, 64, 3), sweep.Tile("a8w4", 64, 64, 3)]
+    tiles = [
+        sweep.Tile("mma", "a8w8", 64, 64, 3),
+        sweep.Tile("wgmma", "a8w8", 128, 128, 1),
+        sweep.Tile("mma", "a8w4", 64, 64, 3),
+    ]
 
     def time(call: Any) -> float:
-        return {"64x64/4": 5.0, None: 6.0}.get(os.environ.get("ADPDM_CUDA_TILE"), 9.0)
+        return {"wgmma:128x128/4": 5.0, None: 6.0}.get(os.environ.get("ADPDM_CUDA_TILE"), 9.0)
 
     choice = sweep.judge_planner(layers.Linear(20, 32, 32), "a8w8", tiles, time)
-    assert (choice.best_choice, choice.best, choice.microseconds) == ("64x64/4", 5.0, 6.0)
+    assert (choice.best_choice, choice.best, choice.microseconds) == ("wgmma:128x128/4", 5.0, 6.0)
     assert choice.loss == pytest.approx(0.2)
     assert "ADPDM_CUDA_TILE" not in os.environ
 
@@ -97,14 +110,15 @@ def test_measured_rows_replace_only_their_architecture(sweep: ModuleType) -> Non
             {"arch": 90, "origin": "model", "mma": 2},
         ],
     }
-    new = sweep.replace_rows(table, 86, {"a8w8": {}}, "measured")
+    new = sweep.replace_rows(table, 86, {"mma": {"a8w8": {}}}, "measured")
     assert [(e["arch"], e["origin"], e["mma"]) for e in new["architectures"]] == [
         (80, "model", 1),
         (86, "measured", {"a8w8": {}}),
         (90, "model", 2),
     ]
-    again = sweep.replace_rows(new, 86, {"a8w4": {}}, "measured again")
+    again = sweep.replace_rows(new, 86, {"mma": {"a8w4": {}}, "wgmma": {}}, "measured again")
     assert [e["arch"] for e in again["architectures"]] == [80, 86, 90]
+    assert again["architectures"][1]["wgmma"] == {}
     with pytest.raises(SystemExit, match="architecture 80 or later, got 75"):
         sweep.architecture_of(table, 75)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,28 @@ def test_stages_run_scripts_that_exist(gpu_run: ModuleType) -> None:
             for word in command:
                 if word.endswith(".py"):
                     assert (ROOT / word).is_file(), f"stage {name}: {word}"
+
+
+def test_sanitizer_runs_tests_that_are_there_and_launch_kernels(gpu_run: ModuleType) -> None:
+    sources = {file: file.read_text() for file in (ROOT / "cpp_tests" / "cuda").glob("*.c*")}
+    found = {
+        f"{suite}.{name}"
+        for text in sources.values()
+        for suite, name in re.findall(r"^TEST(?:_[FP])?\((\w+), (\w+)\)", text, re.MULTILINE)
+    }
+    assert set(gpu_run.SANITIZED) <= found
+    assert not any(name.startswith("Planner") for name in gpu_run.SANITIZED)
+    kinds = ("Conv2d", "Wgmma", "Linear", "Norm", "Quantize.", "FakeQuantize", "Observe", "PackWeight")
+    assert all(any(kind in name for name in gpu_run.SANITIZED) for kind in kinds)
+    commands = gpu_run.make_stages("python", "90a", 2)["sanitize"].commands
+    assert all(command[-1] == f"--gtest_filter={':'.join(gpu_run.SANITIZED)}" for command in commands)
+
+
+def test_googletest_may_lie_beside_the_state(gpu_run: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "googletest").mkdir()
+    gpu_run.GOOGLETEST = tmp_path / "googletest"
+    configure = gpu_run.make_stages("python", "90a", 2)["build"].commands[0]
+    assert configure[-1] == f"-DADPDM_GOOGLETEST={tmp_path / 'googletest'}"
 
 
 def test_run_continues_where_the_last_call_ended(gpu_run: ModuleType, tmp_path: Path) -> None:

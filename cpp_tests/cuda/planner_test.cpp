@@ -185,14 +185,21 @@ TEST(Planner, TileComesFromTheEnvironment) {
     EXPECT_TRUE((choice->tile == IgemmTile{128, 64}));
     EXPECT_EQ(choice->splits, 2);
   }
+  for (const auto& [value, core] : {std::pair("mma:128x128/1", IgemmCore::kMma),
+                                    std::pair("wgmma:128x128/1", IgemmCore::kWgmma)}) {
+    const ScopedTile scope(value);
+    EXPECT_TRUE((tile_from_environment()->tile == IgemmTile{128, 128})) << value;
+    EXPECT_EQ(tile_from_environment()->core, core) << value;
+  }
   const ScopedTile scope("128x128");
+  EXPECT_FALSE(tile_from_environment()->core.has_value());
   EXPECT_TRUE((tile_from_environment()->tile == IgemmTile{128, 128}));
   EXPECT_EQ(tile_from_environment()->splits, 0);
 }
 
 TEST(Planner, WrongTextInTheEnvironmentIsAnError) {
   for (const char* value :
-       {"128", "128x", "128x64/", "128x64/9", "32x32", "128x64 ", "128x64/2x", "axb", "-64x64"}) {
+       {"128", "128x", "128x64/", "128x64/9", "32x32", "128x64 ", "128x64/2x", "axb", "-64x64", "mma:", "wmma:64x64", "mma:wgmma:64x64"}) {
     const ScopedTile scope(value);
     try {
       tile_from_environment();
@@ -201,8 +208,8 @@ TEST(Planner, WrongTextInTheEnvironmentIsAnError) {
       EXPECT_EQ(
           error.what(),
           std::string(
-              "ADPDM_CUDA_TILE: wanted ROWSxOUTPUTS or ROWSxOUTPUTS/SPLITS with a tile of 64x64, 128x64, "
-              "128x128, 128x160, 128x256 and at most 8 splits, got '") +
+              "ADPDM_CUDA_TILE: wanted ROWSxOUTPUTS or ROWSxOUTPUTS/SPLITS, with mma: or wgmma: before it or "
+              "without, a tile of 64x64, 128x64, 128x128, 128x160, 128x256 and at most 8 splits, got '") +
               value + "'");
     }
   }

@@ -36,6 +36,13 @@ void check(const char* op, const Conv2dArgs& args) {
   if (args.num_segments == 2 && args.segments[0].packed != args.segments[1].packed) {
     throw std::invalid_argument(std::string(op) + ": wanted both segments packed or none, got one");
   }
+  for (int s = 0; s < args.num_segments; ++s) {
+    // All kernels copy it in chunks of 16 bytes.
+    if (aligned(args.segments[s].weight)) continue;
+    throw std::invalid_argument(std::string(op) +
+                                ": wanted packed weights at an address that is a multiple of 16 bytes, got "
+                                "another; pass a copy");
+  }
   if (args.output.activation == Activation::kGeglu && args.out_channels / args.groups % 2 != 0) {
     throw std::invalid_argument(std::string(op) + ": geglu needs an even number of outputs per group, got " +
                                 std::to_string(args.out_channels / args.groups));

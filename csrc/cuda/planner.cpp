@@ -252,18 +252,25 @@ std::optional<TileChoice> tile_from_environment() {
   TileChoice choice{};
   int end = 0;
   const std::string given = value;
+  std::string rest = given;
+  for (const auto& [name, core] : {std::pair("mma:", IgemmCore::kMma), std::pair("wgmma:", IgemmCore::kWgmma)}) {
+    if (given.rfind(name, 0) != 0) continue;
+    choice.core = core;
+    rest = given.substr(std::string(name).size());
+  }
   const auto whole = [&](int fields, int wanted) {
-    return fields == wanted && end == static_cast<int>(given.size());
+    return fields == wanted && end == static_cast<int>(rest.size());
   };
   const bool valid =
-      whole(std::sscanf(value, "%4dx%4d%n", &choice.tile.rows, &choice.tile.outputs, &end), 2) ||
-      whole(
-          std::sscanf(value, "%4dx%4d/%2d%n", &choice.tile.rows, &choice.tile.outputs, &choice.splits, &end),
-          3);
+      whole(std::sscanf(rest.c_str(), "%4dx%4d%n", &choice.tile.rows, &choice.tile.outputs, &end), 2) ||
+      whole(std::sscanf(rest.c_str(), "%4dx%4d/%2d%n", &choice.tile.rows, &choice.tile.outputs,
+                        &choice.splits, &end),
+            3);
   if (valid && exists(choice.tile) && choice.splits >= 0 && choice.splits <= kMaxSplits) return choice;
-  throw std::invalid_argument("ADPDM_CUDA_TILE: wanted ROWSxOUTPUTS or ROWSxOUTPUTS/SPLITS with a tile of " +
-                              existing_tiles() + " and at most " + std::to_string(kMaxSplits) +
-                              " splits, got '" + given + "'");
+  throw std::invalid_argument(
+      "ADPDM_CUDA_TILE: wanted ROWSxOUTPUTS or ROWSxOUTPUTS/SPLITS, with mma: or wgmma: before it or without, "
+      "a tile of " +
+      existing_tiles() + " and at most " + std::to_string(kMaxSplits) + " splits, got '" + given + "'");
 }
 
 std::string describe(const IgemmPlan& plan) {

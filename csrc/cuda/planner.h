@@ -62,8 +62,8 @@ constexpr int kMaxSplits = 8;
 IgemmPlan plan_igemm(const IgemmRequest& request, const DeviceInfo& device,
                      const std::optional<TileChoice>& choice);
 
-// ADPDM_CUDA_TILE as "ROWSxOUTPUTS" or "ROWSxOUTPUTS/SPLITS", for instance 128x64/2; nothing if it is not
-// set. Throws std::invalid_argument for any other text.
+// ADPDM_CUDA_TILE as "ROWSxOUTPUTS" or "ROWSxOUTPUTS/SPLITS", for instance 128x64/2 or, of one core,
+// wgmma:128x128/1; nothing if it is not set. Throws std::invalid_argument for any other text.
 std::optional<TileChoice> tile_from_environment();
 
 // For example "mma a8w4 128x64 splits=2 gather".
