@@ -65,7 +65,7 @@ class LatentDecoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, samples: Tensor) -> Tensor:
-        latents = samples.to(self.vae.dtype) / self._factor + self._shift
+        latents = samples.to(self.vae.device, self.vae.dtype) / self._factor + self._shift
         # One at a time: a decoder needs more memory per image than a denoiser.
         return torch.cat([self.vae.decode(latent).sample for latent in latents.split(1)])
 

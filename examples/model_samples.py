@@ -90,7 +90,7 @@ class Samples:
             self.folder,
             SampleSettings(count, self.sampling.steps, self.sampling.seed, self.sampling.batch_size),
             conditioning=given,
-            decode=None if decode is None else lambda samples: decode(samples.cpu()),
+            decode=decode,
             progress=tell,
         )
         return found.images()

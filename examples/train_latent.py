@@ -64,6 +64,7 @@ class LatentTrainer(Trainer):
 
     def __init__(self, recipe: Recipe, args: argparse.Namespace) -> None:
         self.vae = AutoencoderKL.from_pretrained(args.autoencoder)
+        self.vae.register_to_config(_name_or_path=args.autoencoder.name)  # which is saved, and tells a folder
         self.tokenizer = make_tokenizer()
         if (args.out / "state.pt").exists():
             self._refuse_another_autoencoder(args)

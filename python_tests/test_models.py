@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import adpdm
 from adpdm.config import Grouping
 from adpdm.evaluate import GuidedDenoiser, generate, psnr
+from adpdm.evaluate.sampling import sample_shape
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -28,7 +30,7 @@ def test_a_model_predicts_the_noise_of_a_noisy_image(name: str) -> None:
     subject = find_subject(name)
     denoiser, scheduler = subject.denoiser(), subject.scheduler()
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(4, 1, 32, 32, generator=generator)
+    noise = torch.randn(4, *sample_shape(denoiser), generator=generator)
     timestep = torch.full((4,), 800)
     noisy = scheduler.add_noise(torch.full_like(noise, -1.0), noise, timestep)
     with torch.no_grad():
@@ -53,6 +55,30 @@ def quality(grouping: Grouping, steps: int = STEPS, scale: float | None = None, 
         generate(denoiser, scheduler, 10, steps, 1234, 10, conditioning=classes).samples for denoiser in pair
     ]
     return psnr(*samples)
+
+
+def test_a_text_to_image_pipeline_keeps_its_images() -> None:
+    """As its users call it: prompts, guidance, images out of the autoencoder."""
+    pytest.importorskip("transformers", reason="it encodes texts")
+    prompts = ["a photo of a horse", "a photo of a ship"]
+
+    def images(pipe: Any) -> torch.Tensor:
+        seeds = [torch.Generator().manual_seed(i) for i in range(4)]
+        pipe.set_progress_bar_config(disable=True)
+        result = pipe(
+            2 * prompts, num_inference_steps=STEPS, guidance_scale=3.0, generator=seeds, output_type="np"
+        )
+        return torch.from_numpy(result.images)
+
+    pipe = adpdm.load_pipeline(MODELS / "sd-cifar10")
+    wanted = images(pipe)
+    config = adpdm.QuantConfig(
+        num_inference_steps=STEPS, num_groups=4, histogram_images=4, grouping="dp", guidance_scale=3.0
+    )
+    report = adpdm.quantize(pipe, config, prompts=prompts)
+    assert report.coverage.macs > 0.97
+    error = float((images(pipe) - wanted).square().mean())
+    assert -10 * math.log10(error) > 30
 
 
 def test_groups_of_timesteps_pay_on_a_transformer_whose_norms_follow_the_timestep() -> None:

@@ -191,6 +191,7 @@ def test_pipeline_resumes_to_the_same_bytes_and_samples_texts(
         parts = run(train_latent, data, tmp_path / "parts", steps, *options)
     assert weights(parts / "unet") == weights(whole / "unet")
     assert '"data": "CIFAR-10"' in (whole / "training.json").read_text()
+    assert not any(str(tmp_path.parent) in file.read_text() for file in whole.rglob("*.json"))
     pipe = adpdm.load_pipeline(whole)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.scheduler.config.clip_sample is False  # latents are not images
