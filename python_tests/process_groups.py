@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+FIRST_PORT, PORTS_PER_WORKER, WORKERS = 20_000, 1_000, 12  # below those that the system picks
+PORTS = itertools.count(os.getpid())
 LIMIT = 60.0  # seconds for a group to end: a hang fails
 # Forked from a server that has imported everything, a process starts within a tenth of a second.
 SERVER = multiprocessing.get_context("forkserver")
@@ -39,9 +42,7 @@ def run_group(size: int, work: Callable[..., Any], *args: Any, initialise: bool 
         work: a function of a module, whose result can be pickled.
         initialise: torch.distributed; otherwise only the environment is that of torchrun.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     pipes = [SERVER.Pipe(duplex=False) for _ in range(size)]
     workers = [
         SERVER.Process(target=_run, args=(pipe[1], rank, size, port, initialise, work, args), daemon=True)
@@ -56,6 +57,23 @@ def run_group(size: int, work: Callable[..., Any], *args: Any, initialise: bool 
         for worker in workers:
             worker.kill()
             worker.join()
+
+
+def _free_port() -> int:
+    """One that is free now, of a range of its own for each worker of pytest-xdist.
+
+    One that the system picks might be picked for two groups at once, which would then wait for each other.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for number in PORTS:
+        port = FIRST_PORT + PORTS_PER_WORKER * (worker % WORKERS) + number % PORTS_PER_WORKER
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise AssertionError("itertools.count ends")
 
 
 def _received(reader: Connection, rank: int) -> Ended:
