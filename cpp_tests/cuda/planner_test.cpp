@@ -185,8 +185,8 @@ TEST(Planner, TileComesFromTheEnvironment) {
     EXPECT_TRUE((choice->tile == IgemmTile{128, 64}));
     EXPECT_EQ(choice->splits, 2);
   }
-  for (const auto& [value, core] : {std::pair("mma:128x128/1", IgemmCore::kMma),
-                                    std::pair("wgmma:128x128/1", IgemmCore::kWgmma)}) {
+  for (const auto& [value, core] :
+       {std::pair("mma:128x128/1", IgemmCore::kMma), std::pair("wgmma:128x128/1", IgemmCore::kWgmma)}) {
     const ScopedTile scope(value);
     EXPECT_TRUE((tile_from_environment()->tile == IgemmTile{128, 128})) << value;
     EXPECT_EQ(tile_from_environment()->core, core) << value;
@@ -198,8 +198,8 @@ TEST(Planner, TileComesFromTheEnvironment) {
 }
 
 TEST(Planner, WrongTextInTheEnvironmentIsAnError) {
-  for (const char* value :
-       {"128", "128x", "128x64/", "128x64/9", "32x32", "128x64 ", "128x64/2x", "axb", "-64x64", "mma:", "wmma:64x64", "mma:wgmma:64x64"}) {
+  for (const char* value : {"128", "128x", "128x64/", "128x64/9", "32x32", "128x64 ", "128x64/2x", "axb",
+                            "-64x64", "mma:", "wmma:64x64", "mma:wgmma:64x64"}) {
     const ScopedTile scope(value);
     try {
       tile_from_environment();

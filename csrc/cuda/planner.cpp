@@ -253,7 +253,8 @@ std::optional<TileChoice> tile_from_environment() {
   int end = 0;
   const std::string given = value;
   std::string rest = given;
-  for (const auto& [name, core] : {std::pair("mma:", IgemmCore::kMma), std::pair("wgmma:", IgemmCore::kWgmma)}) {
+  for (const auto& [name, core] :
+       {std::pair("mma:", IgemmCore::kMma), std::pair("wgmma:", IgemmCore::kWgmma)}) {
     if (given.rfind(name, 0) != 0) continue;
     choice.core = core;
     rest = given.substr(std::string(name).size());
@@ -268,7 +269,8 @@ std::optional<TileChoice> tile_from_environment() {
             3);
   if (valid && exists(choice.tile) && choice.splits >= 0 && choice.splits <= kMaxSplits) return choice;
   throw std::invalid_argument(
-      "ADPDM_CUDA_TILE: wanted ROWSxOUTPUTS or ROWSxOUTPUTS/SPLITS, with mma: or wgmma: before it or without, "
+      "ADPDM_CUDA_TILE: wanted ROWSxOUTPUTS or ROWSxOUTPUTS/SPLITS, with mma: or wgmma: before it or "
+      "without, "
       "a tile of " +
       existing_tiles() + " and at most " + std::to_string(kMaxSplits) + " splits, got '" + given + "'");
 }
