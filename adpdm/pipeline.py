@@ -16,13 +16,13 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
-from ._native import build_info
 from .calibrate import Calibration, CalibrationTrace, silent
 from .config import AttentionProducts, QuantConfig
 from .correction import attach_correction, detach_correction, fit_correction
 from .diffusers_quantizer import mark_quantized
 from .equalize import Equalization, equalize, is_wanted
-from .fingerprint import fingerprint_of, named_tensors
+from .facts import asked_for, depends_on, state_tensors
+from .fingerprint import fingerprint_of
 from .nn import (
     CodedLayer,
     Coverage,
@@ -39,7 +39,6 @@ from .nn import (
 from .processes import Processes, joined
 from .quantizers.activation import Mode
 from .replay import Progress
-from .schedulers import identity
 from .step import StepState, attach_step_hook, detach_step_hook
 from .trajectory import Conditioning, DenoiserCall, Guidance, Sampler
 
@@ -177,48 +176,16 @@ def quantize_denoiser(
     """`quantize` for what calibrates a denoiser, and the processes that share the work."""
     denoiser, processes.device = sampler.denoiser, sampler.device
     if processes.size > 1:
-        processes.agree("quantize", _facts(sampler, config))
+        processes.agree("quantize", depends_on(sampler, config))
     before = _Before(denoiser)
     try:
         report = _quantize(sampler, config, progress, state_file, processes)
         if processes.size > 1:
-            processes.agree("quantize", {"result": fingerprint_of(_tensors(denoiser))})
+            processes.agree("quantize", {"result": fingerprint_of(state_tensors(denoiser))})
     except BaseException:
         before.restore(denoiser)
         raise
     return report
-
-
-def _asked(sampler: Sampler, config: QuantConfig) -> dict[str, str]:
-    """What was asked for, in words and fingerprints."""
-    settings = config.to_dict()
-    settings.update({f"search.{name}": value for name, value in settings.pop("search").items()})
-    return {
-        **{f"setting {name}": str(value) for name, value in settings.items()},
-        "scheduler": identity(sampler.scheduler),
-        "timesteps": fingerprint_of([("", sampler.calls)]),
-        "weights": fingerprint_of(_tensors(sampler.denoiser), type(sampler.denoiser).__name__),
-        "conditioning": fingerprint_of(named_tensors(sampler.given)),
-        "shape of a sample": str(sampler.sample_shape),
-        "call": sampler.call.fingerprint,
-    }
-
-
-def _facts(sampler: Sampler, config: QuantConfig) -> dict[str, str]:
-    """What the result depends on, in words."""
-    device = sampler.device
-    return {
-        **_asked(sampler, config),
-        # Rounding of torch's layers depends on these.
-        "version of torch": torch.__version__,
-        "instruction set": f"{build_info()['isa']} and {torch.backends.cpu.get_cpu_capability()}",
-        "number of threads": str(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
-
-
-def _tensors(denoiser: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, x) for name, x in denoiser.state_dict().items() if isinstance(x, Tensor)]
 
 
 def _quantize(
@@ -231,7 +198,7 @@ def _quantize(
     denoiser = sampler.denoiser
     denoiser.eval().requires_grad_(False)
     path = None if state_file is None else Path(state_file)
-    fingerprint = "" if path is None else json.dumps(_asked(sampler, config))  # before anything is changed
+    fingerprint = "" if path is None else json.dumps(asked_for(sampler, config))  # before anything is changed
     layers = describe_layers(denoiser, config, lambda: _trace_forward(sampler))
     equalized = _equalize(sampler, layers, config, progress)
     num_groups = config.groups_per_layer(len(sampler.timesteps))

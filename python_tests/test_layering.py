@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"quantizers"},
     {"nn"},
     {"search_state", "timesteps", "partition", "trajectory", "io", "report"},
-    {"search", "replay", "evaluate"},
+    {"search", "replay", "evaluate", "facts"},
     {"rounding", "precision", "bias", "correction", "equalize"},
     {"budget", "quantize_options"},
     {"calibrate"},

@@ -316,12 +316,13 @@ class FusedStableDiffusion3(FusedJoint):
         return self.run(hidden_states, encoder_hidden_states, temb, None)
 
 
-@fuses("FluxTransformerBlock")
-class FusedFlux(FusedJoint):
-    """Of Flux, the blocks that keep image and text apart."""
+class _FluxBlock(_JointBlock):
+    """How Flux calls its blocks of either kind."""
 
-    known_attention = ("FluxAttention", "FluxAttnProcessor")
-    is_bounded = True
+    def run(
+        self, image: Tensor, text: Tensor, embedding: Tensor, rotation: Rotation | None
+    ) -> tuple[Tensor | None, Tensor]:
+        raise AssertionError("a subclass computes")
 
     def __call__(
         self,
@@ -338,6 +339,14 @@ class FusedFlux(FusedJoint):
         return self.run(hidden_states, encoder_hidden_states, temb, image_rotary_emb)
 
 
+@fuses("FluxTransformerBlock")
+class FusedFlux(FusedJoint, _FluxBlock):
+    """Of Flux, the blocks that keep image and text apart."""
+
+    known_attention = ("FluxAttention", "FluxAttnProcessor")
+    is_bounded = True
+
+
 @dataclass(frozen=True)
 class _SinglePlan:
     stream: _StreamPlan
@@ -345,7 +354,7 @@ class _SinglePlan:
 
 
 @fuses("FluxSingleTransformerBlock")
-class FusedSingle(_JointBlock):
+class FusedSingle(_FluxBlock):
     """Attention and feed-forward net side by side on one norm; both end in the codes of one layer."""
 
     def inspect(self) -> None:
@@ -366,25 +375,15 @@ class FusedSingle(_JointBlock):
     def make_plan(self) -> _SinglePlan:
         return _SinglePlan(self.stream.make_plan(), pack_of(self.inward))
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: Rotation | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if joint_attention_kwargs or not self.applies(hidden_states, encoder_hidden_states, temb):
-            return self.per_layer(
-                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-            )
-        tokens = torch.cat([encoder_hidden_states, hidden_states], 1)
-        result = _bounded(self.run(tokens, temb, image_rotary_emb))
-        text = encoder_hidden_states.shape[1]
-        return result[:, :text], result[:, text:]
+    def run(
+        self, image: Tensor, text: Tensor, embedding: Tensor, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor]:
+        """The block on image [N, L, C] and text [N, M, C] float, which become one sequence, text first."""
+        result = _bounded(self._run(torch.cat([text, image], 1), embedding, rotation))
+        return result[:, : text.shape[1]], result[:, text.shape[1] :]
 
-    def run(self, x: Tensor, embedding: Tensor, rotation: Rotation | None) -> Tensor:
-        """The block on all tokens x [N, L, C] float, text first."""
+    def _run(self, x: Tensor, embedding: Tensor, rotation: Rotation | None) -> Tensor:
+        """Tokens x [N, L, C] float through the block."""
         block: Any = self.block
         plan: _SinglePlan = self.plan
         attention, stream, inward = self.attentions[0], plan.stream, plan.inward
