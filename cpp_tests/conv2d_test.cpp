@@ -5,6 +5,7 @@
 
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "core/float_convert.h"
@@ -160,11 +161,18 @@ TEST(Conv2d, MatchesDefinitionForOddShapes) {
 
 TEST(Conv2d, MatchesDefinitionWhereWinogradRuns) {
   const Shape shapes[] = {
-      {1, {16}, {2, 2}, 16},                          // one tile
-      {2, {16}, {4, 6}, 20},                          // tiles of several rows together, a tail of outputs
-      {1, {32, 16}, {6, 10}, 33},                     // two segments, more tiles than are multiplied at once
-      {3, {48}, {4, 34}, 17},                         // more than one row of tiles at once
-      {3, {256}, {16, 16}, 16},                       // more than one pass
+      {1, {16}, {2, 2}, 16},        // one tile of 2x2
+      {1, {32}, {4, 4}, 16},        // one of 4x4
+      {1, {32}, {4, 4}, 50},        // the second slab of two blocks is one, and a tail
+      {2, {32, 64}, {8, 12}, 33},   // two segments, tiles of several rows and images
+      {1, {256, 224}, {4, 8}, 16},  // more channels than one slice, exactly one slice
+      {1, {32}, {4, 72}, 16},       // more tiles in a row than a batch
+      {1, {32}, {36, 40}, 32},      // more than an item
+      {1, {640}, {32, 48}, 16},     // more than one pass
+      {2, {16}, {4, 6}, 20},        // tiles of several rows together, a tail of outputs
+      {1, {32, 16}, {6, 10}, 33},   // 2x2: two segments, more tiles than are multiplied at once
+      {3, {48}, {4, 34}, 17},       // more than one row of tiles at once
+      {3, {256}, {16, 16}, 16},     // more than one pass
       {1, {16}, {6, 6}, 16, {3, 3}, {1, 1}, {0, 0}},  // no copy
       {1, {16}, {5, 6}, 16},                          // not: an odd number of rows
       {1, {16}, {8, 8}, 16, {3, 3}, {1, 2}},          // not: stride
@@ -225,20 +233,47 @@ TEST(Conv2d, LargestReductionDoesNotOverflow) {
 }
 
 TEST(Conv2d, LargestWinogradSumDoesNotOverflow) {
-  // Just below and above the number of channels up to which 4 times the sum fits 32 bits.
-  for (int64_t channels : {3632, 3648}) {
+  // Just below and above the numbers of channels up to which results of 2x2 and of 4x4 tiles fit 32 bits.
+  const Size2d small{4, 4}, large{6, 6};  // without padding, 2x2 and 4x4 outputs
+  for (const auto& [channels, input] : {std::pair{3632, small}, {3648, small}, {224, large}, {256, large}}) {
     for (int8_t code : {int8_t{127}, int8_t{-128}}) {
-      Problem problem = random_problem({1, {channels}, {4, 4}, 1, {3, 3}, {1, 1}, {0, 0}}, 8, 3, true);
+      Problem problem = random_problem({1, {channels}, input, 1, {3, 3}, {1, 1}, {0, 0}}, 8, 3, true);
       SegmentData& data = problem.segments[0];
       std::fill(data.codes.begin(), data.codes.end(), code);
       std::fill(data.weight_codes.begin(), data.weight_codes.end(), int8_t{-128});
       data.zero_point[1] = code > 0 ? -128 : 127;
       testing::pack(data, 1, 9, 1, 8);
       const auto wanted = static_cast<float>((code - data.zero_point[1]) * -128 * 9 * channels);
+      const auto outputs = static_cast<size_t>((input.height - 2) * (input.width - 2));
       for (const IgemmLevel& level : igemm_levels()) {
-        EXPECT_EQ(run<float>(problem, level, FloatType::kFloat32, 0.0f), std::vector<float>(4, wanted))
-            << level.name;
+        EXPECT_EQ(run<float>(problem, level, FloatType::kFloat32, 0.0f), std::vector<float>(outputs, wanted))
+            << level.name << ", " << channels << " channels";
       }
+    }
+  }
+}
+
+TEST(Conv2d, LargestWinogradPointsDoNotOverflow) {
+  // Signs that make each point of a 4x4 tile as large as it gets: those of products of rows of B^T, and of G.
+  const int rows[6][6] = {{1, 0, -1, 0, 1, 0},  {0, 1, 1, -1, -1, 0}, {0, -1, 1, 1, -1, 0},
+                          {0, -1, -1, 1, 1, 0}, {0, 1, -1, -1, 1, 0}, {0, 1, 0, -1, 0, 1}};
+  const int taps[6][3] = {{1, 1, 1}, {1, 1, 1}, {1, -1, 1}, {1, 1, 1}, {1, -1, 1}, {1, 1, 1}};
+  for (int point = 0; point < 36; ++point) {
+    Problem problem = random_problem({1, {224}, {6, 6}, 1, {3, 3}, {1, 1}, {0, 0}}, 8, 3, true);
+    SegmentData& data = problem.segments[0];
+    for (size_t i = 0; i < data.codes.size(); ++i) {
+      const auto pixel = i / 224;
+      data.codes[i] = rows[point / 6][pixel / 6] * rows[point % 6][pixel % 6] > 0 ? -128 : 127;
+    }
+    for (size_t i = 0; i < data.weight_codes.size(); ++i) {
+      const auto tap = i % 9;
+      data.weight_codes[i] = taps[point / 6][tap / 3] * taps[point % 6][tap % 3] > 0 ? -128 : 127;
+    }
+    testing::pack(data, 1, 9, 1, 8);
+    const std::vector<float> wanted =
+        run<float>(problem, {"portable", cpu::Isa::kPortable, nullptr}, FloatType::kFloat32, 0.0f);
+    for (const IgemmLevel& level : igemm_levels()) {
+      EXPECT_EQ(run<float>(problem, level, FloatType::kFloat32, 0.0f), wanted) << level.name << " " << point;
     }
   }
 }

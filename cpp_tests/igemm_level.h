@@ -9,6 +9,7 @@
 #include "cpu/amx_emulation.h"
 #include "cpu/igemm_strips.h"
 #include "cpu/isa.h"
+#include "cpu/winograd.h"
 
 namespace adpdm::cpu::amx_emulated {
 extern const StripKernel strip_kernel;
@@ -20,6 +21,7 @@ struct IgemmLevel {
   std::string name;
   cpu::Isa isa;
   const cpu::StripKernel* strips;  // forced for any number of pixels; nullptr: as the product chooses
+  cpu::WinogradUse winograd = cpu::WinogradUse::kWhereQuicker;
 };
 
 inline std::vector<IgemmLevel> igemm_levels() {
@@ -27,9 +29,14 @@ inline std::vector<IgemmLevel> igemm_levels() {
   for (cpu::Isa isa :
        {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvxVnni, cpu::Isa::kAvx512, cpu::Isa::kAmx}) {
     if (!cpu::cpu_supports(isa)) continue;
-    levels.push_back({cpu::isa_name(isa), isa, nullptr});
+    const std::string name = cpu::isa_name(isa);
+    levels.push_back({name, isa, nullptr});
+    if (isa > cpu::Isa::kPortable && isa < cpu::Isa::kAmx) {
+      levels.push_back({name + " without Winograd", isa, nullptr, cpu::WinogradUse::kNever});
+      levels.push_back({name + " Winograd for any size", isa, nullptr, cpu::WinogradUse::kForAnyTiles});
+    }
     const cpu::StripKernel* strips = cpu::strip_kernel_of(isa);
-    if (strips) levels.push_back({std::string(cpu::isa_name(isa)) + " for any size", isa, strips});
+    if (strips) levels.push_back({name + " for any size", isa, strips});
   }
   levels.push_back({"amx emulated", cpu::Isa::kPortable, &cpu::amx_emulated::strip_kernel});
   return levels;
@@ -38,7 +45,8 @@ inline std::vector<IgemmLevel> igemm_levels() {
 // Runs everything at that level; at the end no tiles may be left configured.
 class ScopedLevel {
  public:
-  explicit ScopedLevel(const IgemmLevel& level) : isa_(level.isa), strips_(level.strips) {}
+  explicit ScopedLevel(const IgemmLevel& level)
+      : isa_(level.isa), strips_(level.strips), winograd_(level.winograd) {}
   ~ScopedLevel() { EXPECT_FALSE(cpu::amx_emulation::this_thread().configured()) << "tiles not released"; }
   ScopedLevel(const ScopedLevel&) = delete;
   ScopedLevel& operator=(const ScopedLevel&) = delete;
@@ -46,6 +54,7 @@ class ScopedLevel {
  private:
   cpu::ScopedIsa isa_;
   cpu::ScopedStripKernel strips_;
+  cpu::ScopedWinograd winograd_;
 };
 
 }  // namespace adpdm::testing

@@ -5,56 +5,105 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <vector>
 
 namespace adpdm {
 namespace {
 
-// 3x3, stride 1, 16 channels, 4x6 outputs in a 6x8 image of 16 bytes a pixel.
-cpu::Igemm small_problem() {
+using cpu::Isa;
+using cpu::WinogradUse;
+
+// 3x3, stride 1, with a halo of one pixel around it.
+cpu::Igemm make_problem(int64_t channels, int64_t rows, int64_t columns) {
   cpu::Igemm problem{};
   problem.images = problem.groups = 1;
-  problem.rows = 4;
-  problem.columns = 6;
+  problem.rows = rows;
+  problem.columns = columns;
   problem.outputs = 16;
   problem.tile.num_segments = 1;
   problem.tile.tap_rows = problem.tile.tap_columns = 3;
   problem.tile.weight_bits = 8;
   cpu::IgemmInput& input = problem.inputs[0];
-  input.column_step = input.tile.tap_column_step = 16;
-  input.row_step = input.tile.tap_row_step = 8 * 16;
-  input.tile.quads = 4;
+  input.column_step = input.tile.tap_column_step = channels;
+  input.row_step = input.tile.tap_row_step = (columns + 2) * channels;
+  input.tile.quads = channels / 4;
   return problem;
 }
 
-TEST(Winograd, AppliesToEvenOutputsOfStride1OnAvx2) {
-  for (cpu::Isa isa : {cpu::Isa::kPortable, cpu::Isa::kAvx2, cpu::Isa::kAvxVnni, cpu::Isa::kAvx512}) {
-    if (!cpu::cpu_supports(isa)) continue;
-    const cpu::ScopedIsa scope(isa);
-    EXPECT_EQ(cpu::winograd_applies(small_problem()), isa == cpu::Isa::kAvx2) << cpu::isa_name(isa);
+// Outputs of a tile in one direction at that level; 0 where the method does not run.
+int side(const cpu::Igemm& problem, Isa isa) {
+  const cpu::ScopedIsa scope(isa);
+  const cpu::WinogradKernel* kernel = cpu::select_winograd(problem);
+  return kernel ? kernel->side : 0;
+}
+
+std::vector<Isa> levels() {
+  std::vector<Isa> result;
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512, Isa::kAmx}) {
+    if (cpu::cpu_supports(isa)) result.push_back(isa);
+  }
+  return result;
+}
+
+TEST(Winograd, LargeTilesRunWhereThereAreVectors) {
+  for (Isa isa : levels()) {
+    const bool has_kernel = isa > Isa::kPortable && isa < Isa::kAmx;
+    EXPECT_EQ(side(make_problem(32, 16, 16), isa), has_kernel ? 4 : 0) << cpu::isa_name(isa);
+  }
+}
+
+TEST(Winograd, SmallTilesRunOnAvx2Alone) {
+  for (Isa isa : levels()) {
+    EXPECT_EQ(side(make_problem(32, 14, 16), isa), isa == Isa::kAvx2 ? 2 : 0) << cpu::isa_name(isa);
+    EXPECT_EQ(side(make_problem(32, 4, 4), isa), isa == Isa::kAvx2 ? 2 : 0) << cpu::isa_name(isa);
+  }
+}
+
+TEST(Winograd, ChannelsAreWholeVectors) {
+  for (Isa isa : levels()) {
+    const int wanted = isa == Isa::kAvx2 || isa == Isa::kAvxVnni ? 4 : 0;
+    EXPECT_EQ(side(make_problem(48, 16, 16), isa), wanted) << cpu::isa_name(isa);
+  }
+}
+
+TEST(Winograd, UseIsForced) {
+  for (Isa isa : levels()) {
+    if (isa == Isa::kPortable || isa == Isa::kAmx) continue;
+    {
+      const cpu::ScopedWinograd scope(WinogradUse::kForAnyTiles);
+      EXPECT_EQ(side(make_problem(32, 4, 4), isa), 4) << cpu::isa_name(isa);
+    }
+    const cpu::ScopedWinograd scope(WinogradUse::kNever);
+    EXPECT_EQ(side(make_problem(32, 16, 16), isa), 0) << cpu::isa_name(isa);
   }
 }
 
 TEST(Winograd, LeavesOtherConvolutionsAlone) {
-  if (!cpu::cpu_supports(cpu::Isa::kAvx2)) GTEST_SKIP() << "needs AVX2";
-  const cpu::ScopedIsa scope(cpu::Isa::kAvx2);
   const std::function<void(cpu::Igemm&)> changes[] = {
       [](cpu::Igemm& problem) { problem.groups = 2; },
-      [](cpu::Igemm& problem) { problem.rows = 5; },
-      [](cpu::Igemm& problem) { problem.columns = 7; },
+      [](cpu::Igemm& problem) { problem.rows = 15; },
+      [](cpu::Igemm& problem) { problem.columns = 17; },
       [](cpu::Igemm& problem) { problem.tile.tap_rows = 1; },
       [](cpu::Igemm& problem) { problem.tile.tap_columns = 5; },
       [](cpu::Igemm& problem) { problem.inputs[0].row_step *= 2; },
       [](cpu::Igemm& problem) { problem.inputs[0].column_step *= 2; },
-      [](cpu::Igemm& problem) { problem.inputs[0].tile.quads = 5; },
-      [](cpu::Igemm& problem) { problem.inputs[0].tile.quads = 3648 / 4; },
-      // Few pixels, which 4-bit weights multiply at once more quickly than they are transformed.
-      [](cpu::Igemm& problem) { problem.tile.nibbles = true; },
+      [](cpu::Igemm& problem) { problem.inputs[0].tile.quads = 9; },
   };
+  const cpu::ScopedWinograd scope(WinogradUse::kForAnyTiles);
   for (const auto& change : changes) {
-    cpu::Igemm problem = small_problem();
+    cpu::Igemm problem = make_problem(32, 16, 16);
     change(problem);
-    EXPECT_FALSE(cpu::winograd_applies(problem)) << "change " << &change - changes;
+    for (Isa isa : levels()) {
+      EXPECT_EQ(side(problem, isa), 0) << "change " << &change - changes << ", " << cpu::isa_name(isa);
+    }
   }
+}
+
+TEST(Winograd, FewPixelsMultiplyNibblesAtOnce) {
+  if (!cpu::cpu_supports(Isa::kAvx2)) GTEST_SKIP() << "needs AVX2";
+  cpu::Igemm problem = make_problem(32, 4, 4);
+  problem.tile.nibbles = true;
+  EXPECT_EQ(side(problem, Isa::kAvx2), 0);
 }
 
 }  // namespace

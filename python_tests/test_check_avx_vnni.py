@@ -35,6 +35,12 @@ def test_good_code_has_no_faults() -> None:
     assert differences(GOOD, EVEX) == []
 
 
+def test_products_of_pairs_are_products() -> None:
+    assert faults_of(GOOD.replace("vpdpbusd", "vpdpwssd")) == []
+    faults = faults_of(EVEX.replace("vpdpbusd", "vpdpwssd"))
+    assert faults[0].endswith("wanted vpdpwssd as vex, found the other encoding")
+
+
 @pytest.mark.parametrize(("text", "encoding", "wanted"), [(EVEX, "vex", "vex"), (GOOD, "", "evex")])
 def test_the_other_encoding_is_found(text: str, encoding: str, wanted: str) -> None:
     faults = faults_of(text, encoding)
@@ -61,7 +67,7 @@ def test_a_loop_that_is_not_whole_is_found() -> None:
 
 
 def test_code_without_products_is_found() -> None:
-    assert faults_of("   0:\tret\n") == ["wanted vpdpbusd, found none"]
+    assert faults_of("   0:\tret\n") == ["wanted vpdpbusd or vpdpwssd, found neither"]
 
 
 def test_other_instructions_in_the_other_encoding_are_found() -> None:

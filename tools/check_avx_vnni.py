@@ -1,9 +1,9 @@
-"""Checks the machine code for AVX-VNNI: its instruction, 16 registers of 256 bits, sums that stay in them.
+"""Checks the machine code for AVX-VNNI: its instructions, 16 registers of 256 bits, sums that stay in them.
 
     python tools/check_avx_vnni.py build/core/CMakeFiles/adpdm_core.dir/csrc/cpu/*_avx_vnni*.cpp.o
 
 Objects come in pairs, foo_avx_vnni.cpp.o and foo_avx_vnni_evex.cpp.o, whose instructions must be the same but
-for the encoding of vpdpbusd: so what is tested of the second on a CPU with AVX-512 holds for the first.
+for the encoding of products: so what is tested of the second on a CPU with AVX-512 holds for the first.
 Needs objdump of binutils. Exit status: 0 all is well, 1 with a list of faults, 77 objdump is missing.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from machine_code import SKIPPED, Instruction, disassemble, innermost_loops, stack_faults
 
-PRODUCT = "vpdpbusd"
-WHOLE_LOOP = 12  # products of a loop that keeps the 16 registers busy: 6 pixels or queries, 16 outputs
+PRODUCTS = ("vpdpbusd", "vpdpwssd")  # of bytes, of 16-bit numbers; an object has one of them
+WHOLE_LOOP = 12  # products of a loop that keeps the 16 registers busy: 6 pixels, queries or tiles, 16 outputs
 ONLY_AVX512 = re.compile(r"%zmm|%[xy]mm(1[6-9]|[23]\d)|%k[0-7]")
 
 
@@ -40,21 +40,22 @@ def find_faults(code: list[Instruction], encoding: str) -> list[str]:
         code: its instructions.
         encoding: of its products as objdump marks them; it does not mark that of AVX-512.
     """
-    if not any(i.opcode == PRODUCT for i in code):
-        return [f"wanted {PRODUCT}, found none"]
+    product = next((i.opcode for i in code if i.opcode in PRODUCTS), None)
+    if product is None:
+        return [f"wanted {' or '.join(PRODUCTS)}, found neither"]
     faults = []
     for i in code:
-        if i.opcode == PRODUCT and i.encoding != encoding:
+        if i.opcode in PRODUCTS and i.encoding != encoding:
             faults.append(
-                f"at {i.address:x}: wanted {PRODUCT} as {encoding or 'evex'}, found the other encoding"
+                f"at {i.address:x}: wanted {i.opcode} as {encoding or 'evex'}, found the other encoding"
             )
         if ONLY_AVX512.search(i.operands):
             faults.append(f"at {i.address:x}: wanted registers of AVX2, found {i.opcode} {i.operands}")
-    loops = innermost_loops(code, PRODUCT)
+    loops = innermost_loops(code, product)
     faults += [fault for loop in loops for fault in stack_faults(loop)]
-    counts = [Counter(i.opcode for i in loop)[PRODUCT] for loop in loops]
+    counts = [Counter(i.opcode for i in loop)[product] for loop in loops]
     if WHOLE_LOOP not in counts:
-        faults.append(f"wanted a loop of {WHOLE_LOOP} {PRODUCT}, found {counts}")
+        faults.append(f"wanted a loop of {WHOLE_LOOP} {product}, found {counts}")
     return faults
 
 

@@ -1,16 +1,19 @@
 // Times levels of CPU kernels against each other in one process, on one thread, in turns: CPU time per call,
-// and ratios to the first level, as medians of kRounds with quartiles. Needs no Python:
-//     build/core/adpdm_cpu_levels avx_vnni avx2 avx512
+// and ratios to the first level, as medians of kRounds with quartiles. "-direct" behind a level: 3x3
+// convolutions without Winograd's method, "-winograd": with it, however few tiles there are. Needs no Python:
+//     build/core/adpdm_cpu_levels avx512 avx512-direct avx_vnni avx2
 #include <algorithm>
 #include <cstdio>
 #include <ctime>
 #include <exception>
 #include <functional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "core/attention_quantize.h"
 #include "cpu/isa.h"
+#include "cpu/winograd.h"
 #include "igemm_problem.h"
 
 namespace {
@@ -22,6 +25,34 @@ constexpr double kMinSampleSeconds = 0.002;  // a sample repeats a call until it
 
 std::string number(int64_t n) { return std::to_string(n); }
 
+struct Level {
+  cpu::Isa isa;
+  cpu::WinogradUse winograd;
+};
+
+Level parse_level(const std::string& name) {
+  const size_t dash = name.find('-');
+  const std::string suffix = dash == std::string::npos ? "" : name.substr(dash);
+  Level level{cpu::resolve_isa(name.substr(0, dash)), cpu::WinogradUse::kWhereQuicker};
+  if (suffix == "-direct") {
+    level.winograd = cpu::WinogradUse::kNever;
+  } else if (suffix == "-winograd") {
+    level.winograd = cpu::WinogradUse::kForAnyTiles;
+  } else if (!suffix.empty()) {
+    throw std::runtime_error("wanted -direct or -winograd behind a level, got '" + name + "'");
+  }
+  return level;
+}
+
+class ScopedLevel {
+ public:
+  explicit ScopedLevel(const Level& level) : isa_(level.isa), winograd_(level.winograd) {}
+
+ private:
+  cpu::ScopedIsa isa_;
+  cpu::ScopedWinograd winograd_;
+};
+
 struct Layer {
   int64_t channels;
   int64_t size;  // of a square map, or rows of a linear layer, where kernel is 0
@@ -30,11 +61,13 @@ struct Layer {
   int64_t stride = 1;
 };
 
-// Of the demo U-Net, of the CIFAR-10 U-Net, and linear layers of transformers.
-constexpr Layer kLayers[] = {{32, 32, 32, 3},     {32, 32, 32, 3, 2},  {96, 32, 32, 1},   {64, 16, 64, 3},
-                             {192, 16, 64, 3},    {128, 16, 128, 3},   {128, 8, 128, 3},  {256, 8, 128, 1},
-                             {256, 16, 256, 3},   {256, 8, 256, 3},    {256, 4, 256, 3},  {64, 256, 64, 0},
-                             {320, 1024, 320, 0}, {1280, 77, 1280, 0}, {192, 64, 768, 0}, {512, 1, 512, 0}};
+// Of the demo U-Net, of the CIFAR-10 U-Net, of Stable Diffusion 1.5, and linear layers of transformers.
+constexpr Layer kLayers[] = {{32, 32, 32, 3},    {32, 32, 32, 3, 2}, {96, 32, 32, 1},     {64, 16, 64, 3},
+                             {192, 16, 64, 3},   {128, 16, 128, 3},  {128, 8, 128, 3},    {256, 8, 128, 1},
+                             {256, 16, 256, 3},  {256, 8, 256, 3},   {256, 4, 256, 3},    {128, 32, 128, 3},
+                             {512, 16, 256, 3},  {320, 64, 320, 3},  {640, 32, 640, 3},   {1280, 16, 1280, 3},
+                             {1280, 8, 1280, 3}, {64, 256, 64, 0},   {320, 1024, 320, 0}, {1280, 77, 1280, 0},
+                             {192, 64, 768, 0},  {512, 1, 512, 0}};
 
 struct Attention {
   int64_t images;
@@ -68,17 +101,16 @@ double seconds_per_call(const std::function<void()>& call, int calls) {
   return (thread_seconds() - begin) / calls;
 }
 
-void measure(const std::string& name, const std::vector<cpu::Isa>& levels,
-             const std::function<void()>& call) {
+void measure(const std::string& name, const std::vector<Level>& levels, const std::function<void()>& call) {
   std::vector<int> calls;
   std::vector<std::vector<double>> seconds(levels.size());
-  for (cpu::Isa level : levels) {
-    const cpu::ScopedIsa scope(level);
+  for (const Level& level : levels) {
+    const ScopedLevel scope(level);
     calls.push_back(std::max(1, static_cast<int>(kMinSampleSeconds / seconds_per_call(call, 2))));
   }
   for (int round = 0; round < kRounds; ++round) {
     for (size_t i = 0; i < levels.size(); ++i) {
-      const cpu::ScopedIsa scope(levels[i]);
+      const ScopedLevel scope(levels[i]);
       seconds[i].push_back(seconds_per_call(call, calls[i]));
     }
   }
@@ -92,7 +124,7 @@ void measure(const std::string& name, const std::vector<cpu::Isa>& levels,
   std::printf("\n");
 }
 
-void measure_layer(const Layer& layer, int weight_bits, const std::vector<cpu::Isa>& levels) {
+void measure_layer(const Layer& layer, int weight_bits, const std::vector<Level>& levels) {
   const int64_t kernel = std::max<int64_t>(1, layer.kernel);
   const Size2d input = layer.kernel ? Size2d{layer.size, layer.size} : Size2d{1, layer.size};
   std::mt19937 random(1);
@@ -119,7 +151,7 @@ void measure_layer(const Layer& layer, int weight_bits, const std::vector<cpu::I
   measure(name, levels, [&] { cpu::conv2d(args); });
 }
 
-void measure_attention(const Attention& shape, bool int8, const std::vector<cpu::Isa>& levels) {
+void measure_attention(const Attention& shape, bool int8, const std::vector<Level>& levels) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal;
   const int64_t channels = shape.heads * shape.head_size;
@@ -156,8 +188,8 @@ int run(const std::vector<std::string>& names) {
     std::fprintf(stderr, "levels: wanted levels to compare, e.g. avx_vnni avx2; got none\n");
     return 1;
   }
-  std::vector<cpu::Isa> levels;
-  for (const std::string& name : names) levels.push_back(cpu::resolve_isa(name));
+  std::vector<Level> levels;
+  for (const std::string& name : names) levels.push_back(parse_level(name));
   std::printf("%-34s %9s", "one thread", (names[0] + ", us").c_str());
   for (size_t i = 1; i < names.size(); ++i) std::printf("   %18s", (names[i] + " / " + names[0]).c_str());
   std::printf("\n");

@@ -6,7 +6,7 @@
 
 #include "cpu/vec.h"
 #if defined(ADPDM_DOT_ENCODING)
-#include "cpu/dot_quads.h"
+#include "cpu/dot_products.h"
 #endif
 
 namespace adpdm::cpu::ADPDM_ISA_NAMESPACE {

@@ -214,7 +214,7 @@ void conv2d(const Conv2dArgs& args) {
   for (int s = 0; s < args.num_segments; ++s) {
     problem.inputs[s] = describe_input(args, args.segments[s], scratch ? scratch + bytes[s] : nullptr);
   }
-  if (winograd_applies(problem)) return run_winograd(problem);
+  if (const WinogradKernel* kernel = select_winograd(problem)) return run_winograd(problem, *kernel);
   merge_taps(problem);
   run_igemm(problem);
 }

@@ -1,5 +1,5 @@
-// Inner loops of the integer kernels for AVX2: a few pixels times 16 outputs, sums in registers. Per
-// instruction set, like vec.h.
+// Inner loops of the integer kernels for AVX2 and AVX-VNNI: a few pixels times 16 outputs, sums in registers.
+// Per instruction set, like vec.h.
 #pragma once
 
 #include <immintrin.h>
@@ -7,6 +7,9 @@
 #include <cstdint>
 
 #include "cpu/igemm.h"
+#if defined(ADPDM_DOT_ENCODING)
+#include "cpu/dot_products.h"
+#endif
 
 namespace adpdm::cpu::ADPDM_ISA_NAMESPACE {
 namespace {
@@ -26,9 +29,19 @@ inline __m256i broadcast_bytes(const void* p) {
   return _mm256_set1_epi32(four);
 }
 
+// sums [8] += the 2 products of 16-bit numbers in each lane. The empty asm keeps GCC 12 from making all
+// products first and moving sums around.
+inline void add_pairs(__m256i codes, __m256i weights, __m256i& sums) {
+#if defined(ADPDM_DOT_ENCODING)
+  sums = dot_pairs(sums, codes, weights);
+#else
+  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(codes, weights));
+  asm("" : "+x"(sums));
+#endif
+}
+
 // sums [P][16 outputs] = or += codes [P][code_step], pairs of 16-bit channels, x weights [pairs][16][2].
-// Not inlined, so that its registers are its own. The empty asm keeps GCC 12 from making all products first
-// and moving sums around.
+// Not inlined, so that its registers are its own.
 template <int P, bool kAdd>
 __attribute__((noinline)) void multiply_pairs(const int16_t* codes, int64_t code_step, const int16_t* weights,
                                               int64_t pairs, int32_t (*sums)[kBlockOutputs]) {
@@ -44,10 +57,8 @@ __attribute__((noinline)) void multiply_pairs(const int16_t* codes, int64_t code
 #pragma GCC unroll 6
     for (int p = 0; p < P; ++p) {
       const __m256i pair = broadcast_bytes(codes + p * code_step);
-      registers[p][0] = _mm256_add_epi32(registers[p][0], _mm256_madd_epi16(pair, low));
-      asm("" : "+x"(registers[p][0]));
-      registers[p][1] = _mm256_add_epi32(registers[p][1], _mm256_madd_epi16(pair, high));
-      asm("" : "+x"(registers[p][1]));
+      add_pairs(pair, low, registers[p][0]);
+      add_pairs(pair, high, registers[p][1]);
     }
   }
 #pragma GCC unroll 6

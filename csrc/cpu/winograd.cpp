@@ -3,23 +3,28 @@
 #include "cpu/winograd.h"
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "core/row_view.h"
 #include "cpu/parallel.h"
 
 namespace adpdm::cpu {
+namespace {
+
+std::atomic<WinogradUse> winograd_use{WinogradUse::kWhereQuicker};
+
+}  // namespace
+
+ScopedWinograd::ScopedWinograd(WinogradUse use) : previous_(winograd_use.exchange(use)) {}
+
+ScopedWinograd::~ScopedWinograd() { winograd_use.store(previous_); }
 
 #if defined(__x86_64__)
 namespace {
 
-// Transformed codes of one pass over the outputs: they come from the L2 or L3 cache once for each block of
-// 16 outputs.
-constexpr int64_t kMaxPointBytes = 1 << 20;
-
-// Tiles of a pass for which a thread transforms the weights of a block: their transform costs as much as the
-// products of about 3 tiles.
-constexpr int64_t kMinTilesPerItem = 64;
+// Transformed codes of one pass over the outputs: they come from the L3 cache once for each item.
+constexpr int64_t kMaxPointBytes = 4 << 20;
 
 // Multiply-add steps below which another thread costs more than it saves, as in igemm.cpp.
 constexpr int64_t kMinStepsPerThread = 20000;
@@ -31,6 +36,7 @@ constexpr int64_t kMinPixelsWithNibbles = 128;
 
 struct Pass {
   const Igemm& problem;
+  const WinogradKernel& kernel;
   int64_t row_tiles;   // tiles in a row
   int64_t image_rows;  // rows of tiles in an image
   int64_t rows;        // rows of tiles of a full pass
@@ -39,117 +45,151 @@ struct Pass {
   int16_t* points[kMaxSegments];
 
   int64_t channels(int s) const { return problem.inputs[s].tile.quads * kQuadChannels; }
+  int64_t all_channels() const {
+    int64_t sum = 0;
+    for (int s = 0; s < problem.tile.num_segments; ++s) sum += channels(s);
+    return sum;
+  }
   int64_t point_step(int s) const { return tiles * channels(s) + kWinogradPadding; }
 };
 
 void transform_codes(const Pass& pass, int64_t row) {
   const int64_t image = (pass.first_row + row) / pass.image_rows;
-  const int64_t y = (pass.first_row + row) % pass.image_rows * 2;
+  const int64_t y = (pass.first_row + row) % pass.image_rows * pass.kernel.side;
   for (int s = 0; s < pass.problem.tile.num_segments; ++s) {
     const IgemmInput& input = pass.problem.inputs[s];
     const int64_t channels = pass.channels(s);
     const WinogradRow tiles{input.codes + image * input.image_step + y * input.row_step, input.row_step,
                             input.column_step, channels, pass.row_tiles};
-    avx2::winograd_codes(tiles, pass.points[s] + row * pass.row_tiles * channels, pass.point_step(s));
+    pass.kernel.transform_codes(tiles, pass.points[s] + row * pass.row_tiles * channels, pass.point_step(s));
   }
 }
 
-// The block's weights as 16 points, and everything else of WinogradTiles that all its tiles share.
-void select_block(const Pass& pass, int64_t block, std::vector<int16_t>& weights, WinogradTiles& tiles) {
+// A part of `buffer`, which grows where it must, aligned to 64 bytes; `bytes` is moved behind it.
+template <typename T>
+T* take(std::vector<char>& buffer, int64_t count, int64_t& bytes) {
+  T* const result = reinterpret_cast<T*>(buffer.data() + bytes);
+  bytes += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+  return result;
+}
+
+// Kept between calls, because fresh pages cost more than filling them.
+WinogradScratch thread_scratch(const WinogradKernel& kernel) {
+  const int64_t width = kernel.blocks * kBlockOutputs;
+  const int64_t weights = kernel.blocks * kernel.points() * winograd_weight_step(kernel.slice);
+  const int64_t points = kernel.points() * kWinogradBatch * width;
+  const int64_t pixels = kernel.side * kernel.side * kMaxWinogradTiles * width;
+  thread_local std::vector<char> buffer;
+  const int64_t size = 2 * weights + 4 * points + 8 * pixels + 5 * 64;
+  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
+  int64_t bytes = -reinterpret_cast<intptr_t>(buffer.data()) & 63;
+  WinogradScratch scratch{};
+  scratch.weights = take<int16_t>(buffer, weights, bytes);
+  scratch.points = take<int32_t>(buffer, points, bytes);
+  scratch.sums = take<int32_t>(buffer, pixels, bytes);
+  scratch.values = take<float>(buffer, pixels, bytes);
+  return scratch;
+}
+
+// Tiles [first, first + count) of the pass times one slab of outputs.
+void run_item(const Pass& pass, int64_t slab, int64_t first, int64_t count) {
   const Igemm& problem = pass.problem;
-  tiles.row_tiles = pass.row_tiles;
-  tiles.block = problem.tile;
-  tiles.block.num_blocks = 1;
-  tiles.block.num_outputs = std::min(kBlockOutputs, problem.outputs - block * kBlockOutputs);
-  skip_outputs(block * kBlockOutputs, tiles.block.output);
-  int64_t size = 0;
-  for (int s = 0; s < problem.tile.num_segments; ++s) size += winograd_weight_step(pass.channels(s));
-  weights.resize(static_cast<size_t>(size * kWinogradPoints));
-  int16_t* points = weights.data();
+  WinogradItem item{};
+  item.block = problem.tile;
+  for (int s = 0; s < problem.tile.num_segments; ++s) item.block.segments[s] = problem.inputs[s].tile;
+  const int64_t blocks = ceil_div(problem.outputs, kBlockOutputs);
+  const int64_t first_block = slab * pass.kernel.blocks;
+  select_outputs(problem, 0, first_block, std::min(blocks, first_block + pass.kernel.blocks), item.block);
   for (int s = 0; s < problem.tile.num_segments; ++s) {
-    TileSegment segment = problem.inputs[s].tile;
-    avx2::winograd_weights(segment.weight + block * segment.block_bytes, segment.quads, problem.tile.nibbles,
-                           points);
-    segment.weight_scale += block * kBlockOutputs;
-    segment.weight_sum += block * kBlockOutputs;
-    tiles.block.segments[s] = segment;
-    tiles.channels[s] = pass.channels(s);
-    tiles.point_step[s] = pass.point_step(s);
-    tiles.weights[s] = points;
-    points += kWinogradPoints * winograd_weight_step(pass.channels(s));
+    const int64_t channels = pass.channels(s);
+    item.segments[s] = {pass.points[s] + first * channels, pass.point_step(s), channels};
   }
+  item.tiles = count;
+  item.first = pass.first_row * pass.row_tiles + first;
+  item.row_tiles = pass.row_tiles;
+  item.scratch = thread_scratch(pass.kernel);
+  pass.kernel.run(item);
 }
 
-// Tiles [first, last) of the pass.
-void multiply_tiles(const Pass& pass, int64_t first, int64_t last, WinogradTiles& tiles) {
-  for (int64_t begin = first; begin < last; begin += kMaxWinogradTiles) {
-    tiles.num_tiles = static_cast<int>(std::min<int64_t>(kMaxWinogradTiles, last - begin));
-    tiles.first = pass.first_row * pass.row_tiles + begin;
-    for (int s = 0; s < pass.problem.tile.num_segments; ++s) {
-      tiles.codes[s] = pass.points[s] + begin * tiles.channels[s];
-    }
-    avx2::winograd_tiles(tiles);
+// Threads are given batches of tiles; neighbouring ones of a thread and slab make an item, because each
+// item transforms its weights.
+void run_items(const Pass& pass, int64_t first, int64_t last) {
+  const int64_t batches = ceil_div(pass.tiles, kWinogradBatch);  // of a slab
+  while (first < last) {
+    const int64_t batch = first % batches;
+    const int64_t left = std::min(last - first, batches - batch);
+    const int64_t count = ceil_div(left, ceil_div(left * kWinogradBatch, kMaxWinogradTiles));
+    const int64_t tile = batch * kWinogradBatch;
+    run_item(pass, first / batches, tile, std::min(count * kWinogradBatch, pass.tiles - tile));
+    first += count;
   }
 }
 
 void run_pass(const Pass& pass) {
   const int64_t rows = pass.tiles / pass.row_tiles;
-  const int64_t blocks = ceil_div(pass.problem.outputs, kBlockOutputs);
-  const int64_t parts = ceil_div(pass.tiles, kMinTilesPerItem);
-  int64_t quads = 0;
-  for (int s = 0; s < pass.problem.tile.num_segments; ++s) quads += pass.problem.inputs[s].tile.quads;
-  const int64_t row_grain = ceil_div(kMinStepsPerThread, quads * pass.row_tiles * kWinogradPoints);
-  parallel_for(0, rows, row_grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) transform_codes(pass, row);
-  });
-  const int64_t steps = quads * kWinogradPoints * pass.tiles / parts;
-  parallel_for(0, blocks * parts, ceil_div(kMinStepsPerThread, steps), [&](int64_t begin, int64_t end) {
-    thread_local std::vector<int16_t> weights;
-    WinogradTiles tiles{};
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t part = item % parts;
-      if (item == begin || part == 0) select_block(pass, item / parts, weights, tiles);
-      multiply_tiles(pass, pass.tiles * part / parts, pass.tiles * (part + 1) / parts, tiles);
-    }
-  });
+  const int64_t steps = pass.all_channels() / kQuadChannels * pass.kernel.points();  // of a tile and block
+  parallel_for(0, rows, ceil_div(kMinStepsPerThread, steps * pass.row_tiles),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t row = begin; row < end; ++row) transform_codes(pass, row);
+               });
+  const int64_t slabs = ceil_div(ceil_div(pass.problem.outputs, kBlockOutputs), pass.kernel.blocks);
+  const int64_t batches = ceil_div(pass.tiles, kWinogradBatch);
+  const int64_t batch_steps = steps * pass.kernel.blocks * pass.tiles / batches;
+  parallel_for(0, slabs * batches, ceil_div(kMinStepsPerThread, batch_steps),
+               [&](int64_t begin, int64_t end) { run_items(pass, begin, end); });
 }
 
-}  // namespace
+const WinogradKernel* large_kernel(Isa isa) {
+  if (isa == Isa::kAvx512) return &avx512::winograd_4x4;
+#if defined(ADPDM_AVX_VNNI)
+  if (isa == Isa::kAvxVnni) return has_avx_vnni() ? &avx_vnni::winograd_4x4 : &avx_vnni_evex::winograd_4x4;
+#endif
+  return isa == Isa::kAvx2 ? &avx2::winograd_4x4 : nullptr;
+}
 
-bool winograd_applies(const Igemm& problem) {
-  if (active_isa() != Isa::kAvx2 || problem.groups > 1) return false;
-  if (problem.tile.tap_rows != 3 || problem.tile.tap_columns != 3) return false;
-  if (problem.rows % 2 == 1 || problem.columns % 2 == 1) return false;
-  if (problem.tile.nibbles && problem.images * problem.rows * problem.columns < kMinPixelsWithNibbles) {
-    return false;
-  }
+bool applies(const Igemm& problem, const WinogradKernel& kernel, WinogradUse use) {
+  if (problem.rows % kernel.side > 0 || problem.columns % kernel.side > 0) return false;
+  const int64_t tiles = problem.images * problem.rows * problem.columns / (kernel.side * kernel.side);
+  if (tiles < kernel.min_tiles && use != WinogradUse::kForAnyTiles) return false;
   for (int s = 0; s < problem.tile.num_segments; ++s) {
     const IgemmInput& input = problem.inputs[s];
-    const int64_t channels = input.tile.quads * kQuadChannels;
-    if (channels % kWinogradChannels > 0 || channels > kMaxWinogradChannels) return false;
+    if (input.tile.quads * kQuadChannels % kernel.lanes > 0) return false;
     if (input.row_step != input.tile.tap_row_step) return false;  // stride 1, dilation 1
     if (input.column_step != input.tile.tap_column_step) return false;
   }
   return true;
 }
 
-void run_winograd(const Igemm& problem) {
-  Pass pass{problem, problem.columns / 2, problem.rows / 2, 0, 0, 0, {}};
-  int64_t channels = 0;
-  for (int s = 0; s < problem.tile.num_segments; ++s) channels += pass.channels(s);
-  const int64_t row_points = pass.row_tiles * channels * kWinogradPoints;
+}  // namespace
+
+const WinogradKernel* select_winograd(const Igemm& problem) {
+  const WinogradUse use = winograd_use.load(std::memory_order_relaxed);
+  const Isa isa = active_isa();
+  const WinogradKernel* large = large_kernel(isa);
+  if (!large || use == WinogradUse::kNever) return nullptr;
+  if (problem.groups > 1 || problem.tile.tap_rows != 3 || problem.tile.tap_columns != 3) return nullptr;
+  if (applies(problem, *large, use)) return large;
+  if (isa != Isa::kAvx2 || !applies(problem, avx2::winograd_2x2, use)) return nullptr;
+  const int64_t pixels = problem.images * problem.rows * problem.columns;
+  const bool few = problem.tile.nibbles && pixels < kMinPixelsWithNibbles;
+  return few && use != WinogradUse::kForAnyTiles ? nullptr : &avx2::winograd_2x2;
+}
+
+void run_winograd(const Igemm& problem, const WinogradKernel& kernel) {
+  Pass pass{problem, kernel, problem.columns / kernel.side, problem.rows / kernel.side, 0, 0, 0, {}};
+  const int64_t row_points = pass.row_tiles * pass.all_channels() * kernel.points();
   const int64_t all_rows = problem.images * pass.image_rows;
   const auto fitting = kMaxPointBytes / static_cast<int64_t>(row_points * sizeof(int16_t));
   pass.rows = std::clamp<int64_t>(fitting, 1, all_rows);
   thread_local std::vector<int16_t> points;  // fresh pages cost more than filling them
-  const int64_t size = pass.rows * row_points + kMaxSegments * kWinogradPoints * kWinogradPadding;
+  const int64_t size = pass.rows * row_points + kMaxSegments * kernel.points() * kWinogradPadding;
   if (static_cast<int64_t>(points.size()) < size) points.resize(static_cast<size_t>(size));
   for (; pass.first_row < all_rows; pass.first_row += pass.rows) {
     pass.tiles = std::min(pass.rows, all_rows - pass.first_row) * pass.row_tiles;
     int16_t* next = points.data();
     for (int s = 0; s < problem.tile.num_segments; ++s) {
       pass.points[s] = next;
-      next += kWinogradPoints * pass.point_step(s);
+      next += kernel.points() * pass.point_step(s);
     }
     run_pass(pass);
   }
@@ -157,8 +197,8 @@ void run_winograd(const Igemm& problem) {
 
 #else
 
-bool winograd_applies(const Igemm&) { return false; }
-void run_winograd(const Igemm&) {}
+const WinogradKernel* select_winograd(const Igemm&) { return nullptr; }
+void run_winograd(const Igemm&, const WinogradKernel&) {}
 
 #endif
 

@@ -1,5 +1,6 @@
-// 3x3 convolutions of stride 1 in exact integers by Winograd's F(2x2, 3x3): 16 multiplications instead of 36
-// for 2x2 outputs, which pays where a multiplication of 16-bit numbers costs what one of bytes does: AVX2.
+// 3x3 convolutions of stride 1 in exact integers by Winograd's F(2x2, 3x3) and F(4x4, 3x3): 16
+// multiplications instead of 36 for 2x2 outputs, 36 instead of 144 for 4x4. They are of 16-bit numbers, which
+// cost what products of bytes do on AVX2 and twice that with VNNI.
 #pragma once
 
 #include <cstdint>
@@ -8,21 +9,20 @@
 
 namespace adpdm::cpu {
 
-// With codes d (4x4 pixels) and weights g (3x3 taps) of one channel:
-//   B = [[1,0,0,0],[0,1,-1,1],[-1,1,1,0],[0,0,0,-1]]   |B^T d B| <= 4 * 128
-//   G = [[2,0,0],[1,1,1],[1,-1,1],[0,0,2]]             |G g G^T| <= 9 * 128; G is twice the usual one
-//   A = [[1,0],[1,1],[1,-1],[0,-1]]                    A^T (sum over channels of products) A = 4 * the sums
-// Both operands fit 16 bits, and 4 times the sums fit 32 bits up to kMaxWinogradChannels. Sums on the way
-// there may wrap: the result is right modulo 2^32.
-constexpr int64_t kMaxWinogradChannels = INT32_MAX / (4 * 9 * 128 * 128);
-constexpr int64_t kWinogradPoints = 16;    // of a tile: 4x4 codes in, 2x2 sums out
-constexpr int64_t kWinogradChannels = 16;  // taken together; channels are a multiple
-// Elements from the end of one point to the next: a power of two from point to point would put all 16 into
-// the same sets of the L1 cache.
-constexpr int64_t kWinogradPadding = 32;
-constexpr int kMaxWinogradTiles = 16;  // multiplied together: their sums take 16 KiB
+constexpr int kMaxWinogradSide = 4;    // outputs of a tile in one direction
+constexpr int kMaxWinogradBlocks = 2;  // blocks of 16 outputs multiplied together
 
-// A row of tiles of one image: two rows of output pixels.
+// Elements from the end of one point to the next: a power of two from point to point would put all of them
+// into the same sets of the L1 cache.
+constexpr int64_t kWinogradPadding = 32;
+
+// Tiles whose points are summed before any is transformed back, 72 KiB of sums.
+constexpr int64_t kWinogradBatch = 16;
+
+// Tiles of an item, which share its transformed weights; their sums and values take 128 KiB each.
+constexpr int64_t kMaxWinogradTiles = 64;
+
+// A row of tiles of one image: as many rows of output pixels as a tile has.
 struct WinogradRow {
   const int8_t* codes;  // first code under the first tap
   int64_t row_step;     // bytes between rows of pixels
@@ -31,42 +31,92 @@ struct WinogradRow {
   int64_t tiles;
 };
 
-// Successive tiles, perhaps of several rows, times one block of 16 outputs.
-struct WinogradTiles {
-  const int16_t*
-      codes[kMaxSegments];  // [16 points][point_step], of each [tiles][channels] i16, at the first tile
-  int64_t point_step[kMaxSegments];
-  const int16_t* weights[kMaxSegments];  // [16 points][channels / 2][16 outputs][2] i16, then padding
-  int64_t channels[kMaxSegments];
-  int num_tiles;      // up to kMaxWinogradTiles
-  int64_t first;      // of all tiles
-  int64_t row_tiles;  // tiles in a row
-  Tile block;         // the block's outputs and segments, output at pixel 0; one block of 16 outputs
+struct WinogradSegment {
+  const int16_t* codes;  // [points][point_step], of each [tiles][channels] i16, at the first tile
+  int64_t point_step;
+  int64_t channels;
 };
 
-// Elements of a point of weights.
+// Room for an item, aligned to 64 bytes.
+struct WinogradScratch {
+  int16_t*
+      weights;      // of a slice of channels: [blocks][points][channels / 2][16 outputs][2] i16, then padding
+  int32_t* points;  // [points][kWinogradBatch][blocks][16 outputs]
+  int32_t* sums;    // [rows of a tile][its pixels of all tiles][blocks][16 outputs]
+  float* values;    // the same
+};
+
+// Successive tiles, perhaps of several rows, times some blocks of 16 outputs.
+struct WinogradItem {
+  WinogradSegment segments[kMaxSegments];
+  Tile block;         // the blocks' outputs and segments, output at pixel 0
+  int64_t tiles;      // up to kMaxWinogradTiles
+  int64_t first;      // of all tiles
+  int64_t row_tiles;  // tiles in a row
+  WinogradScratch scratch;
+};
+
+// Pairs of 16-bit channels of some tiles, and the weights they meet at one point.
+struct PairOperands {
+  const int16_t* codes;  // [tiles][code_step]
+  int64_t code_step;
+  const int16_t* weights;  // [blocks][block_step], of each [pairs][16 outputs][2]
+  int64_t block_step;
+  int64_t pairs;
+};
+
+struct WinogradKernel {
+  int side;           // outputs of a tile in one direction
+  int blocks;         // of 16 outputs in an item
+  int64_t lanes;      // channels are a multiple
+  int64_t slice;      // channels multiplied before their points are transformed back
+  int64_t min_tiles;  // of a convolution: for fewer the transform of weights costs more than it saves
+  // One row of tiles -> points [(side + 2)^2][point_step], of each the first tiles * channels.
+  void (*transform_codes)(const WinogradRow& row, int16_t* points, int64_t point_step);
+  void (*run)(const WinogradItem& item);
+
+  int64_t points() const { return (side + 2) * (side + 2); }
+};
+
+// Elements of a point of weights of one block.
 constexpr int64_t winograd_weight_step(int64_t channels) {
   return channels * kBlockOutputs + kWinogradPadding;
 }
 
-#if defined(__x86_64__)
 namespace avx2 {
-
-// One row of tiles -> points [16][point_step], of each the first tiles * channels.
-void winograd_codes(const WinogradRow& row, int16_t* points, int64_t point_step);
-
-// Weights of a block of 16 outputs as the blob holds them, 9 taps of `quads` -> points.
-void winograd_weights(const uint8_t* packed, int64_t quads, bool nibbles, int16_t* points);
-
-void winograd_tiles(const WinogradTiles& tiles);
-
+extern const WinogradKernel winograd_2x2;
+extern const WinogradKernel winograd_4x4;
 }  // namespace avx2
-#endif
+namespace avx_vnni {
+extern const WinogradKernel winograd_4x4;
+}
+namespace avx_vnni_evex {
+extern const WinogradKernel winograd_4x4;
+}
+namespace avx512 {
+extern const WinogradKernel winograd_4x4;
+}
 
-// Whether run_winograd() takes the problem, and is quicker on the instruction set in use.
-bool winograd_applies(const Igemm& problem);
+// The kernel to use for the problem on the instruction set in use; nullptr where there is none, or none is
+// quicker.
+const WinogradKernel* select_winograd(const Igemm& problem);
 
 // As run_igemm().
-void run_winograd(const Igemm& problem);
+void run_winograd(const Igemm& problem, const WinogradKernel& kernel);
+
+enum class WinogradUse { kWhereQuicker, kNever, kForAnyTiles };
+
+// Forces the choice of select_winograd() for its lifetime, in all threads, as ScopedIsa does a level. With
+// kForAnyTiles kernels run for fewer tiles than they are quicker for.
+class ScopedWinograd {
+ public:
+  explicit ScopedWinograd(WinogradUse use);
+  ~ScopedWinograd();
+  ScopedWinograd(const ScopedWinograd&) = delete;
+  ScopedWinograd& operator=(const ScopedWinograd&) = delete;
+
+ private:
+  WinogradUse previous_;
+};
 
 }  // namespace adpdm::cpu
