@@ -163,21 +163,21 @@ TEST(Conv2d, MatchesDefinitionWhereWinogradRuns) {
   const Shape shapes[] = {
       {1, {16}, {2, 2}, 16},        // one tile of 2x2
       {1, {32}, {4, 4}, 16},        // one of 4x4
-      {1, {32}, {4, 4}, 50},        // the second slab of two blocks is one, and a tail
+      {1, {32}, {4, 4}, 40},        // the second slab of two blocks is one, and a tail
       {2, {32, 64}, {8, 12}, 33},   // two segments, tiles of several rows and images
       {1, {256, 224}, {4, 8}, 16},  // more channels than one slice, exactly one slice
       {1, {32}, {4, 72}, 16},       // more tiles in a row than a batch
       {1, {32}, {36, 40}, 32},      // more than an item
-      {1, {640}, {32, 48}, 16},     // more than one pass
       {2, {16}, {4, 6}, 20},        // tiles of several rows together, a tail of outputs
       {1, {32, 16}, {6, 10}, 33},   // 2x2: two segments, more tiles than are multiplied at once
       {3, {48}, {4, 34}, 17},       // more than one row of tiles at once
-      {3, {256}, {16, 16}, 16},     // more than one pass
+      {3, {640}, {16, 48}, 16},     // passes end within images
       {1, {16}, {6, 6}, 16, {3, 3}, {1, 1}, {0, 0}},  // no copy
       {1, {16}, {5, 6}, 16},                          // not: an odd number of rows
       {1, {16}, {8, 8}, 16, {3, 3}, {1, 2}},          // not: stride
       {1, {16}, {8, 8}, 16, {3, 3}, {2, 1}},
-      {1, {16}, {8, 8}, 16, {3, 3}, {1, 1}, {2, 2}, {2, 1}},  // not: dilation
+      {1, {16}, {8, 8}, 16, {3, 3}, {1, 1}, {2, 2}, {2, 1}},    // not: dilation
+      {2, {32}, {16, 16}, 16, {3, 3}, {2, 2}, {2, 2}, {2, 2}},  // stride and dilation alike
   };
   uint32_t seed = 200;
   for (const Shape& shape : shapes) {

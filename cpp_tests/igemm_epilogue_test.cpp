@@ -123,6 +123,11 @@ std::vector<Layer> layers() {
   winograd.channels = {32, 16};
   winograd.input = {4, 6};
   winograd.out_channels = 40;
+  result.push_back(winograd);  // tiles of 2x2
+  winograd.channels = {32, 64};
+  winograd.input = {8, 12};
+  result.push_back(winograd);  // 12 tiles of 4x4
+  winograd.weight_bits = 4;
   result.push_back(winograd);
   return result;
 }
@@ -229,9 +234,10 @@ TEST(IgemmEpilogue, WorkSplitDoesNotChangeResults) {
   epilogue.row_bias = true;
   epilogue.residual = FloatType::kFloat32;
   const HostCase host = random_case(layer, epilogue, 3);
+  const std::vector<uint32_t> expected = expected_results(host);
   CpuCase cpu_case(host);
   for (const IgemmLevel& level : igemm_levels()) {
-    const std::vector<uint32_t> serial = cpu_case.conv2d(level);
+    EXPECT_EQ(cpu_case.conv2d(level), expected) << level.name;
     const auto scattered = [](int64_t begin, int64_t end, int64_t grain, void* context,
                               cpu::ParallelBody body) {
       for (int64_t last = end; last > begin; last -= grain) {
@@ -239,7 +245,7 @@ TEST(IgemmEpilogue, WorkSplitDoesNotChangeResults) {
       }
     };
     const cpu::ParallelBackend before = cpu::set_parallel_backend(scattered);
-    EXPECT_EQ(cpu_case.conv2d(level), serial) << level.name;
+    EXPECT_EQ(cpu_case.conv2d(level), expected) << level.name << ", scattered";
     cpu::set_parallel_backend(before);
   }
 }
@@ -248,6 +254,11 @@ TEST(Conv2dGeometry, UpsamplesWhileReading) {
   Layer layer;
   layer.upsample = 2;
   uint32_t seed = 20;
+  layer.batch = 2;
+  layer.channels = {32};
+  layer.input = {4, 6};  // tiles of 4x4
+  layer.out_channels = 18;
+  expect_as_defined(layer, {}, ++seed);
   for (Size2d input : {Size2d{1, 1}, Size2d{3, 5}, Size2d{4, 7}}) {
     for (int64_t channels : {1, 6, 16}) {
       for (int bits : {4, 8}) {

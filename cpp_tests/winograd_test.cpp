@@ -59,6 +59,24 @@ TEST(Winograd, SmallTilesRunOnAvx2Alone) {
   }
 }
 
+TEST(Winograd, FewTilesAreLeftToTheDirectKernel) {
+  for (Isa isa : levels()) {
+    const int64_t least = isa == Isa::kAvx2 ? 4 : isa == Isa::kAvxVnni ? 12 : isa == Isa::kAvx512 ? 8 : 0;
+    if (least == 0) continue;
+    EXPECT_EQ(side(make_problem(32, 4, 4 * least), isa), 4) << cpu::isa_name(isa);
+    EXPECT_EQ(side(make_problem(32, 4, 4 * least - 4), isa), isa == Isa::kAvx2 ? 2 : 0) << cpu::isa_name(isa);
+  }
+}
+
+TEST(Winograd, EverySegmentMustFit) {
+  for (Isa isa : levels()) {
+    cpu::Igemm problem = make_problem(32, 16, 16);
+    problem.tile.num_segments = 2;
+    problem.inputs[1] = make_problem(40, 16, 16).inputs[0];
+    EXPECT_EQ(side(problem, isa), 0) << cpu::isa_name(isa);
+  }
+}
+
 TEST(Winograd, ChannelsAreWholeVectors) {
   for (Isa isa : levels()) {
     const int wanted = isa == Isa::kAvx2 || isa == Isa::kAvxVnni ? 4 : 0;
@@ -88,6 +106,7 @@ TEST(Winograd, LeavesOtherConvolutionsAlone) {
       [](cpu::Igemm& problem) { problem.inputs[0].row_step *= 2; },
       [](cpu::Igemm& problem) { problem.inputs[0].column_step *= 2; },
       [](cpu::Igemm& problem) { problem.inputs[0].tile.quads = 9; },
+      [](cpu::Igemm& problem) { problem.inputs[0].tile.quads = 0; },
   };
   const cpu::ScopedWinograd scope(WinogradUse::kForAnyTiles);
   for (const auto& change : changes) {
@@ -104,6 +123,11 @@ TEST(Winograd, FewPixelsMultiplyNibblesAtOnce) {
   cpu::Igemm problem = make_problem(32, 4, 4);
   problem.tile.nibbles = true;
   EXPECT_EQ(side(problem, Isa::kAvx2), 0);
+  problem.rows = 8;
+  problem.columns = 14;  // 112 pixels
+  EXPECT_EQ(side(problem, Isa::kAvx2), 0);
+  problem.columns = 18;  // 144
+  EXPECT_EQ(side(problem, Isa::kAvx2), 2);
 }
 
 }  // namespace

@@ -67,7 +67,9 @@ def test_a_loop_that_is_not_whole_is_found() -> None:
 
 
 def test_code_without_products_is_found() -> None:
-    assert faults_of("   0:\tret\n") == ["wanted vpdpbusd or vpdpwssd, found neither"]
+    assert faults_of("   0:\tret\n") == ["wanted one of vpdpbusd, vpdpwssd, found neither"]
+    mixed = GOOD.replace("ymm3\n", "ymm3\n   99:\t{vex} vpdpwssd %ymm13,%ymm15,%ymm3\n", 1)
+    assert faults_of(mixed) == ["wanted one of vpdpbusd, vpdpwssd, found vpdpbusd and vpdpwssd"]
 
 
 def test_other_instructions_in_the_other_encoding_are_found() -> None:

@@ -40,9 +40,10 @@ def find_faults(code: list[Instruction], encoding: str) -> list[str]:
         code: its instructions.
         encoding: of its products as objdump marks them; it does not mark that of AVX-512.
     """
-    product = next((i.opcode for i in code if i.opcode in PRODUCTS), None)
-    if product is None:
-        return [f"wanted {' or '.join(PRODUCTS)}, found neither"]
+    found = {i.opcode for i in code if i.opcode in PRODUCTS}
+    if len(found) != 1:
+        return [f"wanted one of {', '.join(PRODUCTS)}, found {' and '.join(sorted(found)) or 'neither'}"]
+    (product,) = found
     faults = []
     for i in code:
         if i.opcode in PRODUCTS and i.encoding != encoding:

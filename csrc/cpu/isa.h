@@ -10,8 +10,8 @@ namespace adpdm::cpu {
 enum class Isa {
   kPortable = 0,  // the compiler's baseline for the architecture
   kAvx2 = 1,      // AVX2, FMA, F16C
-  // vpdpbusd in 256 bits for integer layers and int8 attention, all else as kAvx2. AVX-VNNI has it, and so
-  // has AVX-512 VNNI with VL, in another encoding.
+  // vpdpbusd and vpdpwssd in 256 bits for integer layers and int8 attention, all else as kAvx2. AVX-VNNI has
+  // them, and so has AVX-512 VNNI with VL, in another encoding.
   kAvxVnni = 2,
   kAvx512 = 3,  // AVX-512 F, BW, VL, DQ and VNNI
   kAmx = 4,     // AMX tiles of int8 for integer layers (igemm_strips.h), all else as kAvx512
@@ -27,7 +27,7 @@ std::string isa_obstacle(Isa isa);
 // Whether this CPU, its operating system and this build can run code of that level.
 bool cpu_supports(Isa isa);
 
-// Whether kAvxVnni runs vpdpbusd as AVX-VNNI encodes it; if not, as AVX-512 does.
+// Whether kAvxVnni runs its products as AVX-VNNI encodes them; if not, as AVX-512 does.
 bool has_avx_vnni();
 
 // The highest level cpu_supports().

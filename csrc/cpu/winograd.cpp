@@ -1,5 +1,9 @@
-// Cuts a 3x3 convolution into Winograd tiles: codes are transformed for as many rows of tiles as stay in the
-// cache, weights by whoever multiplies with them.
+// Cuts a 3x3 convolution into Winograd tiles:
+//   pass   as many rows of tiles as the cache holds when transformed; its codes are transformed first
+//   slab   one or two blocks of 16 outputs, as many as the kernel multiplies together
+//   unit   kUnitTiles tiles of a pass and one slab, what threads are given
+//   item   neighbouring units of a thread and slab, which share transformed weights
+// and, within an item, slices of channels and batches of tiles (winograd.inc).
 #include "cpu/winograd.h"
 
 #include <algorithm>
@@ -23,16 +27,20 @@ ScopedWinograd::~ScopedWinograd() { winograd_use.store(previous_); }
 #if defined(__x86_64__)
 namespace {
 
-// Transformed codes of one pass over the outputs, which are read once for each block of those: what the L2 cache holds,
-// but enough tiles for an item. 4 MiB took 1.1 to 1.3 times as long for 128 channels, 512 tiles (Zen 4, 2026-11).
+// Transformed codes of a pass, which are read once for each slab: what the L2 cache holds, but enough tiles
+// for an item. 4 MiB took 1.1 to 1.3 times as long for 128 channels and 512 tiles (Zen 4, 2026-11).
 constexpr int64_t kPointBytes = 1 << 20;
+
+// Few, so that a small map keeps many threads busy: those of a unit cost what the direct kernel costs, their
+// transform of weights included.
+constexpr int64_t kUnitTiles = 4;
 
 // Multiply-add steps below which another thread costs more than it saves, as in igemm.cpp.
 constexpr int64_t kMinStepsPerThread = 20000;
 
-// Below this many pixels, products of bytes with 4-bit weights beat the transform of those: 0.7 of the time
-// for 256 -> 256 channels at 4x4, 0.97 to 1.02 at 8x8, 1.02 to 1.27 at 16x16 on one thread of a busy Zen 3,
-// 2026-11.
+// Below this many pixels, products of bytes with 4-bit weights beat 2x2 tiles and their transform: 0.7 of the
+// time for 256 -> 256 channels at 4x4, 0.97 to 1.02 at 8x8, 1.02 to 1.27 at 16x16 on one thread of a busy Zen
+// 3, 2026-11.
 constexpr int64_t kMinPixelsWithNibbles = 128;
 
 struct Pass {
@@ -66,30 +74,37 @@ void transform_codes(const Pass& pass, int64_t row) {
   }
 }
 
-// A part of `buffer`, which grows where it must, aligned to 64 bytes; `bytes` is moved behind it.
-template <typename T>
-T* take(std::vector<char>& buffer, int64_t count, int64_t& bytes) {
-  T* const result = reinterpret_cast<T*>(buffer.data() + bytes);
-  bytes += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-  return result;
+// Memory of a thread, aligned to 64 bytes; kept between calls, because fresh pages cost more than filling
+// them.
+class Scratch {
+ public:
+  char* take(int64_t bytes) {
+    if (static_cast<int64_t>(buffer_.size()) < bytes + 64) buffer_.resize(static_cast<size_t>(bytes + 64));
+    return buffer_.data() + (-reinterpret_cast<uintptr_t>(buffer_.data()) & 63);
+  }
+
+ private:
+  std::vector<char> buffer_;
+};
+
+int16_t* thread_points(int64_t count) {
+  thread_local Scratch scratch;
+  return reinterpret_cast<int16_t*>(scratch.take(count * static_cast<int64_t>(sizeof(int16_t))));
 }
 
-// Kept between calls, because fresh pages cost more than filling them.
 WinogradScratch thread_scratch(const WinogradKernel& kernel) {
-  const int64_t width = kernel.blocks * kBlockOutputs;
+  thread_local Scratch scratch;
+  const int64_t width = kernel.blocks * kBlockOutputs;  // 64 bytes and more: what follows stays aligned
   const int64_t weights = kernel.blocks * kernel.points() * winograd_weight_step(kernel.slice);
   const int64_t points = kernel.points() * kWinogradBatch * width;
   const int64_t pixels = kernel.side * kernel.side * kMaxWinogradTiles * width;
-  thread_local std::vector<char> buffer;
-  const int64_t size = 2 * weights + 4 * points + 8 * pixels + 5 * 64;
-  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(static_cast<size_t>(size));
-  int64_t bytes = -reinterpret_cast<intptr_t>(buffer.data()) & 63;
-  WinogradScratch scratch{};
-  scratch.weights = take<int16_t>(buffer, weights, bytes);
-  scratch.points = take<int32_t>(buffer, points, bytes);
-  scratch.sums = take<int32_t>(buffer, pixels, bytes);
-  scratch.values = take<float>(buffer, pixels, bytes);
-  return scratch;
+  char* const begin = scratch.take(2 * weights + 4 * points + 8 * pixels);
+  WinogradScratch result{};
+  result.weights = reinterpret_cast<int16_t*>(begin);
+  result.points = reinterpret_cast<int32_t*>(begin + 2 * weights);
+  result.sums = result.points + points;
+  result.values = reinterpret_cast<float*>(result.sums + pixels);
+  return result;
 }
 
 // Tiles [first, first + count) of the pass times one slab of outputs.
@@ -112,16 +127,15 @@ void run_item(const Pass& pass, int64_t slab, int64_t first, int64_t count) {
   pass.kernel.run(item);
 }
 
-// Threads are given batches of tiles; neighbouring ones of a thread and slab make an item, because each
-// item transforms its weights.
-void run_items(const Pass& pass, int64_t first, int64_t last) {
-  const int64_t batches = ceil_div(pass.tiles, kWinogradBatch);  // of a slab
+// Units [first, last) of the pass, numbered slab by slab.
+void run_units(const Pass& pass, int64_t first, int64_t last) {
+  const int64_t units = ceil_div(pass.tiles, kUnitTiles);  // of a slab
   while (first < last) {
-    const int64_t batch = first % batches;
-    const int64_t left = std::min(last - first, batches - batch);
-    const int64_t count = ceil_div(left, ceil_div(left * kWinogradBatch, kMaxWinogradTiles));
-    const int64_t tile = batch * kWinogradBatch;
-    run_item(pass, first / batches, tile, std::min(count * kWinogradBatch, pass.tiles - tile));
+    const int64_t unit = first % units;
+    const int64_t left = std::min(last - first, units - unit);
+    const int64_t count = ceil_div(left, ceil_div(left * kUnitTiles, kMaxWinogradTiles));
+    const int64_t tile = unit * kUnitTiles;
+    run_item(pass, first / units, tile, std::min(count * kUnitTiles, pass.tiles - tile));
     first += count;
   }
 }
@@ -133,11 +147,12 @@ void run_pass(const Pass& pass) {
                [&](int64_t begin, int64_t end) {
                  for (int64_t row = begin; row < end; ++row) transform_codes(pass, row);
                });
-  const int64_t slabs = ceil_div(ceil_div(pass.problem.outputs, kBlockOutputs), pass.kernel.blocks);
-  const int64_t batches = ceil_div(pass.tiles, kWinogradBatch);
-  const int64_t batch_steps = steps * pass.kernel.blocks * pass.tiles / batches;
-  parallel_for(0, slabs * batches, ceil_div(kMinStepsPerThread, batch_steps),
-               [&](int64_t begin, int64_t end) { run_items(pass, begin, end); });
+  const int64_t blocks = ceil_div(pass.problem.outputs, kBlockOutputs);
+  const int64_t slabs = ceil_div(blocks, pass.kernel.blocks);
+  const int64_t units = ceil_div(pass.tiles, kUnitTiles);
+  const int64_t unit_steps = steps * pass.tiles * blocks / (slabs * units);
+  parallel_for(0, slabs * units, ceil_div(kMinStepsPerThread, unit_steps),
+               [&](int64_t begin, int64_t end) { run_units(pass, begin, end); });
 }
 
 const WinogradKernel* large_kernel(Isa isa) {
@@ -154,8 +169,8 @@ bool applies(const Igemm& problem, const WinogradKernel& kernel, WinogradUse use
   if (tiles < kernel.min_tiles && use != WinogradUse::kForAnyTiles) return false;
   for (int s = 0; s < problem.tile.num_segments; ++s) {
     const IgemmInput& input = problem.inputs[s];
-    if (input.tile.quads * kQuadChannels % kernel.lanes > 0) return false;
-    if (input.row_step != input.tile.tap_row_step) return false;  // stride 1, dilation 1
+    if (input.tile.quads == 0 || input.tile.quads * kQuadChannels % kernel.lanes > 0) return false;
+    if (input.row_step != input.tile.tap_row_step) return false;  // stride and dilation are the same
     if (input.column_step != input.tile.tap_column_step) return false;
   }
   return true;
@@ -181,13 +196,13 @@ void run_winograd(const Igemm& problem, const WinogradKernel& kernel) {
   const int64_t row_points = pass.row_tiles * pass.all_channels() * kernel.points();
   const int64_t all_rows = problem.images * pass.image_rows;
   const auto fitting = kPointBytes / static_cast<int64_t>(row_points * sizeof(int16_t));
-  pass.rows = std::min(all_rows, std::max(fitting, ceil_div(kMaxWinogradTiles, pass.row_tiles)));
-  thread_local std::vector<int16_t> points;  // fresh pages cost more than filling them
-  const int64_t size = pass.rows * row_points + kMaxSegments * kernel.points() * kWinogradPadding;
-  if (static_cast<int64_t>(points.size()) < size) points.resize(static_cast<size_t>(size));
+  const int64_t most = std::max(fitting, ceil_div(kMaxWinogradTiles, pass.row_tiles));
+  pass.rows = ceil_div(all_rows, ceil_div(all_rows, most));
+  int16_t* const points =
+      thread_points(pass.rows * row_points + kMaxSegments * kernel.points() * kWinogradPadding);
   for (; pass.first_row < all_rows; pass.first_row += pass.rows) {
     pass.tiles = std::min(pass.rows, all_rows - pass.first_row) * pass.row_tiles;
-    int16_t* next = points.data();
+    int16_t* next = points;
     for (int s = 0; s < problem.tile.num_segments; ++s) {
       pass.points[s] = next;
       next += kernel.points() * pass.point_step(s);

@@ -39,8 +39,8 @@ struct WinogradSegment {
 
 // Room for an item, aligned to 64 bytes.
 struct WinogradScratch {
-  int16_t*
-      weights;      // of a slice of channels: [blocks][points][channels / 2][16 outputs][2] i16, then padding
+  // Of a slice of channels: [blocks][points], of each [channels / 2][16 outputs][2] i16 and kWinogradPadding.
+  int16_t* weights;
   int32_t* points;  // [points][kWinogradBatch][blocks][16 outputs]
   int32_t* sums;    // [rows of a tile][its pixels of all tiles][blocks][16 outputs]
   float* values;    // the same
@@ -79,7 +79,7 @@ struct WinogradKernel {
 };
 
 // Elements of a point of weights of one block.
-constexpr int64_t winograd_weight_step(int64_t channels) {
+__attribute__((always_inline)) constexpr int64_t winograd_weight_step(int64_t channels) {
   return channels * kBlockOutputs + kWinogradPadding;
 }
 
