@@ -2,8 +2,8 @@
 // sums, 16-bit products otherwise.
 #define ADPDM_ISA_NAMESPACE avx2
 #include "cpu/igemm.h"
-#include "cpu/igemm_epilogue.h"
 #include "cpu/multiply_avx2.h"
+#include "cpu/tile_floats.h"
 
 namespace adpdm::cpu::avx2 {
 namespace {
@@ -16,13 +16,63 @@ constexpr int64_t kChunkChannels = kChunkQuads * kQuadChannels;
 // back.
 constexpr int32_t kCodeShift = 128;
 
-// Pixels multiplied together: 6 took 12 % longer than 4 on a Zen 3, because GCC 12 moves sums to the stack.
-constexpr int kBytePixels = 4;
+// Pixels multiplied together: 12 sums, 2 weights, codes and a product are the 16 registers.
+constexpr int kBytePixels = 6;
+
+// Where every product is widened by a register of ones, there is room for fewer.
+constexpr int k7BitPixels = 4;
 
 using Sums = int32_t[kBlockOutputs];
 
 // Weights of b bits make pair sums of at most 2 * 255 * 2^(b-1), of which this many fit 16 bits.
 constexpr int quads_in_16_bits(int weight_bits) { return weight_bits <= 4 ? 8 : 1 << (7 - weight_bits); }
+
+template <int P>
+using ShortSums = __m256i[P][kOutputVectors];
+
+// sums [P][16] in 16 bits += one quad of codes [P][kChunkChannels] x weights [16][4].
+template <int P>
+ADPDM_VEC void add_quad(const uint8_t* codes, const int8_t* weights, ShortSums<P>& sums) {
+  const __m256i low = load_vector(weights);
+  const __m256i high = load_vector(weights + kQuadBytes / 2);
+#pragma GCC unroll 6
+  for (int p = 0; p < P; ++p) {
+    const __m256i quad = broadcast_bytes(codes + p * kChunkChannels);
+    sums[p][0] = _mm256_add_epi16(sums[p][0], _mm256_maddubs_epi16(quad, low));
+    asm("" : "+x"(sums[p][0]));
+    sums[p][1] = _mm256_add_epi16(sums[p][1], _mm256_maddubs_epi16(quad, high));
+    asm("" : "+x"(sums[p][1]));
+  }
+}
+
+// All registers are taken, and GCC 12 moves some of them around: 1.05 to 1.14 times the time on a Zen 3,
+// 2026-11.
+static_assert(kChunkChannels == 128, "written into the instructions");
+#define ADPDM_ADD_PIXEL(p)                     \
+  "vpbroadcastd 128 * " #p                     \
+  "(%[codes]), %[quad]\n\t"                    \
+  "vpmaddubsw %[low], %[quad], %[product]\n\t" \
+  "vpaddw %[product], %[low" #p "], %[low" #p  \
+  "]\n\t"                                      \
+  "vpmaddubsw %[high], %[quad], %[quad]\n\t"   \
+  "vpaddw %[quad], %[high" #p "], %[high" #p "]\n\t"
+
+template <>
+ADPDM_VEC void add_quad<6>(const uint8_t* codes, const int8_t* weights, ShortSums<6>& s) {
+  __m256i quad, product;
+  // clang-format off
+  asm(ADPDM_ADD_PIXEL(0) ADPDM_ADD_PIXEL(1) ADPDM_ADD_PIXEL(2) ADPDM_ADD_PIXEL(3) ADPDM_ADD_PIXEL(4)
+      ADPDM_ADD_PIXEL(5)
+      : [low0] "+x"(s[0][0]), [high0] "+x"(s[0][1]), [low1] "+x"(s[1][0]), [high1] "+x"(s[1][1]),
+        [low2] "+x"(s[2][0]), [high2] "+x"(s[2][1]), [low3] "+x"(s[3][0]), [high3] "+x"(s[3][1]),
+        [low4] "+x"(s[4][0]), [high4] "+x"(s[4][1]), [low5] "+x"(s[5][0]), [high5] "+x"(s[5][1]),
+        [quad] "=&x"(quad), [product] "=&x"(product)
+      : [low] "x"(load_vector(weights)), [high] "x"(load_vector(weights + kQuadBytes / 2)), [codes] "r"(codes),
+        "m"(*reinterpret_cast<const uint8_t(*)[6 * kChunkChannels]>(codes)));
+  // clang-format on
+}
+
+#undef ADPDM_ADD_PIXEL
 
 // sums [P][16] += codes [P][kChunkChannels], shifted to unsigned, x weights [quads][16][4]; kQuads of them
 // are added in 16 bits before they are widened.
@@ -32,23 +82,15 @@ __attribute__((noinline)) void multiply_bytes(const uint8_t* codes, const int8_t
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t first = 0; first < quads; first += kQuads) {
     const int64_t last = quads - first < kQuads ? quads : first + kQuads;
-    __m256i registers[P][kOutputVectors];
-#pragma GCC unroll 4
+    ShortSums<P> registers;
+#pragma GCC unroll 6
     for (int p = 0; p < P; ++p) registers[p][0] = registers[p][1] = _mm256_setzero_si256();
     for (int64_t q = first; q < last; ++q, codes += kQuadChannels, weights += kQuadBytes) {
-      const __m256i low = load_vector(weights);
-      const __m256i high = load_vector(weights + kQuadBytes / 2);
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) {
-        const __m256i quad = broadcast_bytes(codes + p * kChunkChannels);
-        registers[p][0] = _mm256_add_epi16(registers[p][0], _mm256_maddubs_epi16(quad, low));
-        asm("" : "+x"(registers[p][0]));
-        registers[p][1] = _mm256_add_epi16(registers[p][1], _mm256_maddubs_epi16(quad, high));
-        asm("" : "+x"(registers[p][1]));
-      }
+      add_quad<P>(codes, weights, registers);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 2
       for (int v = 0; v < kOutputVectors; ++v) {
         const __m256i wide = _mm256_madd_epi16(registers[p][v], ones);
         store_vector(sums[p] + 8 * v, _mm256_add_epi32(load_vector(sums[p] + 8 * v), wide));
@@ -71,7 +113,7 @@ __attribute__((noinline)) void multiply_7bit(const uint8_t* codes, const int8_t*
   for (int64_t q = 0; q < quads; ++q, codes += kQuadChannels, weights += kQuadBytes) {
     const __m256i low = load_vector(weights);
     const __m256i high = load_vector(weights + kQuadBytes / 2);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int p = 0; p < P; ++p) {
       const __m256i quad = broadcast_bytes(codes + p * kChunkChannels);
       const __m256i first = _mm256_madd_epi16(_mm256_maddubs_epi16(quad, low), ones);
@@ -82,15 +124,19 @@ __attribute__((noinline)) void multiply_7bit(const uint8_t* codes, const int8_t*
       asm("" : "+x"(registers[p][1]));
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int p = 0; p < P; ++p) {
     store_vector(sums[p], registers[p][0]);
     store_vector(sums[p] + 8, registers[p][1]);
   }
 }
 
-template <int P, int kQuads>
-inline void multiply_bytes_or_7bit(const uint8_t* codes, const int8_t* weights, int64_t quads, Sums* sums) {
+// multiply_bytes() or multiply_7bit() for one to P pixels.
+template <int kQuads, int P>
+void multiply_pixels(int pixels, const uint8_t* codes, const int8_t* weights, int64_t quads, Sums* sums) {
+  if constexpr (P > 1) {
+    if (pixels < P) return multiply_pixels<kQuads, P - 1>(pixels, codes, weights, quads, sums);
+  }
   if constexpr (kQuads == 1) {
     multiply_7bit<P>(codes, weights, quads, sums);
   } else {
@@ -104,9 +150,11 @@ struct Bytes {
   using Code = uint8_t;
   using Weight = int8_t;
   static constexpr int32_t kShift = kCodeShift;
-  static constexpr int kPixels = kBytePixels;
+  static constexpr int kPixels = kQuads == 1 ? k7BitPixels : kBytePixels;
 
-  static Code code(int8_t code) { return static_cast<Code>(code ^ 0x80); }
+  static void copy_codes(const int8_t* source, int64_t quads, Code* target) {
+    for (int64_t i = 0; i < quads * kQuadChannels; ++i) target[i] = static_cast<Code>(source[i] ^ 0x80);
+  }
 
   static const Weight* weights(const uint8_t* packed, int64_t quads, bool nibbles, Weight* scratch) {
     if (!nibbles) return reinterpret_cast<const Weight*>(packed);
@@ -119,95 +167,121 @@ struct Bytes {
     return scratch;
   }
 
+  // sums [pixels][16 outputs] = or += products.
+  template <bool kAdd>
   static void multiply(int pixels, const Code* codes, const Weight* weights, int64_t quads, Sums* sums) {
-    switch (pixels) {
-      case 1:
-        return multiply_bytes_or_7bit<1, kQuads>(codes, weights, quads, sums);
-      case 2:
-        return multiply_bytes_or_7bit<2, kQuads>(codes, weights, quads, sums);
-      case 3:
-        return multiply_bytes_or_7bit<3, kQuads>(codes, weights, quads, sums);
-      default:
-        return multiply_bytes_or_7bit<kBytePixels, kQuads>(codes, weights, quads, sums);
-    }
+    if (!kAdd) std::memset(sums, 0, static_cast<size_t>(pixels) * sizeof *sums);
+    multiply_pixels<kQuads, kPixels>(pixels, codes, weights, quads, sums);
   }
 };
 
-// The same with 8-bit weights.
+// The same with 8-bit weights. Channels 0 and 2 of a quad meet as a pair of 16 bits, and channels 1 and 3: of
+// up to 8 quads at a time first all even pairs, then all odd ones.
 struct Words {
   using Code = int16_t;
   using Weight = int16_t;
   static constexpr int32_t kShift = 0;
   static constexpr int kPixels = kPairPixels;
+  static constexpr int64_t kQuads = 32 / kQuadChannels;
 
-  static Code code(int8_t code) { return code; }
+  static void copy_codes(const int8_t* source, int64_t quads, Code* target) {
+    for (; quads >= kQuads; quads -= kQuads, source += 32, target += 32) {
+      const __m256i bytes = load_vector(source);
+      store_vector(target, even_bytes(bytes));
+      store_vector(target + 16, odd_bytes(bytes));
+    }
+    for (int64_t q = 0; q < quads; ++q, source += kQuadChannels, target += 2) {
+      target[0] = source[0];
+      target[1] = source[2];
+      target[2 * quads] = source[1];
+      target[2 * quads + 1] = source[3];
+    }
+  }
 
   static const Weight* weights(const uint8_t* packed, int64_t quads, bool, Weight* scratch) {
-    for (int64_t q = 0; q < quads; ++q, packed += kQuadBytes) {
-      const WidePairs wide = widen_pairs(load_vector(packed), load_vector(packed + kQuadBytes / 2));
-      for (int v = 0; v < 2 * kOutputVectors; ++v) store_vector(scratch + q * kQuadBytes + 16 * v, wide.v[v]);
+    Weight* even = scratch;
+    for (; quads > 0; quads -= kQuads, even += kQuads * kQuadBytes) {
+      const int64_t count = quads < kQuads ? quads : kQuads;
+      Weight* const odd = even + count * 2 * kBlockOutputs;
+      for (int64_t q = 0; q < count; ++q, packed += kQuadBytes) {
+        for (int v = 0; v < kOutputVectors; ++v) {
+          const __m256i bytes = load_vector(packed + 32 * v);
+          store_vector(even + q * 2 * kBlockOutputs + 16 * v, even_bytes(bytes));
+          store_vector(odd + q * 2 * kBlockOutputs + 16 * v, odd_bytes(bytes));
+        }
+      }
     }
     return scratch;
   }
 
+  template <bool kAdd>
   static void multiply(int pixels, const Code* codes, const Weight* weights, int64_t quads, Sums* sums) {
-    multiply_group<true>(pixels, codes, kChunkChannels, weights, quads * 2, sums);
+    multiply_group<kAdd>(pixels, codes, kChunkChannels, weights, quads * 2, sums);
   }
 };
 
-// sums [blocks][kMaxTilePixels] += the tile's products of one segment.
-template <typename Kernel>
-void accumulate(const Tile& tile, const TileSegment& segment, Sums (*sums)[kMaxTilePixels]) {
+// Codes and weights of some quads of a tap, of all pixels of a tile.
+struct Chunk {
+  int64_t tap;  // bytes from the first tap
+  int64_t first;
+  int64_t quads;
+  const uint8_t* packed;
+};
+
+// sums [blocks][kMaxTilePixels] = or += the chunk's products.
+template <typename Kernel, bool kAdd>
+void multiply_chunk(const Tile& tile, const TileSegment& segment, const Chunk& chunk,
+                    Sums (*sums)[kMaxTilePixels]) {
   alignas(64) typename Kernel::Weight scratch[kChunkQuads * kQuadBytes];
   alignas(64) typename Kernel::Code codes[kMaxTilePixels * kChunkChannels];
-  const int64_t quad_bytes = tile.nibbles ? kQuadBytes / 2 : kQuadBytes;
-  const uint8_t* packed = segment.weight;
-  for (int64_t y = 0; y < tile.tap_rows; ++y) {
-    for (int64_t x = 0; x < tile.tap_columns; ++x) {
-      const int64_t tap = y * segment.tap_row_step + x * segment.tap_column_step;
-      for (int64_t first = 0; first < segment.quads; first += kChunkQuads) {
-        const int64_t quads = segment.quads - first < kChunkQuads ? segment.quads - first : kChunkQuads;
-        for (int p = 0; p < tile.num_pixels; ++p) {
-          const int8_t* source = segment.pixels[p] + tap + first * kQuadChannels;
-          typename Kernel::Code* target = codes + p * kChunkChannels;
-          for (int64_t i = 0; i < quads * kQuadChannels; ++i) target[i] = Kernel::code(source[i]);
-        }
-        for (int b = 0; b < tile.num_blocks; ++b) {
-          const auto* weights =
-              Kernel::weights(packed + b * segment.block_bytes, quads, tile.nibbles, scratch);
-          for (int p = 0; p < tile.num_pixels; p += Kernel::kPixels) {
-            Kernel::multiply(tile.num_pixels - p, codes + p * kChunkChannels, weights, quads, sums[b] + p);
-          }
-        }
-        packed += quads * quad_bytes;
-      }
+  for (int p = 0; p < tile.num_pixels; ++p) {
+    const int8_t* source = segment.pixels[p] + chunk.tap + chunk.first * kQuadChannels;
+    Kernel::copy_codes(source, chunk.quads, codes + p * kChunkChannels);
+  }
+  for (int b = 0; b < tile.num_blocks; ++b) {
+    const auto* weights =
+        Kernel::weights(chunk.packed + b * segment.block_bytes, chunk.quads, tile.nibbles, scratch);
+    for (int p = 0; p < tile.num_pixels; p += Kernel::kPixels) {
+      const int left = tile.num_pixels - p;
+      Kernel::template multiply<kAdd>(left < Kernel::kPixels ? left : Kernel::kPixels,
+                                      codes + p * kChunkChannels, weights, chunk.quads, sums[b] + p);
     }
   }
 }
 
-// Adds the segment to values [num_pixels][num_blocks][16 outputs].
-void add_segment(const Tile& tile, const TileSegment& segment, int32_t code_shift,
-                 const Sums (*sums)[kMaxTilePixels], float* values) {
-  for (int b = 0; b < tile.num_blocks; ++b) {
-    const BlockParams params(segment, b * kBlockOutputs, tile.num_outputs, code_shift);
-    for (int p = 0; p < tile.num_pixels; ++p) {
-      float* at = values + (p * tile.num_blocks + b) * kBlockOutputs;
-      for (int v = 0; v < kOutputVectors; ++v) params.add(v, load_vector(sums[b][p] + 8 * v), at);
+// sums [blocks][kMaxTilePixels] = the tile's products of one segment.
+template <typename Kernel>
+void multiply_segment(const Tile& tile, const TileSegment& segment, Sums (*sums)[kMaxTilePixels]) {
+  const int64_t quad_bytes = tile.nibbles ? kQuadBytes / 2 : kQuadBytes;
+  Chunk chunk{0, 0, 0, segment.weight};
+  bool begun = false;
+  for (int64_t y = 0; y < tile.tap_rows; ++y) {
+    for (int64_t x = 0; x < tile.tap_columns; ++x) {
+      chunk.tap = y * segment.tap_row_step + x * segment.tap_column_step;
+      for (chunk.first = 0; chunk.first < segment.quads; chunk.first += kChunkQuads) {
+        const int64_t left = segment.quads - chunk.first;
+        chunk.quads = left < kChunkQuads ? left : kChunkQuads;
+        if (begun) {
+          multiply_chunk<Kernel, true>(tile, segment, chunk, sums);
+        } else {
+          multiply_chunk<Kernel, false>(tile, segment, chunk, sums);
+        }
+        begun = true;
+        chunk.packed += chunk.quads * quad_bytes;
+      }
     }
   }
 }
 
 template <typename Kernel>
 void run_with(const Tile& tile) {
-  alignas(64) float values[kMaxTilePixels * kMaxTileBlocks * kBlockOutputs];
-  start_values(tile, tile.num_pixels, values);
-  for (int s = 0; s < tile.num_segments; ++s) {
+  run_segments(tile, [&](const TileSegment& segment, const Rows& before, const Rows& after) {
     alignas(64) Sums sums[kMaxTileBlocks][kMaxTilePixels];
-    std::memset(sums, 0, static_cast<size_t>(tile.num_blocks) * sizeof sums[0]);
-    accumulate<Kernel>(tile, tile.segments[s], sums);
-    add_segment(tile, tile.segments[s], Kernel::kShift, sums, values);
-  }
-  finish_tile(tile, values);
+    multiply_segment<Kernel>(tile, segment, sums);
+    for (int b = 0; b < tile.num_blocks; ++b) {
+      add_sums(tile, segment, b, 1, Kernel::kShift, sums[b], before, after);
+    }
+  });
 }
 
 void run(const Tile& tile) {
