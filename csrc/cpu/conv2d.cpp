@@ -3,11 +3,11 @@
 #include "core/conv2d.h"
 
 #include <cstring>
-#include <vector>
 
 #include "core/group_index.h"
 #include "cpu/igemm.h"
 #include "cpu/parallel.h"
+#include "cpu/thread_memory.h"
 #include "cpu/winograd.h"
 
 namespace adpdm::cpu {
@@ -145,26 +145,17 @@ void merge_taps(Igemm& problem) {
   problem.tile.tap_columns = 1;
 }
 
-// A cache line: with channels in multiples of 64, every 64 codes then lie in one.
-constexpr int64_t kScratchAlignment = 64;
-
-// A multiple of kScratchAlignment.
+// A multiple of kMemoryAlignment.
 int64_t scratch_bytes(const Conv2dArgs& args, const IgemmSegment& segment) {
   if (!needs_copy(args, segment)) return 0;
   const PaddedCopy copy = padded_copy(args, segment);
   const int64_t bytes = args.batch * copy.height * copy.width * copy.pixel_bytes;
-  return ceil_div(bytes, kScratchAlignment) * kScratchAlignment;
+  return ceil_div(bytes, kMemoryAlignment) * kMemoryAlignment;
 }
 
-// Kept between calls, because fresh pages cost more than the copy; owned by the thread, so calls do not
-// interfere.
 int8_t* thread_scratch(int64_t bytes) {
-  thread_local std::vector<int8_t> scratch;
-  if (static_cast<int64_t>(scratch.size()) < bytes + kScratchAlignment) {
-    scratch.resize(static_cast<size_t>(bytes + kScratchAlignment));
-  }
-  const auto beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(scratch.data()) % kScratchAlignment);
-  return scratch.data() + (kScratchAlignment - beyond) % kScratchAlignment;
+  thread_local ThreadMemory memory;
+  return reinterpret_cast<int8_t*>(memory.take(bytes));
 }
 
 // Without pointers moved: output 0, pixel 0.

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/thread_memory.h"
 
 namespace adpdm::cpu {
 
@@ -89,15 +89,9 @@ int64_t select_strip(const Plan& plan, int64_t item, int64_t end, Strip& strip) 
   return item + last_piece - first_piece;
 }
 
-// The thread's own, kept between calls, because fresh pages cost more than what is written there.
 uint8_t* thread_scratch(int64_t bytes) {
-  constexpr int64_t kAlignment = 64;
-  thread_local std::vector<uint8_t> scratch;
-  if (static_cast<int64_t>(scratch.size()) < bytes + kAlignment) {
-    scratch.resize(static_cast<size_t>(bytes + kAlignment));
-  }
-  const auto address = reinterpret_cast<uintptr_t>(scratch.data());
-  return scratch.data() + (kAlignment - address % kAlignment) % kAlignment;
+  thread_local ThreadMemory memory;
+  return reinterpret_cast<uint8_t*>(memory.take(bytes));
 }
 
 // The unit's state, given back however the scope ends.

@@ -8,10 +8,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <vector>
 
 #include "core/row_view.h"
 #include "cpu/parallel.h"
+#include "cpu/thread_memory.h"
 
 namespace adpdm::cpu {
 namespace {
@@ -74,31 +74,18 @@ void transform_codes(const Pass& pass, int64_t row) {
   }
 }
 
-// Memory of a thread, aligned to 64 bytes; kept between calls, because fresh pages cost more than filling
-// them.
-class Scratch {
- public:
-  char* take(int64_t bytes) {
-    if (static_cast<int64_t>(buffer_.size()) < bytes + 64) buffer_.resize(static_cast<size_t>(bytes + 64));
-    return buffer_.data() + (-reinterpret_cast<uintptr_t>(buffer_.data()) & 63);
-  }
-
- private:
-  std::vector<char> buffer_;
-};
-
 int16_t* thread_points(int64_t count) {
-  thread_local Scratch scratch;
-  return reinterpret_cast<int16_t*>(scratch.take(count * static_cast<int64_t>(sizeof(int16_t))));
+  thread_local ThreadMemory memory;
+  return reinterpret_cast<int16_t*>(memory.take(count * static_cast<int64_t>(sizeof(int16_t))));
 }
 
 WinogradScratch thread_scratch(const WinogradKernel& kernel) {
-  thread_local Scratch scratch;
+  thread_local ThreadMemory memory;
   const int64_t width = kernel.blocks * kBlockOutputs;  // 64 bytes and more: what follows stays aligned
   const int64_t weights = kernel.blocks * kernel.points() * winograd_weight_step(kernel.slice);
   const int64_t points = kernel.points() * kWinogradBatch * width;
   const int64_t pixels = kernel.side * kernel.side * kMaxWinogradTiles * width;
-  char* const begin = scratch.take(2 * weights + 4 * points + 8 * pixels);
+  char* const begin = memory.take(2 * weights + 4 * points + 8 * pixels);
   WinogradScratch result{};
   result.weights = reinterpret_cast<int16_t*>(begin);
   result.points = reinterpret_cast<int32_t*>(begin + 2 * weights);
