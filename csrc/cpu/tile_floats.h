@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/igemm.h"
 #include "cpu/igemm_epilogue.h"
@@ -40,18 +41,6 @@ class BlockParams {
   __m256 factor_[kOutputVectors];
 };
 
-// values [rows][num_blocks][16 outputs] = bias, or 0.
-inline void start_values(const Tile& tile, int64_t rows, float* values) {
-  alignas(64) float first[kMaxTileBlocks * kBlockOutputs] = {};
-  const auto width = static_cast<int64_t>(tile.num_blocks) * kBlockOutputs;
-  if (tile.output.bias) {
-    __builtin_memcpy(first, tile.output.bias, static_cast<size_t>(tile.num_outputs) * sizeof(float));
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < width; i += 8) _mm256_store_ps(values + r * width + i, _mm256_load_ps(first + i));
-  }
-}
-
 // Float values of a tile's pixels, [num_pixels][step].
 struct Rows {
   float* data;
@@ -77,9 +66,11 @@ inline void add_sums(const Tile& tile, const TileSegment& segment, int first, in
 // nothing is to be done with its floats.
 template <typename Add>
 void run_segments(const Tile& tile, Add&& add) {
-  alignas(64) float first[kMaxTileBlocks * kBlockOutputs];
+  alignas(64) float first[kMaxTileBlocks * kBlockOutputs] = {};
   alignas(64) float values[kMaxTilePixels * kMaxTileBlocks * kBlockOutputs];
-  start_values(tile, 1, first);
+  if (tile.output.bias) {
+    std::memcpy(first, tile.output.bias, static_cast<size_t>(tile.num_outputs) * sizeof(float));
+  }
   const int64_t width = tile.num_blocks * kBlockOutputs;
   const Rows carried{values, width};
   const bool direct = tile.output.plain && tile.num_outputs == width;

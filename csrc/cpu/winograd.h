@@ -42,7 +42,7 @@ struct WinogradScratch {
   // Of a slice of channels: [blocks][points], of each [channels / 2][16 outputs][2] i16 and kWinogradPadding.
   int16_t* weights;
   int32_t* points;  // [points][kWinogradBatch][blocks][16 outputs]
-  int32_t* sums;    // [rows of a tile][its pixels of all tiles][blocks][16 outputs]
+  int32_t* sums;    // [batches], of each [rows of a tile][its pixels of all tiles][blocks][16 outputs]
   float* values;    // the same
 };
 
