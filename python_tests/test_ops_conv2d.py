@@ -199,6 +199,14 @@ def test_conv2d_rejects_wrong_geometry(
         ops.conv2d(segments, Epilogue(), replace(geometry, **changes), 8, torch.float32)
 
 
+def test_conv2d_rejects_inputs_without_channels(generator: torch.Generator) -> None:
+    geometry = ConvGeometry(8, (3, 3))
+    (segment, _), _ = make_layer(generator, [1, 4, 4], [4, 4], geometry, 8, unit=True)
+    empty = replace(segment, codes=segment.codes[:, :0], weight=segment.weight[:0])
+    with pytest.raises(ValueError, match="conv2d: channels .* must be 1 to [0-9]+ for exact .*, got 0"):
+        ops.conv2d([segment, empty], Epilogue(), geometry, 8, torch.float32)
+
+
 def test_conv2d_rejects_two_segments_with_groups(generator: torch.Generator) -> None:
     geometry = ConvGeometry(8, (1, 1), groups=2)
     segments, _ = make_layer(generator, [1, 2, 2], [4, 4], geometry, 8, unit=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -116,6 +118,13 @@ def test_linear_takes_strided_codes(generator: torch.Generator) -> None:
     assert torch.equal(actual, expected([segment], [weight], None, torch.float32))
 
 
+def test_linear_rejects_rows_without_features(generator: torch.Generator) -> None:
+    (segment,), _ = make_layer(generator, [3], [4], 5, 8, unit=True)
+    empty = replace(segment, codes=segment.codes[:, :0], weight=segment.weight[:0])
+    with pytest.raises(ValueError, match="linear: channels .* must be 1 to [0-9]+ for exact .*, got 0"):
+        ops.linear([empty], Epilogue(), 5, 8, torch.float32)
+
+
 def test_linear_opcheck(generator: torch.Generator) -> None:
     segments, _ = make_layer(generator, [2, 3], [9, 4], 6, 4, unit=False)
     epilogue = Epilogue(torch.randn(6, generator=generator))
@@ -156,7 +165,7 @@ def test_linear_opcheck(generator: torch.Generator) -> None:
         (
             {"codes": torch.zeros(1, 65794, dtype=torch.int8)},
             ValueError,
-            "linear: channels per group times kernel size must be at most 65793 .*, got 65794",
+            "linear: channels per group times kernel size must be 1 to 65793 .*, got 65794",
         ),
     ],
 )

@@ -79,8 +79,9 @@ int checked_bits(OpName op, OpName name, int64_t bits) {
 }
 
 void check_reduction(OpName op, int64_t reduction) {
-  TORCH_CHECK_VALUE(reduction <= kMaxReduction, op, ": channels per group times kernel size must be at most ",
-                    kMaxReduction, " for exact int32 sums, got ", reduction);
+  TORCH_CHECK_VALUE(reduction >= 1 && reduction <= kMaxReduction, op,
+                    ": channels per group times kernel size must be 1 to ", kMaxReduction,
+                    " for exact int32 sums, got ", reduction);
 }
 
 Activation checked_activation(OpName op, const OutputOptions& options, int64_t outputs) {
@@ -272,9 +273,7 @@ Prepared<LinearArgs> prepare_linear(const IgemmTensors& tensors, const OutputOpt
     args.segments[s] = make_segment("linear", tensors, s, out_features, columns);
   }
   args.output = make_output("linear", options, first, out_features);
-  args.rows = args.rows_per_image = first.sizes().back() == 0
-                                        ? c10::multiply_integers(first.sizes().slice(0, first.dim() - 1))
-                                        : first.numel() / first.sizes().back();
+  args.rows = args.rows_per_image = first.numel() / first.sizes().back();
   const std::optional<at::Tensor>& rows =
       options.row_scale.has_value() ? options.row_scale : options.row_bias;
   if (rows.has_value()) {

@@ -153,6 +153,7 @@ int64_t scratch_bytes(const Conv2dArgs& args, const IgemmSegment& segment) {
   return ceil_div(bytes, kMemoryAlignment) * kMemoryAlignment;
 }
 
+// Aligned to cache lines: with channels in multiples of 64, every 64 codes lie in one.
 int8_t* thread_scratch(int64_t bytes) {
   thread_local ThreadMemory memory;
   return reinterpret_cast<int8_t*>(memory.take(bytes));

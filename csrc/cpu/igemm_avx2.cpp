@@ -19,7 +19,7 @@ constexpr int32_t kCodeShift = 128;
 // Pixels multiplied together: 12 sums, 2 weights, codes and a product are the 16 registers.
 constexpr int kBytePixels = 6;
 
-// Where every product is widened by a register of ones, there is room for fewer.
+// 6 pixels and ones, which every product is widened by, would be a register too many.
 constexpr int k7BitPixels = 4;
 
 using Sums = int32_t[kBlockOutputs];
@@ -45,32 +45,31 @@ ADPDM_VEC void add_quad(const uint8_t* codes, const int8_t* weights, ShortSums<P
   }
 }
 
-// All registers are taken, and GCC 12 moves some of them around: 1.05 to 1.14 times the time on a Zen 3,
-// 2026-11.
+// clang-format off
 static_assert(kChunkChannels == 128, "written into the instructions");
-#define ADPDM_ADD_PIXEL(p)                     \
-  "vpbroadcastd 128 * " #p                     \
-  "(%[codes]), %[quad]\n\t"                    \
-  "vpmaddubsw %[low], %[quad], %[product]\n\t" \
-  "vpaddw %[product], %[low" #p "], %[low" #p  \
-  "]\n\t"                                      \
-  "vpmaddubsw %[high], %[quad], %[quad]\n\t"   \
+#define ADPDM_ADD_PIXEL(p)                                \
+  "vpbroadcastd 128 * " #p "(%[codes]), %[quad]\n\t"      \
+  "vpmaddubsw %[low], %[quad], %[product]\n\t"           \
+  "vpaddw %[product], %[low" #p "], %[low" #p "]\n\t"     \
+  "vpmaddubsw %[high], %[quad], %[quad]\n\t"             \
   "vpaddw %[quad], %[high" #p "], %[high" #p "]\n\t"
 
+// Left to itself GCC 12 moves sums from register to register: 1.05 to 1.14 times the time on a Zen 3, 2026-11. All
+// 16 registers are taken, and as many operands as GCC allows.
 template <>
 ADPDM_VEC void add_quad<6>(const uint8_t* codes, const int8_t* weights, ShortSums<6>& s) {
+  using Read = const uint8_t[5 * kChunkChannels + kQuadChannels];
   __m256i quad, product;
-  // clang-format off
   asm(ADPDM_ADD_PIXEL(0) ADPDM_ADD_PIXEL(1) ADPDM_ADD_PIXEL(2) ADPDM_ADD_PIXEL(3) ADPDM_ADD_PIXEL(4)
       ADPDM_ADD_PIXEL(5)
-      : [low0] "+x"(s[0][0]), [high0] "+x"(s[0][1]), [low1] "+x"(s[1][0]), [high1] "+x"(s[1][1]),
-        [low2] "+x"(s[2][0]), [high2] "+x"(s[2][1]), [low3] "+x"(s[3][0]), [high3] "+x"(s[3][1]),
-        [low4] "+x"(s[4][0]), [high4] "+x"(s[4][1]), [low5] "+x"(s[5][0]), [high5] "+x"(s[5][1]),
+      : [low0] "+&x"(s[0][0]), [high0] "+&x"(s[0][1]), [low1] "+&x"(s[1][0]), [high1] "+&x"(s[1][1]),
+        [low2] "+&x"(s[2][0]), [high2] "+&x"(s[2][1]), [low3] "+&x"(s[3][0]), [high3] "+&x"(s[3][1]),
+        [low4] "+&x"(s[4][0]), [high4] "+&x"(s[4][1]), [low5] "+&x"(s[5][0]), [high5] "+&x"(s[5][1]),
         [quad] "=&x"(quad), [product] "=&x"(product)
-      : [low] "x"(load_vector(weights)), [high] "x"(load_vector(weights + kQuadBytes / 2)), [codes] "r"(codes),
-        "m"(*reinterpret_cast<const uint8_t(*)[6 * kChunkChannels]>(codes)));
-  // clang-format on
+      : [low] "x"(load_vector(weights)), [high] "x"(load_vector(weights + kQuadBytes / 2)),
+        [codes] "r"(codes), "m"(*reinterpret_cast<Read*>(codes)));
 }
+// clang-format on
 
 #undef ADPDM_ADD_PIXEL
 
@@ -113,7 +112,7 @@ __attribute__((noinline)) void multiply_7bit(const uint8_t* codes, const int8_t*
   for (int64_t q = 0; q < quads; ++q, codes += kQuadChannels, weights += kQuadBytes) {
     const __m256i low = load_vector(weights);
     const __m256i high = load_vector(weights + kQuadBytes / 2);
-#pragma GCC unroll 6
+#pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
       const __m256i quad = broadcast_bytes(codes + p * kChunkChannels);
       const __m256i first = _mm256_madd_epi16(_mm256_maddubs_epi16(quad, low), ones);
@@ -124,7 +123,7 @@ __attribute__((noinline)) void multiply_7bit(const uint8_t* codes, const int8_t*
       asm("" : "+x"(registers[p][1]));
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 4
   for (int p = 0; p < P; ++p) {
     store_vector(sums[p], registers[p][0]);
     store_vector(sums[p] + 8, registers[p][1]);
@@ -168,9 +167,9 @@ struct Bytes {
   }
 
   // sums [pixels][16 outputs] = or += products.
-  template <bool kAdd>
-  static void multiply(int pixels, const Code* codes, const Weight* weights, int64_t quads, Sums* sums) {
-    if (!kAdd) std::memset(sums, 0, static_cast<size_t>(pixels) * sizeof *sums);
+  static void multiply(bool add, int pixels, const Code* codes, const Weight* weights, int64_t quads,
+                       Sums* sums) {
+    if (!add) std::memset(sums, 0, static_cast<size_t>(pixels) * sizeof *sums);
     multiply_pixels<kQuads, kPixels>(pixels, codes, weights, quads, sums);
   }
 };
@@ -182,10 +181,10 @@ struct Words {
   using Weight = int16_t;
   static constexpr int32_t kShift = 0;
   static constexpr int kPixels = kPairPixels;
-  static constexpr int64_t kQuads = 32 / kQuadChannels;
+  static constexpr int64_t kVectorQuads = 32 / kQuadChannels;
 
   static void copy_codes(const int8_t* source, int64_t quads, Code* target) {
-    for (; quads >= kQuads; quads -= kQuads, source += 32, target += 32) {
+    for (; quads >= kVectorQuads; quads -= kVectorQuads, source += 32, target += 32) {
       const __m256i bytes = load_vector(source);
       store_vector(target, even_bytes(bytes));
       store_vector(target + 16, odd_bytes(bytes));
@@ -200,8 +199,8 @@ struct Words {
 
   static const Weight* weights(const uint8_t* packed, int64_t quads, bool, Weight* scratch) {
     Weight* even = scratch;
-    for (; quads > 0; quads -= kQuads, even += kQuads * kQuadBytes) {
-      const int64_t count = quads < kQuads ? quads : kQuads;
+    for (; quads > 0; quads -= kVectorQuads, even += kVectorQuads * kQuadBytes) {
+      const int64_t count = quads < kVectorQuads ? quads : kVectorQuads;
       Weight* const odd = even + count * 2 * kBlockOutputs;
       for (int64_t q = 0; q < count; ++q, packed += kQuadBytes) {
         for (int v = 0; v < kOutputVectors; ++v) {
@@ -214,23 +213,24 @@ struct Words {
     return scratch;
   }
 
-  template <bool kAdd>
-  static void multiply(int pixels, const Code* codes, const Weight* weights, int64_t quads, Sums* sums) {
-    multiply_group<kAdd>(pixels, codes, kChunkChannels, weights, quads * 2, sums);
+  static void multiply(bool add, int pixels, const Code* codes, const Weight* weights, int64_t quads,
+                       Sums* sums) {
+    if (add) return multiply_group<true>(pixels, codes, kChunkChannels, weights, quads * 2, sums);
+    multiply_group<false>(pixels, codes, kChunkChannels, weights, quads * 2, sums);
   }
 };
 
-// Codes and weights of some quads of a tap, of all pixels of a tile.
+// Some quads of a tap.
 struct Chunk {
-  int64_t tap;  // bytes from the first tap
-  int64_t first;
+  int64_t tap;    // bytes from the first tap
+  int64_t first;  // quad of the tap
   int64_t quads;
-  const uint8_t* packed;
+  const uint8_t* packed;  // weights of the first block
 };
 
 // sums [blocks][kMaxTilePixels] = or += the chunk's products.
-template <typename Kernel, bool kAdd>
-void multiply_chunk(const Tile& tile, const TileSegment& segment, const Chunk& chunk,
+template <typename Kernel>
+void multiply_chunk(const Tile& tile, const TileSegment& segment, const Chunk& chunk, bool add,
                     Sums (*sums)[kMaxTilePixels]) {
   alignas(64) typename Kernel::Weight scratch[kChunkQuads * kQuadBytes];
   alignas(64) typename Kernel::Code codes[kMaxTilePixels * kChunkChannels];
@@ -243,8 +243,8 @@ void multiply_chunk(const Tile& tile, const TileSegment& segment, const Chunk& c
         Kernel::weights(chunk.packed + b * segment.block_bytes, chunk.quads, tile.nibbles, scratch);
     for (int p = 0; p < tile.num_pixels; p += Kernel::kPixels) {
       const int left = tile.num_pixels - p;
-      Kernel::template multiply<kAdd>(left < Kernel::kPixels ? left : Kernel::kPixels,
-                                      codes + p * kChunkChannels, weights, chunk.quads, sums[b] + p);
+      Kernel::multiply(add, left < Kernel::kPixels ? left : Kernel::kPixels, codes + p * kChunkChannels,
+                       weights, chunk.quads, sums[b] + p);
     }
   }
 }
@@ -261,11 +261,7 @@ void multiply_segment(const Tile& tile, const TileSegment& segment, Sums (*sums)
       for (chunk.first = 0; chunk.first < segment.quads; chunk.first += kChunkQuads) {
         const int64_t left = segment.quads - chunk.first;
         chunk.quads = left < kChunkQuads ? left : kChunkQuads;
-        if (begun) {
-          multiply_chunk<Kernel, true>(tile, segment, chunk, sums);
-        } else {
-          multiply_chunk<Kernel, false>(tile, segment, chunk, sums);
-        }
+        multiply_chunk<Kernel>(tile, segment, chunk, begun, sums);
         begun = true;
         chunk.packed += chunk.quads * quad_bytes;
       }

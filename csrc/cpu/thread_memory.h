@@ -7,7 +7,7 @@
 
 namespace adpdm::cpu {
 
-// A cache line: with channels in multiples of 64, every 64 codes then lie in one.
+// A cache line.
 constexpr int64_t kMemoryAlignment = 64;
 
 // To be declared thread_local, so that calls of other threads do not interfere.
@@ -16,6 +16,7 @@ class ThreadMemory {
   // At least so many bytes, aligned to kMemoryAlignment, of unknown content; what was taken before is void.
   char* take(int64_t bytes) {
     if (static_cast<int64_t>(buffer_.size()) < bytes + kMemoryAlignment) {
+      buffer_.clear();  // nothing has to be copied
       buffer_.resize(static_cast<size_t>(bytes + kMemoryAlignment));
     }
     return buffer_.data() + (-reinterpret_cast<uintptr_t>(buffer_.data()) & (kMemoryAlignment - 1));

@@ -47,11 +47,12 @@ struct Rows {
   int64_t step;
 };
 
-// after = before + one segment: sums [num_pixels][blocks][16 outputs] of blocks from `first` on.
-inline void add_sums(const Tile& tile, const TileSegment& segment, int first, int blocks, int32_t code_shift,
-                     const int32_t (*sums)[kBlockOutputs], const Rows& before, const Rows& after) {
+// after = before + one segment: sums [num_pixels][blocks][16 outputs] of the blocks from first_block on.
+inline void add_sums(const Tile& tile, const TileSegment& segment, int first_block, int blocks,
+                     int32_t code_shift, const int32_t (*sums)[kBlockOutputs], const Rows& before,
+                     const Rows& after) {
   for (int b = 0; b < blocks; ++b) {
-    const int64_t output = (first + b) * kBlockOutputs;
+    const int64_t output = (first_block + b) * kBlockOutputs;
     const BlockParams params(segment, output, tile.num_outputs, code_shift);
     for (int p = 0; p < tile.num_pixels; ++p) {
       const float* from = before.data + p * before.step + output;
@@ -63,20 +64,20 @@ inline void add_sums(const Tile& tile, const TileSegment& segment, int first, in
 }
 
 // A tile, segment by segment: add(segment, before, after) adds one; the last goes into the output where
-// nothing is to be done with its floats.
+// nothing is to be done with its floats and all blocks are whole.
 template <typename Add>
 void run_segments(const Tile& tile, Add&& add) {
-  alignas(64) float first[kMaxTileBlocks * kBlockOutputs] = {};
+  alignas(64) float bias[kMaxTileBlocks * kBlockOutputs] = {};
   alignas(64) float values[kMaxTilePixels * kMaxTileBlocks * kBlockOutputs];
   if (tile.output.bias) {
-    std::memcpy(first, tile.output.bias, static_cast<size_t>(tile.num_outputs) * sizeof(float));
+    std::memcpy(bias, tile.output.bias, static_cast<size_t>(tile.num_outputs) * sizeof(float));
   }
   const int64_t width = tile.num_blocks * kBlockOutputs;
   const Rows carried{values, width};
   const bool direct = tile.output.plain && tile.num_outputs == width;
   const Rows last = direct ? Rows{reinterpret_cast<float*>(tile.output.data), tile.output.step} : carried;
   for (int s = 0; s < tile.num_segments; ++s) {
-    const Rows before = s == 0 ? Rows{first, 0} : carried;
+    const Rows before = s == 0 ? Rows{bias, 0} : carried;
     add(tile.segments[s], before, s + 1 == tile.num_segments ? last : carried);
   }
   if (!direct) finish_tile(tile, values);

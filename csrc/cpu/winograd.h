@@ -19,7 +19,8 @@ constexpr int64_t kWinogradPadding = 32;
 // Tiles whose points are summed before any is transformed back, 72 KiB of sums.
 constexpr int64_t kWinogradBatch = 16;
 
-// Tiles of an item, which share its transformed weights; their sums and values take 128 KiB each.
+// Tiles of an item, which share its transformed weights; their sums take 128 KiB, and their values as much
+// where they wait for a second segment.
 constexpr int64_t kMaxWinogradTiles = 64;
 
 // A row of tiles of one image: as many rows of output pixels as a tile has.
@@ -31,6 +32,8 @@ struct WinogradRow {
   int64_t tiles;
 };
 
+// The four channels of a quad lie in the order 0, 2, 1, 3: weights then become the pairs that are multiplied,
+// of channels 0 and 2 and of 1 and 3, by shifts alone.
 struct WinogradSegment {
   const int16_t* codes;  // [points][point_step], of each [tiles][channels] i16, at the first tile
   int64_t point_step;
@@ -43,7 +46,7 @@ struct WinogradScratch {
   int16_t* weights;
   int32_t* points;  // [points][kWinogradBatch][blocks][16 outputs]
   int32_t* sums;    // [batches], of each [rows of a tile][its pixels of all tiles][blocks][16 outputs]
-  float* values;    // the same
+  float* values;    // the same; of a single segment one batch at a time, the first's place
 };
 
 // Successive tiles, perhaps of several rows, times some blocks of 16 outputs.
@@ -87,6 +90,7 @@ namespace avx2 {
 extern const WinogradKernel winograd_2x2;
 extern const WinogradKernel winograd_4x4;
 }  // namespace avx2
+
 // Of both encodings of AVX-VNNI. Times without and with, 64 and 256 channels: 0.73 and 0.79 for 4 tiles, 0.92
 // and 1.05 for 9, 1.13 for 16 (Zen 4, 2026-11).
 constexpr int64_t kMinTilesAvxVnni = 12;
