@@ -39,17 +39,24 @@ class Layer:
     outputs: int
     kernel: int
     stride: int = 1
+    depthwise: bool = False
+
+    @property
+    def groups(self) -> int:
+        return self.channels if self.depthwise else 1
 
     @property
     def name(self) -> str:
         if self.kernel == 0:
             return f"linear {self.size}x{self.channels}->{self.outputs}"
+        if self.depthwise:
+            return f"depthwise{self.kernel}x{self.kernel}/{self.stride} {self.channels}@{self.size}"
         return f"conv{self.kernel}x{self.kernel}/{self.stride} {self.channels}->{self.outputs}@{self.size}"
 
     def operations(self, batch: int) -> int:
         """Multiplications and additions."""
         pixels = self.size if self.kernel == 0 else (self.size // self.stride) ** 2
-        return 2 * batch * pixels * self.channels * self.outputs * max(1, self.kernel) ** 2
+        return 2 * batch * pixels * self.channels // self.groups * self.outputs * max(1, self.kernel) ** 2
 
 
 MODELS = {
@@ -88,12 +95,17 @@ MODELS = {
         Layer(128, 32, 3, 3),
         Layer(256, 256, 256, 0),
     ],
+    # Depthwise convolutions of several widths, up to that of a linear transformer's feed-forward net.
+    "depthwise": [
+        Layer(channels, size, channels, 3, depthwise=True)
+        for channels, size in ((256, 64), (320, 32), (1280, 32), (2240, 16), (5600, 32))
+    ],
 }
 
 Call = Callable[[], Tensor]
 
 
-def make_segment(codes: Tensor, weight_codes: Tensor, weight_bits: int) -> Segment:
+def make_segment(codes: Tensor, weight_codes: Tensor, weight_bits: int, groups: int) -> Segment:
     """A segment with NUM_GROUPS quantizers."""
     sums = weight_codes.flatten(1).sum(1, dtype=torch.int32)
     return Segment(
@@ -101,7 +113,7 @@ def make_segment(codes: Tensor, weight_codes: Tensor, weight_bits: int) -> Segme
         scale=torch.linspace(0.02, 0.04, NUM_GROUPS),
         zero_point=torch.arange(NUM_GROUPS, dtype=torch.int32),
         group_index=torch.tensor([3], dtype=torch.int32),
-        weight=ops.pack_weight(weight_codes, weight_bits),
+        weight=ops.pack_weight(weight_codes, weight_bits, groups),
         weight_scale=torch.full((weight_codes.shape[0],), 0.01),
         weight_sum=sums,
     )
@@ -113,9 +125,9 @@ def onednn_conv(x: Tensor, weight_codes: Tensor, bias: Tensor, layer: Layer) -> 
     scales = torch.full((layer.outputs,), 0.01)
     zeros = torch.zeros(layer.outputs, dtype=torch.int32)
     packed = torch.ops.onednn.qconv_prepack(
-        weight_codes, scales, 0.03, 128, stride, padding, dilation, 1, list(x.shape)
+        weight_codes, scales, 0.03, 128, stride, padding, dilation, layer.groups, list(x.shape)
     )
-    rest = (stride, padding, dilation, 1, 1.0, 0, torch.float32, "none", [], "")
+    rest = (stride, padding, dilation, layer.groups, 1.0, 0, torch.float32, "none", [], "")
     return lambda: torch.ops.onednn.qconv2d_pointwise(x, 0.03, 128, packed, scales, zeros, bias, *rest)
 
 
@@ -138,7 +150,7 @@ def random_operands(layer: Layer, batch: int) -> tuple[Tensor, Tensor, Tensor]:
             bias,
         )
     x = torch.randn(batch, layer.channels, layer.size, layer.size)
-    weight = torch.randn(layer.outputs, layer.channels, layer.kernel, layer.kernel)
+    weight = torch.randn(layer.outputs, layer.channels // layer.groups, layer.kernel, layer.kernel)
     last = torch.channels_last
     return x.contiguous(memory_format=last), weight.contiguous(memory_format=last), bias
 
@@ -153,7 +165,8 @@ def calls(layer: Layer, batch: int) -> dict[str, Call]:
     w8 = (weight * 40).round().clamp(-128, 127).to(torch.int8)
     w4 = (weight * 3).round().clamp(-8, 7).to(torch.int8)
     pad = layer.kernel // 2
-    g = ConvGeometry(layer.outputs, (layer.kernel,) * 2, (layer.stride,) * 2, (pad, pad))
+    kernel, stride = (layer.kernel,) * 2, (layer.stride,) * 2
+    g = ConvGeometry(layer.outputs, kernel, stride, (pad, pad), groups=layer.groups)
     f32, epilogue = torch.float32, Epilogue(bias)
 
     def integer(segment: Segment, bits: int) -> Tensor:
@@ -161,7 +174,7 @@ def calls(layer: Layer, batch: int) -> dict[str, Call]:
             return ops.linear([segment], epilogue, layer.outputs, bits, f32)
         return ops.conv2d([segment], epilogue, g, bits, f32)
 
-    s8, s4 = make_segment(codes, w8, 8), make_segment(codes, w4, 4)
+    s8, s4 = make_segment(codes, w8, 8, layer.groups), make_segment(codes, w4, 4, layer.groups)
 
     def with_quantize() -> Tensor:
         fresh = ops.quantize(x, s8.scale, s8.zero_point, s8.group_index, 8)
@@ -171,7 +184,7 @@ def calls(layer: Layer, batch: int) -> dict[str, Call]:
     if layer.kernel == 0:
         floats, onednn = lambda: F.linear(x, weight, bias), onednn_linear(unsigned, w8, bias)
     else:
-        floats = lambda: F.conv2d(x, weight, bias, layer.stride, pad)  # noqa: E731
+        floats = lambda: F.conv2d(x, weight, bias, layer.stride, pad, 1, layer.groups)  # noqa: E731
         onednn = onednn_conv(unsigned, w8, bias, layer)
     return {
         "W8A8": lambda: integer(s8, 8),

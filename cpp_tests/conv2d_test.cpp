@@ -146,12 +146,17 @@ TEST(Conv2d, MatchesDefinitionForOddShapes) {
       {1, {8}, {6, 6}, 16, {2, 2}, {2, 2}, {0, 0}},               // no copy, two tap rows
       {2, {12}, {5, 4}, 18, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 3},   // groups
       {1, {10}, {6, 5}, 20, {3, 3}, {2, 1}, {0, 1}, {1, 2}, 10},  // depthwise with multiplier
-      {1, {64}, {4, 4}, 32, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 2},   // groups without copy
-      {2, {16, 8}, {5, 5}, 40},                                   // two segments
-      {1, {13, 70}, {4, 7}, 65, {3, 1}, {2, 1}, {1, 0}},          // two segments, tails everywhere
-      {1, {300}, {3, 3}, 16},                                     // more than one chunk of widened weights
-      {1, {400}, {2, 3}, 16},                                     // a row of taps is more than one chunk
-      {1, {128}, {5, 5}, 16, {3, 3}, {1, 1}, {2, 2}, {2, 2}},     // a chunk ends within a row of taps
+      {2, {20}, {7, 9}, 20, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 20},  // depthwise, a tail of channels
+      {1, {16}, {5, 6}, 16, {5, 3}, {2, 1}, {2, 1}, {1, 2}, 16},  // depthwise, all that geometry has
+      {2, {130}, {3, 30}, 130, {3, 3}, {1, 1}, {0, 1}, {1, 1}, 130},  // depthwise, tiles of channels and
+                                                                      // pixels
+      {1, {3}, {4, 4}, 3, {7, 7}, {1, 1}, {3, 3}, {1, 1}, 3},    // depthwise, kernel larger than the image
+      {1, {64}, {4, 4}, 32, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 2},  // groups without copy
+      {2, {16, 8}, {5, 5}, 40},                                  // two segments
+      {1, {13, 70}, {4, 7}, 65, {3, 1}, {2, 1}, {1, 0}},         // two segments, tails everywhere
+      {1, {300}, {3, 3}, 16},                                    // more than one chunk of widened weights
+      {1, {400}, {2, 3}, 16},                                    // a row of taps is more than one chunk
+      {1, {128}, {5, 5}, 16, {3, 3}, {1, 1}, {2, 2}, {2, 2}},    // a chunk ends within a row of taps
   };
   uint32_t seed = 100;
   for (const Shape& shape : shapes) {

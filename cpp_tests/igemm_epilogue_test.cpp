@@ -224,12 +224,29 @@ TEST(IgemmEpilogue, WorksWithGroups) {
   }
 }
 
-TEST(IgemmEpilogue, WorkSplitDoesNotChangeResults) {
+TEST(IgemmEpilogue, WorksDepthwise) {
   Layer layer;
   layer.batch = 2;
-  layer.channels = {64};
-  layer.input = {16, 16};
-  layer.out_channels = 96;
+  layer.channels = {70};  // a slab, and a tail of one and a half vectors
+  layer.input = {3, 5};
+  layer.out_channels = layer.groups = 70;
+  Epilogue epilogue;
+  epilogue.row_bias = true;
+  epilogue.residual = FloatType::kBFloat16;
+  epilogue.activation = Activation::kSilu;
+  for (int bits : {0, 8}) {
+    for (int64_t upsample : {1, 2}) {
+      epilogue.num_bits = bits;
+      layer.upsample = upsample;
+      expect_as_defined(layer, epilogue, 9);
+      layer.weight_bits = 4;
+      expect_as_defined(layer, epilogue, 10);
+      layer.weight_bits = 8;
+    }
+  }
+}
+
+void expect_any_split(const Layer& layer) {
   Epilogue epilogue;
   epilogue.row_bias = true;
   epilogue.residual = FloatType::kFloat32;
@@ -248,6 +265,24 @@ TEST(IgemmEpilogue, WorkSplitDoesNotChangeResults) {
     EXPECT_EQ(cpu_case.conv2d(level), expected) << level.name << ", scattered";
     cpu::set_parallel_backend(before);
   }
+}
+
+TEST(IgemmEpilogue, WorkSplitDoesNotChangeResults) {
+  Layer layer;
+  layer.batch = 2;
+  layer.channels = {64};
+  layer.input = {16, 16};
+  layer.out_channels = 96;
+  expect_any_split(layer);
+}
+
+TEST(IgemmEpilogue, WorkSplitDoesNotChangeDepthwiseResults) {
+  Layer layer;
+  layer.batch = 2;
+  layer.channels = {96};
+  layer.input = {16, 16};
+  layer.out_channels = layer.groups = 96;
+  expect_any_split(layer);
 }
 
 TEST(Conv2dGeometry, UpsamplesWhileReading) {
@@ -303,6 +338,9 @@ TEST(Conv2dGeometry, PadsEverySideByItsOwnWidth) {
         layer.padding_end = end;
         layer.upsample = upsample;
         expect_as_defined(layer, {}, ++seed);
+        Layer depthwise = layer;
+        depthwise.out_channels = depthwise.groups = 8;
+        expect_as_defined(depthwise, {}, seed);
       }
     }
   }

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/group_index.h"
+#include "cpu/depthwise.h"
 #include "cpu/igemm.h"
 #include "cpu/parallel.h"
 #include "cpu/thread_memory.h"
@@ -187,6 +188,7 @@ TileOutput tile_output(const Conv2dArgs& args) {
 
 void conv2d(const Conv2dArgs& args) {
   if (args.batch * args.out.height * args.out.width * args.out_channels == 0) return;
+  if (is_depthwise(args)) return depthwise_conv2d(args, tile_output(args));
   Igemm problem{};
   problem.images = args.batch;
   problem.rows = args.out.height;

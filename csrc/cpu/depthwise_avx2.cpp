@@ -1,0 +1,3 @@
+// depthwise.inc for AVX2.
+#define ADPDM_ISA_NAMESPACE avx2
+#include "cpu/depthwise.inc"

@@ -1,0 +1,3 @@
+// depthwise.inc for AVX-512.
+#define ADPDM_ISA_NAMESPACE avx512
+#include "cpu/depthwise.inc"
