@@ -148,8 +148,7 @@ TEST(Conv2d, MatchesDefinitionForOddShapes) {
       {1, {10}, {6, 5}, 20, {3, 3}, {2, 1}, {0, 1}, {1, 2}, 10},  // depthwise with multiplier
       {2, {20}, {7, 9}, 20, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 20},  // depthwise, a tail of channels
       {1, {16}, {5, 6}, 16, {5, 3}, {2, 1}, {2, 1}, {1, 2}, 16},  // depthwise, all that geometry has
-      {2, {130}, {3, 30}, 130, {3, 3}, {1, 1}, {0, 1}, {1, 1}, 130},  // depthwise, tiles of channels and
-                                                                      // pixels
+      {2, {130}, {3, 30}, 130, {3, 3}, {1, 1}, {0, 1}, {1, 1}, 130},  // several tiles of it
       {1, {3}, {4, 4}, 3, {7, 7}, {1, 1}, {3, 3}, {1, 1}, 3},    // depthwise, kernel larger than the image
       {1, {64}, {4, 4}, 32, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 2},  // groups without copy
       {2, {16, 8}, {5, 5}, 40},                                  // two segments

@@ -227,7 +227,7 @@ TEST(IgemmEpilogue, WorksWithGroups) {
 TEST(IgemmEpilogue, WorksDepthwise) {
   Layer layer;
   layer.batch = 2;
-  layer.channels = {70};  // a slab, and a tail of one and a half vectors
+  layer.channels = {70};  // a slab, and a tail of 6 channels
   layer.input = {3, 5};
   layer.out_channels = layer.groups = 70;
   Epilogue epilogue;
@@ -274,6 +274,30 @@ TEST(IgemmEpilogue, WorkSplitDoesNotChangeResults) {
   layer.input = {16, 16};
   layer.out_channels = 96;
   expect_any_split(layer);
+}
+
+TEST(IgemmEpilogue, WorksDepthwiseInEveryForm) {
+  Layer layer;
+  layer.channels = {84};
+  layer.input = {4, 5};
+  layer.out_channels = layer.groups = 84;  // the second slab has a tail
+  for (bool bias : {false, true}) {
+    for (FloatType type : {FloatType::kFloat32, FloatType::kBFloat16, FloatType::kFloat16}) {
+      Epilogue epilogue;
+      epilogue.bias = bias;
+      epilogue.type = type;
+      epilogue.row_scale = true;
+      epilogue.output_scale = 0.5f;
+      expect_as_defined(layer, epilogue, 11);
+    }
+  }
+  layer.batch = 2;
+  layer.dilation = {2, 2};
+  layer.upsample = 2;
+  layer.channels = {5};  // rows shorter than a vector
+  layer.input = {3, 2};
+  layer.out_channels = layer.groups = 5;
+  expect_as_defined(layer, {}, 12);
 }
 
 TEST(IgemmEpilogue, WorkSplitDoesNotChangeDepthwiseResults) {

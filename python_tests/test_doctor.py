@@ -269,7 +269,8 @@ def test_layers_that_were_quantized_while_loading(tmp_path: Path, activation_bit
     ("layer", "weight_bits", "share"),
     [
         (torch.nn.Conv2d(64, 64, 3), 8, 1.0),
-        (torch.nn.Conv2d(16, 16, 3, groups=16), 8, 1 / 64),  # depthwise
+        (torch.nn.Conv2d(24, 24, 3, groups=24), 8, 24 / 32),  # depthwise
+        (torch.nn.Conv2d(16, 32, 3, groups=16), 8, 2 / 64),
         (torch.nn.Conv2d(33, 16, 1), 8, 33 / 36),
         (torch.nn.Conv2d(33, 16, 1), 4, 33 / 40),  # nibbles come in pairs of quads
         (torch.nn.Linear(32, 24), 8, 24 / 32),

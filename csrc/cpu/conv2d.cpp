@@ -1,5 +1,5 @@
-// conv2d on the CPU: an implicit GEMM that reads the codes in place, or a copy of them with the halo around
-// it.
+// conv2d on the CPU: depthwise, by Winograd's method, or as an implicit GEMM that reads the codes in place,
+// or a copy of them with the halo around it.
 #include "core/conv2d.h"
 
 #include <cstring>

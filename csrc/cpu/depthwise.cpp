@@ -12,7 +12,8 @@
 namespace adpdm::cpu {
 namespace {
 
-// Products of 16 channels below which another thread costs more than it saves: waking one takes microseconds.
+// Products of 16 channels, some two clock cycles each, below which another thread costs more than it saves:
+// waking one takes microseconds.
 constexpr int64_t kMinStepsPerThread = 5000;
 
 constexpr int64_t kOutside = -1;
@@ -92,6 +93,15 @@ void find_codes(const Conv2dArgs& args, int64_t row, int64_t channel, const Halo
   }
 }
 
+// Whether 16 codes may be read at any channel of the pixels under a row of outputs: codes of other pixels lie
+// behind them.
+bool reads_stay_inside(const Conv2dArgs& args, int64_t row) {
+  if (args.input.width * args.out_channels < kBlockOutputs) return false;
+  const int64_t bottom = row % args.out.height * args.stride.height +
+                         (args.kernel.height - 1) * args.dilation.height - args.padding.height;
+  return row / args.out.height + 1 < args.batch || bottom < args.upsample * (args.input.height - 1);
+}
+
 // Points the tile at channels from `first` on.
 void select_channels(const Conv2dArgs& args, const TileOutput& output, int64_t first, Tile& tile) {
   const IgemmSegment& segment = args.segments[0];
@@ -124,7 +134,8 @@ void depthwise_conv2d(const Conv2dArgs& args, const TileOutput& output) {
     const Scratch scratch = thread_scratch(args);
     find_columns(args, scratch.columns);
     const int64_t row_bytes = args.input.width * args.out_channels;
-    DepthwiseTile tile{scratch.codes, scratch.weights, taps, row_bytes, {}};
+    DepthwiseTile tile{scratch.codes, scratch.weights, taps, row_bytes, false, {}};
+    tile.tile.num_segments = 1;
     tile.tile.segments[0].scale = qparams.scale[group];
     tile.tile.segments[0].zero_point = qparams.zero_point[group];
     for (int64_t item = begin; item < end; ++item) {
@@ -132,6 +143,7 @@ void depthwise_conv2d(const Conv2dArgs& args, const TileOutput& output) {
       const int64_t row = item % rows;
       select_channels(args, output, channel, tile.tile);
       if (item == begin || row == 0) gather_weights(args, channel, tile.tile.num_outputs, scratch.weights);
+      tile.whole_reads = reads_stay_inside(args, row);
       const TileOutput slab = tile.tile.output;
       for (int64_t x = 0; x < args.out.width; x += tile.tile.num_pixels) {
         tile.tile.num_pixels = static_cast<int>(std::min<int64_t>(args.out.width - x, kMaxTilePixels));

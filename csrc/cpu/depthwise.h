@@ -11,11 +11,12 @@ namespace adpdm::cpu {
 constexpr int64_t kDepthwiseChannels = kMaxTileBlocks * kBlockOutputs;
 
 struct DepthwiseTile {
-  const int8_t* const* codes;  // [num_pixels][taps] of the tile's first channel; all are readable
+  const int8_t* const* codes;  // [num_pixels][taps] of the tile's first channel; num_outputs are readable
   const int32_t* weights;      // [taps][kDepthwiseChannels]
   int64_t taps;
-  int64_t ahead;  // bytes from the last of a pixel's codes to codes that are wanted next
-  Tile tile;  // pixels, outputs, output, and what turns sums into floats: segments[0]
+  int64_t ahead;     // bytes from the last of a pixel's codes to codes that are wanted next
+  bool whole_reads;  // 16 codes are readable where fewer channels are left
+  Tile tile;         // pixels, outputs, output, and what turns sums into floats: segments[0]
 };
 
 ADPDM_DECLARE_PER_ISA(void run_depthwise_tile(const DepthwiseTile& tile))
