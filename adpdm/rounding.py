@@ -18,7 +18,8 @@ MEMORY_LIMIT = 2**30  # bytes of moments
 MAX_COLUMNS = 2304  # of one matrix of moments, 42 MB: 256 channels of a 3x3 kernel; longer reductions are cut
 ROWS_PER_CALL = 512  # input vectors that one call of a layer contributes, drawn from all its positions
 DAMPING = 0.01  # of the mean of the moments' diagonal, added to it (Frantar et al. 2022)
-LAZY_COLUMNS = 128  # columns whose errors reach the columns behind them in one matrix product
+LAZY_COLUMNS = 128  # columns that the errors of all before them reach in one matrix product
+MOMENT_ROWS = 288  # of moments, symmetric, made at a time: short enough to leave out most of the upper half
 
 
 def round_weights(replay: Replay, names: Sequence[str], seed: int) -> dict[str, float]:
@@ -55,8 +56,21 @@ class ColumnBlock:
     rows: slice  # outputs
     channels: slice  # of the layer's input
     columns: slice  # of the weight as [O, K]
-    second: Tensor  # [K, K] f64, sum over calls of the mean of x x^T
+    second: Tensor  # [K, K] f64, sum over calls of the mean of x x^T, the lower half of it
     first: Tensor  # [K] f64, sum over calls of the mean of x
+
+    def add(self, inputs: Tensor) -> None:
+        """Add a call's inputs [R, K] f32."""
+        for top in range(0, inputs.shape[1], MOMENT_ROWS):
+            end = min(top + MOMENT_ROWS, inputs.shape[1])
+            product = inputs[:, top:end].t() @ inputs[:, :end]
+            self.second[top:end, :end].add_(product, alpha=1 / len(inputs))
+        self.first += inputs.double().mean(0)
+
+    def moments(self) -> Tensor:
+        """Both halves of `second`."""
+        lower = self.second.tril()
+        return lower + lower.tril(-1).t()
 
 
 class LayerInputs:
@@ -85,8 +99,7 @@ class LayerInputs:
         for block in self.blocks:
             part = rows[:, block.channels].flatten(1)  # [R, K]
             if len(part):
-                block.second += (part.t() @ part).double() / len(part)
-                block.first += part.double().mean(0)
+                block.add(part)
 
     def round(self) -> tuple[Tensor, Tensor, float]:
         """Codes [O, C, *] i8, scales [S, O] f32, and the squared error over that of rounding to nearest."""
@@ -109,7 +122,7 @@ class LayerInputs:
 
     def _moments(self, block: ColumnBlock) -> Tensor:
         """What an error of the weight costs, [K, K]: without the mean where the bias takes it over."""
-        second, first = block.second / max(self.calls, 1), block.first / max(self.calls, 1)
+        second, first = block.moments() / max(self.calls, 1), block.first / max(self.calls, 1)
         return second if self.layer.bias is None else second - torch.outer(first, first)
 
 
@@ -117,29 +130,31 @@ def round_columns(weight: Tensor, scale: Tensor, moments: Tensor, bound: int) ->
     """Codes [O, K] i8 that minimise (w - q s) M (w - q s)^T one column after the other.
 
     Each column is rounded to nearest and its error is made up for by the columns that are still real numbers;
-    those whose inputs are largest come first. Source: GPTQ (Frantar et al. 2022), with activation order.
+    those whose inputs are largest come first. Source: GPTQ (Frantar et al. 2022), with activation order, as
+    Babai's nearest plane (Chen et al. 2025): with M = L L^T the columns after k can make good all but
+    sum_{m <= k} e_m L_mk, so no inverse of M is needed.
 
     Args:
         weight, scale: [O, K] f64.
         moments: M [K, K] f64, positive semidefinite.
         bound: codes lie in [-bound, bound].
     """
-    columns = weight.shape[1]
     diagonal = moments.diagonal()
-    order = diagonal.argsort(descending=True, stable=True)
+    order = diagonal.argsort(descending=True, stable=True).flip(0)  # the last row of L is rounded first
     lower = _cholesky(moments[order][:, order], DAMPING * diagonal.mean())
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    rest, step = weight[:, order], scale[:, order]
-    codes = torch.empty_like(rest)
-    for first in range(0, columns, LAZY_COLUMNS):
-        last = min(first + LAZY_COLUMNS, columns)
-        errors = torch.empty_like(rest[:, first:last])
-        for j in range(first, last):
-            codes[:, j] = (rest[:, j] / step[:, j]).round().clamp(-bound, bound)
-            errors[:, j - first] = (rest[:, j] - codes[:, j] * step[:, j]) / factor[j, j]
-            rest[:, j + 1 : last] -= torch.outer(errors[:, j - first], factor[j, j + 1 : last])
-        rest[:, last:] -= errors @ factor[first:last, last:]
-    return codes[:, order.argsort()].to(torch.int8)
+    pivots, across = lower.diagonal().tolist(), lower.t().contiguous()
+    # Columns as rows: each is one stretch of memory.
+    real, step = weight.t()[order], scale.t()[order]
+    codes, errors = torch.empty_like(real), torch.empty_like(real)
+    for last in range(len(order), 0, -LAZY_COLUMNS):
+        first = max(last - LAZY_COLUMNS, 0)
+        carried = across[first:last, last:] @ errors[last:]
+        for k in range(last - 1, first - 1, -1):
+            owed = torch.addmv(carried[k - first], errors[k + 1 : last].t(), across[k, k + 1 : last])
+            wanted = real[k] + owed / pivots[k]
+            codes[k] = (wanted / step[k]).round_().clamp_(-bound, bound)
+            errors[k] = real[k] - codes[k] * step[k]
+    return codes[order.argsort()].t().to(torch.int8)
 
 
 def _cholesky(moments: Tensor, damping: Tensor) -> Tensor:

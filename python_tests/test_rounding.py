@@ -13,7 +13,7 @@ import adpdm
 from adpdm import QuantConfig, rounding
 from adpdm.nn import QuantConv2d, QuantLayer, QuantLinear, quant_layers
 from adpdm.quantizers.activation import Mode
-from adpdm.rounding import LayerInputs, round_columns
+from adpdm.rounding import ColumnBlock, LayerInputs, round_columns
 from adpdm.step import StepState
 from adpdm.testing import ddim_scheduler, tiny_unet
 
@@ -74,6 +74,47 @@ def test_codes_are_near_the_best_there_are() -> None:
         mine = weighted_error((weight[row] - codes[row] * scale[row])[None], moments)
         plain = weighted_error((weight[row] - nearest[row] * scale[row])[None], moments)
         assert mine <= max(0.6 * plain, 2.0 * float(best) + 1e-12)
+
+
+def textbook(weight: Tensor, scale: Tensor, moments: Tensor, bound: int) -> Tensor:
+    """GPTQ as published: errors are passed on by the factor of the inverse of the damped moments."""
+    order = moments.diagonal().argsort(descending=True, stable=True)
+    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(len(moments)).double()
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
+    rest, codes = weight[:, order].clone(), torch.empty_like(weight)
+    for k, column in enumerate(order.tolist()):
+        codes[:, column] = (rest[:, k] / scale[:, column]).round().clamp(-bound, bound)
+        error = rest[:, k] - codes[:, column] * scale[:, column]
+        rest[:, k:] -= torch.outer(error / factor[k, k], factor[k, k:])
+    return codes.to(torch.int8)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 50, 300])
+def test_codes_are_those_of_gptq_as_published(columns: int) -> None:
+    generator = torch.Generator().manual_seed(8)
+    weight = torch.randn(5, columns, generator=generator).double()
+    scale = 0.2 + 0.2 * torch.rand(5, columns, generator=generator).double()
+    moments = moments_of(columns)
+    found = round_columns(weight, scale, moments, 7)
+    assert torch.equal(found, textbook(weight, scale, moments, 7))
+    assert not torch.equal(found.double(), (weight / scale).round().clamp(-7, 7)) or columns < 50
+
+
+def test_moments_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = smooth(30, 20)
+    everything = slice(None)
+    blocks = []
+    for rows in (7, 288):
+        monkeypatch.setattr(rounding, "MOMENT_ROWS", rows)
+        second = torch.zeros(20, 20, dtype=torch.float64)
+        block = ColumnBlock(everything, everything, everything, second, torch.zeros(20, dtype=torch.float64))
+        block.add(x[:10])
+        block.add(x[10:])
+        blocks.append(block)
+    wanted = (x[:10].double().t() @ x[:10].double()) / 10 + (x[10:].double().t() @ x[10:].double()) / 20
+    for block in blocks:
+        torch.testing.assert_close(block.moments(), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(block.first, x[:10].double().mean(0) + x[10:].double().mean(0))
 
 
 @pytest.mark.parametrize("bound", [1, 7, 127])
