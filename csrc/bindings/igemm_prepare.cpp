@@ -1,7 +1,7 @@
 // Implements the checks of igemm_prepare.h.
 #include "bindings/igemm_prepare.h"
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>

@@ -1,23 +1,71 @@
-// Registers group_norm_quantize and layer_norm_quantize for CPU tensors.
+// Registers for CPU tensors the operators that CUDA has as well. One file: most of compiling it is torch's
+// headers.
 #include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
 
+#include <stdexcept>
 #include <tuple>
 
 #include "bindings/cpu_values.h"
+#include "bindings/elementwise_ops.h"
+#include "bindings/igemm_ops.h"
 #include "bindings/norm_ops.h"
 #include "bindings/prepare.h"
+#include "core/quantize.h"
 
 namespace adpdm::bindings {
 namespace {
 
 struct CpuBackend {
+  static constexpr auto quantize = cpu::quantize;
+  static constexpr auto quantize_channels_last = cpu::quantize_channels_last;
+  static constexpr auto quantize_int4 = cpu::quantize_int4;
+  static constexpr auto dequantize = cpu::dequantize;
+  static constexpr auto dequantize_int4 = cpu::dequantize_int4;
+  static constexpr auto pack_int4 = cpu::pack_int4;
+  static constexpr auto unpack_int4 = cpu::unpack_int4;
+  static constexpr auto fake_quantize = cpu::fake_quantize;
+  static constexpr auto fake_quantize_backward = cpu::fake_quantize_backward;
+  static constexpr auto fake_quantize_mixture = cpu::fake_quantize_mixture;
+  static constexpr auto fake_quantize_mixture_backward = cpu::fake_quantize_mixture_backward;
+  static constexpr auto observe = cpu::observe;
+
   explicit CpuBackend(const at::Tensor&) {}
+
+  int64_t blob_bytes(int64_t outputs, int64_t group_channels, int64_t taps, int64_t groups,
+                     int weight_bits) const {
+    return packed_weight_bytes(outputs, group_channels, taps, groups, weight_bits);
+  }
 
   void check_values(const char* op, const char* group_index, const char* zero_point,
                     const GroupedQParams& qparams) const {
     check_current_group(op, group_index, zero_point, qparams);
   }
 
+  bool reads_packed(int /*weight_bits*/, int64_t /*group_channels*/) const { return false; }
+
+  at::Tensor unpack(const at::Tensor& packed) const {  // [.., K / 2] u8, K a multiple of 32
+    at::DimVector sizes(packed.sizes().begin(), packed.sizes().end());
+    sizes.back() *= 2;
+    at::Tensor codes = at::empty(sizes, packed.options().dtype(at::kChar));
+    const int64_t rows = sizes.back() == 0 ? 0 : codes.numel() / sizes.back();
+    cpu::unpack_int4(packed.const_data_ptr<uint8_t>(), rows, sizes.back(), codes.mutable_data_ptr<int8_t>());
+    return codes;
+  }
+
+  // The core reports a group or step index out of range as std::out_of_range; Python gets an IndexError.
+  template <typename... P, typename... A>
+  void run(void (*function)(P...), const A&... args) const {
+    try {
+      function(args...);
+    } catch (const std::out_of_range& error) {
+      TORCH_CHECK_INDEX(false, error.what());
+    }
+  }
+
+  void run(const PackWeightArgs& args) const { cpu::pack_weight(args); }
+  void run(const LinearArgs& args) const { cpu::linear(args); }
+  void run(const Conv2dArgs& args) const { cpu::conv2d(args); }
   void run(const GroupNormQuantizeArgs& args) const { cpu::group_norm_quantize(args); }
   void run(const LayerNormQuantizeArgs& args) const { cpu::layer_norm_quantize(args); }
 };
@@ -53,6 +101,8 @@ std::tuple<at::Tensor, at::Tensor> group_norm_quantize_both(const at::Tensor& fi
 }  // namespace
 
 TORCH_LIBRARY_IMPL(adpdm, CPU, m) {
+  register_elementwise<CpuBackend>(m);
+  register_igemm<CpuBackend>(m);
   register_norms<CpuBackend>(m);
   m.impl("group_norm_quantize_each", &group_norm_quantize_both);
 }
