@@ -350,7 +350,7 @@ def _why_float(name: str, layer: nn.Conv2d | nn.Linear, denoiser: Any) -> str:
 def tile_share(layer: QuantLayer) -> float:
     """Share of the products in the tiles of an integer layer that are its own; the rest multiplies zeros."""
     outputs, inputs = layer.weight_shape[0] // layer.groups, layer.weight_shape[1]
-    if layer.groups > 1 and outputs == inputs == 1:  # depthwise, on the CPU: a channel in each lane
+    if layer.groups > 1 and outputs == inputs == 1:  # depthwise: a channel in each lane
         return layer.groups / (-(-layer.groups // TILE_OUTPUTS) * TILE_OUTPUTS)
     parts = [inputs]
     if (split := layer.weight_quantizer.split) is not None:

@@ -58,7 +58,7 @@ def quantizer(bits: int) -> OutputQuantizer:
     )
 
 
-def segment(codes: Tensor, weight_shape: tuple[int, ...], weight_bits: int) -> Segment:
+def segment(codes: Tensor, weight_shape: tuple[int, ...], weight_bits: int, groups: int = 1) -> Segment:
     """Codes with a quantizer and random weights."""
     bound = (1 << (weight_bits - 1)) - 1
     weight = torch.randint(-bound, bound + 1, weight_shape, device=DEVICE, dtype=torch.int8)
@@ -68,7 +68,7 @@ def segment(codes: Tensor, weight_shape: tuple[int, ...], weight_bits: int) -> S
         scale=q.scale,
         zero_point=q.zero_point,
         group_index=q.group_index,
-        weight=ops.pack_weight(weight, weight_bits),
+        weight=ops.pack_weight(weight, weight_bits, groups),
         weight_scale=torch.full((weight_shape[0],), 0.01, device=DEVICE),
         weight_sum=weight.flatten(1).sum(1, dtype=torch.int32),
     )
@@ -82,25 +82,29 @@ def packed(codes: Tensor) -> Tensor:
 def conv_calls(layer: Conv) -> dict[str, Call]:
     """The contestants on a convolution, ours first."""
     shape = (layer.batch, layer.channels, layer.size, layer.size)
-    weight_shape = (layer.outputs, layer.channels, layer.kernel, layer.kernel)
+    weight_shape = (layer.outputs, layer.channels // layer.groups, layer.kernel, layer.kernel)
     pad = layer.kernel // 2
-    geometry = ConvGeometry(layer.outputs, (layer.kernel,) * 2, (layer.stride,) * 2, (pad, pad))
+    kernel, stride = (layer.kernel,) * 2, (layer.stride,) * 2
+    geometry = ConvGeometry(layer.outputs, kernel, stride, (pad, pad), groups=layer.groups)
     bias = torch.randn(layer.outputs, device=DEVICE)
     epilogue = Epilogue(bias=bias)
 
     def integer(codes: Tensor, bits: int) -> Call:
-        s = segment(codes, weight_shape, bits)
+        s = segment(codes, weight_shape, bits, layer.groups)
         return lambda: ops.conv2d([s], epilogue, geometry, bits, BF16)
 
     x, weight = (torch.randn(s, device=DEVICE, dtype=BF16) for s in (shape, weight_shape))
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     half_bias = bias.to(BF16)
-    return {
+    calls = {
         "W8A8": integer(random_codes(shape, 8), 8),
         "W4A8": integer(random_codes(shape, 8), 4),
         "W4A4": integer(packed(random_codes(shape, 4)), 4),
-        "torch bf16": lambda: F.conv2d(x, weight, half_bias, layer.stride, pad),
+        "torch bf16": lambda: F.conv2d(x, weight, half_bias, layer.stride, pad, 1, layer.groups),
     }
+    if layer.groups > 1:
+        del calls["W4A4"]  # two codes to a byte need 32 channels of a group
+    return calls
 
 
 def linear_calls(layer: Linear) -> dict[str, Call]:

@@ -33,6 +33,7 @@ def test_layer_contestants_compute_the_same_shape(kernels: ModuleType) -> None:
     layers = importlib.import_module("gpu_layers")
     for layer, shape in (
         (layers.Conv(1, 32, 8, 32, 3, 2), (1, 32, 4, 4)),
+        (layers.depthwise(2, 32, 8), (2, 32, 8, 8)),
         (layers.Linear(20, 32, 32), (20, 32)),
     ):
         calls = kernels.conv_calls(layer) if isinstance(layer, layers.Conv) else kernels.linear_calls(layer)

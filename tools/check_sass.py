@@ -49,9 +49,12 @@ class Rule:
 
 # cp.async of 16 bytes, vectors, ldmatrix, the matrix products and their barriers.
 COPY_ASYNC = r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128"
+LOAD_64 = r"LDG\.E\.64"
 LOAD_128 = r"LDG\.E\.128"
 STORE_128 = r"STG\.E\.128"
 LOAD_MATRIX = r"LDSM\.16\.M88\.4"
+DOT_4 = r"IDP\.4A\.S8\.S8"
+PERMUTE = r"PRMT"
 MMA = r"IMMA\."
 MMA_S8 = r"IMMA\.16832\.S8\.S8"
 MMA_S4 = r"IMMA\.16864\.S4\.S4"
@@ -97,6 +100,9 @@ IGEMM_RULES = (
         limited=((WGMMA_FENCE, 1), (WGMMA_WAIT, 2)),
     ),
     Rule(r"igemm_finish\(", wanted=VECTORS),
+    # Bits of the weights, and whether 4 blocks of 128 threads share a multiprocessor.
+    Rule(r"depthwise_kernel<", wanted=(*VECTORS, DOT_4, PERMUTE), refused=(MMA,)),
+    Rule(r"depthwise_kernel<\D*\d, \D*(1|true)>", wanted=(LOAD_64,), max_registers=128),
     Rule(r"pack_weight_chunks\(", wanted=(STORE_128,)),
 )
 

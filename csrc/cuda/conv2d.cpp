@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda/conv2d_as_igemm.h"
+#include "cuda/depthwise.h"
 #include "cuda/igemm.h"
 #include "cuda/igemm_launch.h"
 #include "cuda/nvtx.h"
@@ -49,11 +50,11 @@ void check(const char* op, const Conv2dArgs& args) {
   }
 }
 
-// Whether every run of 8 outputs can be loaded and stored as vectors.
-bool is_wide(const Conv2dArgs& args) {
+// Whether every run of 8 outputs of a group can be loaded and stored as vectors.
+bool is_wide(const Conv2dArgs& args, int64_t outputs) {
   const IgemmOutput& output = args.output;
-  bool wide = args.out_channels / args.groups % 8 == 0 && aligned(output.data) && aligned(output.bias) &&
-              aligned(output.row_scale) && aligned(output.row_bias) && aligned(output.residual);
+  bool wide = outputs % 8 == 0 && aligned(output.data) && aligned(output.bias) && aligned(output.row_scale) &&
+              aligned(output.row_bias) && aligned(output.residual);
   for (int s = 0; s < args.num_segments; ++s) {
     wide = wide && aligned(args.segments[s].weight_scale) && aligned(args.segments[s].weight_sum);
   }
@@ -107,11 +108,21 @@ IgemmSource make_source(const Conv2dArgs& args, const IgemmSegment& segment, con
   return source;
 }
 
+IgemmPlan depthwise_plan(const Conv2dArgs& args) {
+  IgemmPlan plan{};
+  plan.core = IgemmCore::kDepthwise;
+  plan.mode = stored_in_nibbles(args.weight_bits) ? IgemmMode::kA8W4 : IgemmMode::kA8W8;
+  plan.splits = plan.splits_of_first = 1;
+  return plan;
+}
+
 }  // namespace
 
 IgemmPlan plan_as_igemm(const char* op, const Conv2dArgs& args, const std::optional<TileChoice>& choice) {
   require_built_arch(op);
   check(op, args);
+  const std::optional<TileChoice> given = choice ? choice : tile_from_environment();
+  if (!given && is_depthwise(args)) return depthwise_plan(args);
   IgemmRequest request{};
   request.op = op;
   request.rows = num_rows(args);
@@ -124,7 +135,7 @@ IgemmPlan plan_as_igemm(const char* op, const Conv2dArgs& args, const std::optio
   request.weight_bits = stored_in_nibbles(args.weight_bits) ? 4 : 8;
   request.whole_chunks = whole_chunks(args);
   request.wgmma = wgmma_allowed();
-  return plan_igemm(request, current_device_info(), choice ? choice : tile_from_environment());
+  return plan_igemm(request, current_device_info(), given);
 }
 
 void run_as_igemm(const char* op, const Conv2dArgs& args, const IgemmPlan& plan, void* workspace,
@@ -139,9 +150,11 @@ void run_as_igemm(const char* op, const Conv2dArgs& args, const IgemmPlan& plan,
   problem.output = args.output;
   problem.rows = static_cast<int32_t>(num_rows(args));
   problem.rows_per_image = static_cast<int32_t>(args.out.height * args.out.width);
-  problem.outputs = static_cast<int32_t>(args.out_channels / args.groups);
-  problem.groups = static_cast<int32_t>(args.groups);
-  problem.wide = is_wide(args);
+  // Depthwise, the channels are outputs of one group.
+  const int64_t groups = plan.core == IgemmCore::kDepthwise ? 1 : args.groups;
+  problem.outputs = static_cast<int32_t>(args.out_channels / groups);
+  problem.groups = static_cast<int32_t>(groups);
+  problem.wide = is_wide(args, problem.outputs);
   launch_igemm(op, problem, plan, workspace, stream);
 }
 

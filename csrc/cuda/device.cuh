@@ -160,6 +160,24 @@ ADPDM_DEVICE void mma_s4(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t
   simt::mma_s4(c, a, b);
 }
 
+// ---- integer arithmetic ----
+ADPDM_DEVICE int32_t dot4(uint32_t a, uint32_t b, int32_t sum) {
+  for (int i = 0; i < 4; ++i) {
+    sum += static_cast<int8_t>(a >> (8 * i)) * static_cast<int8_t>(b >> (8 * i));
+  }
+  return sum;
+}
+
+template <uint32_t kSelector>
+ADPDM_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(bytes >> (8 * (kSelector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  }
+  return result;
+}
+
 // ---- float arithmetic ----
 ADPDM_DEVICE float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 ADPDM_DEVICE float reciprocal(float x) { return 1.0f / x; }
@@ -365,6 +383,19 @@ ADPDM_DEVICE void mma_s4(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t
       "{%0, %1, %2, %3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// ---- integer arithmetic ----
+
+// sum + the products of four pairs of int8.
+ADPDM_DEVICE int32_t dot4(uint32_t a, uint32_t b, int32_t sum) {
+  return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
+}
+
+// Byte i of the result is the one that hexadecimal digit i of kSelector names, 0..3 of a and 4..7 of b.
+template <uint32_t kSelector>
+ADPDM_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b) {
+  return __byte_perm(a, b, kSelector);
 }
 
 // ---- float arithmetic: the bits of the host ----

@@ -2,6 +2,7 @@
 // slices.
 #include <stdexcept>
 
+#include "cuda/depthwise.h"
 #include "cuda/igemm_epilogue.cuh"
 #include "cuda/igemm_launch.h"
 #include "cuda/igemm_mma.h"
@@ -115,15 +116,9 @@ const MmaKernel& find_mma_kernel(IgemmMode mode, IgemmTile tile, bool gather) {
 void launch_igemm(const char* op, IgemmProblem problem, const IgemmPlan& plan, void* workspace,
                   Stream stream) {
   if (int64_t{problem.rows} * problem.outputs == 0) return;
+  if (plan.core == IgemmCore::kDepthwise) return launch_depthwise(op, problem, plan.mode, stream);
   fill_in(problem, plan, workspace);
-  switch (plan.core) {
-    case IgemmCore::kMma:
-      launch_mma(op, problem, plan, stream);
-      break;
-    case IgemmCore::kWgmma:
-      launch_wgmma(op, problem, plan, stream);
-      break;
-  }
+  (plan.core == IgemmCore::kWgmma ? launch_wgmma : launch_mma)(op, problem, plan, stream);
   if (plan.splits == 1) return;
   const int64_t runs = int64_t{problem.rows} * problem.groups * ceil_div(problem.outputs, kRun);
   launch(igemm_finish, {ceil_div(runs, kFinishThreads), 1, 1, kFinishThreads, 0, stream, op}, problem);

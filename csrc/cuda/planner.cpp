@@ -276,10 +276,12 @@ std::optional<TileChoice> tile_from_environment() {
 }
 
 std::string describe(const IgemmPlan& plan) {
-  constexpr const char* kCores[] = {"mma", "wgmma"};
+  constexpr const char* kCores[] = {"mma", "wgmma", "depthwise"};
   constexpr const char* kModes[kNumIgemmModes] = {"a8w8", "a8w4", "a4w4", "a4w4-unpacked"};
   std::string words = kCores[static_cast<int>(plan.core)];
-  words += std::string(" ") + kModes[static_cast<int>(plan.mode)] + " " + text(plan.tile);
+  words += std::string(" ") + kModes[static_cast<int>(plan.mode)];
+  if (plan.core == IgemmCore::kDepthwise) return words;  // which has no tile
+  words += " " + text(plan.tile);
   if (plan.splits > 1) words += " splits=" + std::to_string(plan.splits);
   if (plan.gather) words += " gather";
   return words;

@@ -13,8 +13,9 @@ namespace adpdm::cuda {
 
 // The families of kernels.
 enum class IgemmCore : uint8_t {
-  kMma,    // igemm_mma.cuh: compute capability 8.0 and later
-  kWgmma,  // igemm_wgmma.cuh: compute capability 9.0 only
+  kMma,        // igemm_mma.cuh: compute capability 8.0 and later
+  kWgmma,      // igemm_wgmma.cuh: compute capability 9.0 only
+  kDepthwise,  // depthwise.cu: no tensor cores; never a choice of the caller's
 };
 
 // What the choice depends on.
@@ -66,7 +67,7 @@ IgemmPlan plan_igemm(const IgemmRequest& request, const DeviceInfo& device,
 // wgmma:128x128/1; nothing if it is not set. Throws std::invalid_argument for any other text.
 std::optional<TileChoice> tile_from_environment();
 
-// For example "mma a8w4 128x64 splits=2 gather".
+// For example "mma a8w4 128x64 splits=2 gather", or "depthwise a8w8".
 std::string describe(const IgemmPlan& plan);
 
 }  // namespace adpdm::cuda
