@@ -43,20 +43,24 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", default="ours, dp", help="of the family strategies of accuracy.py")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=20, help="of the sampler")
+    parser.add_argument(
+        "--guidance", type=float, help="scale that is calibrated and sampled under; none by default"
+    )
     parser.add_argument("--batch", type=int, default=64, help="images per call and file")
     parser.add_argument("--real", type=Path, help="file .npy of real images [N, H, W, C] u8")
     args = parser.parse_args(words)
     try:
         subject = find_subject(args.model)
         method = next(methods(["strategies"], [args.method]))
-        configs = {bits: _config(bits, method.settings, args.steps) for bits in args.bits}
+        guidance = {} if args.guidance is None else {"guidance_scale": args.guidance}
+        configs = {bits: _config(bits, {**method.settings, **guidance}, args.steps) for bits in args.bits}
+        subject.guided(None, args.guidance)  # refuses a model without conditions
         settings = SampleSettings(args.images, args.steps, SEED, args.batch)
     except ValueError as error:
         parser.error(str(error))
     logging.disable_progress_bar()
-    _sample(subject, None, settings, _folder(args.out, None))
-    for bits, config in configs.items():
-        _sample(subject, config, settings, _folder(args.out, bits))
+    for bits, config in {None: None, **configs}.items():
+        _sample(subject, config, settings, args.guidance, _folder(args.out, bits))
     found = _distances(args.out, args.bits, args.real)
     _write(args.out / "distances.json", subject, args, found)
     print("\n".join(table(found)))
@@ -67,7 +71,11 @@ def _folder(out: Path, bits: str | None) -> Path:
 
 
 def _sample(
-    subject: ModelFolder, config: adpdm.QuantConfig | None, settings: SampleSettings, folder: Path
+    subject: ModelFolder,
+    config: adpdm.QuantConfig | None,
+    settings: SampleSettings,
+    guidance: float | None,
+    folder: Path,
 ) -> None:
     """Fill the set of one quantization; None is full precision."""
     if folder.is_dir():
@@ -77,7 +85,9 @@ def _sample(
     denoiser = subject.denoiser()
     scheduler = subject.scheduler()
     if config is not None:
-        adpdm.quantize(denoiser, config, scheduler=scheduler, conditioning=subject.conditioning())
+        null = None if guidance is None else subject.null_conditioning
+        given = subject.conditioning()
+        adpdm.quantize(denoiser, config, scheduler=scheduler, conditioning=given, null_conditioning=null)
     capture(denoiser)
     given = subject.conditioning()  # a row per class, so that a set can grow
 
@@ -85,7 +95,8 @@ def _sample(
         print(f"{folder.name}: {done} of {total} {what}", file=sys.stderr, flush=True)
 
     decode = subject.decoder(denoiser)
-    sample_set(denoiser, scheduler, folder, settings, conditioning=given, decode=decode, progress=tell)
+    guided = subject.guided(denoiser, guidance)
+    sample_set(guided, scheduler, folder, settings, conditioning=given, decode=decode, progress=tell)
 
 
 def _config(bits: str, method: dict[str, Any], steps: int) -> adpdm.QuantConfig:
@@ -113,6 +124,7 @@ def _write(file: Path, subject: ModelFolder, args: argparse.Namespace, found: An
         "method": args.method,
         "images": args.images,
         "steps": args.steps,
+        "guidance": args.guidance,
         "seed": SEED,
         "threads": torch.get_num_threads(),
         "versions": {"adpdm": adpdm.__version__, "torch": torch.__version__},
