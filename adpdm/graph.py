@@ -279,6 +279,11 @@ def _leaf_key(leaf: Any, device: torch.device) -> Hashable:
     return (type(leaf), leaf)
 
 
+def is_captured(denoiser: nn.Module) -> bool:
+    """Whether the denoiser's `forward` is one that `capture` put there."""
+    return isinstance(denoiser.__dict__.get("forward"), GraphedForward)
+
+
 def capture(
     pipe_or_denoiser: Any,
     *,
@@ -305,7 +310,7 @@ def capture(
         TypeError: if there is no denoiser.
     """
     denoiser = find_denoiser(pipe_or_denoiser)
-    if isinstance(denoiser.forward, GraphedForward):
+    if is_captured(denoiser):
         raise ValueError("adpdm.graph: this denoiser is captured already; call adpdm.graph.release first")
     device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
     if make_recorder is recorder_of and device.type not in ("cpu", "cuda"):
@@ -322,6 +327,6 @@ def release(pipe_or_denoiser: Any) -> None:
         ValueError: if it was not captured.
     """
     denoiser = find_denoiser(pipe_or_denoiser)
-    if not isinstance(denoiser.__dict__.get("forward"), GraphedForward):
+    if not is_captured(denoiser):
         raise ValueError(f"adpdm.graph: this {type(denoiser).__name__} is not captured")
     del denoiser.forward
