@@ -113,6 +113,8 @@ class Calibration:
 
     def run(self) -> CalibrationTrace:
         """Observe, partition, search; leaves every quantizer with its ranges and tables, in fake mode."""
+        if self.config.grouping == "search":
+            self.processes.first(self._saved)  # one that cannot be resumed is refused before any work
         self.trajectory = trajectory = self._timed("trajectories", self._observe)
         self.call_weights = step_weights(trajectory.sensitivity)
         if not self.config.weigh_steps:

@@ -163,7 +163,8 @@ def attach_correction(denoiser: nn.Module) -> None:
     if step.correction is None:
         return
     sample_name = list(inspect.signature(type(denoiser).forward).parameters)[1]
-    denoiser.register_forward_hook(_Correct(sample_name), with_kwargs=True)
+    # First of all, while no other thread can have changed the step.
+    denoiser.register_forward_hook(_Correct(sample_name), with_kwargs=True, prepend=True)
 
 
 def detach_correction(denoiser: nn.Module) -> None:

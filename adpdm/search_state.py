@@ -62,6 +62,6 @@ class SearchState:
         if header.get("version") != str(STATE_VERSION) or header.get("fingerprint") != fingerprint:
             raise ValueError(
                 f"{file} belongs to another model, configuration or version; "
-                "quantize into another folder, or without resuming"
+                "quantize into another folder, or remove the file to start anew"
             )
         return cls(tensors, *json.loads(header["progress"]), *json.loads(header["trace"]))

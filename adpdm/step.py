@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -165,13 +167,50 @@ def _demand(condition: Tensor, sentence: str, details: Callable[[], str]) -> Non
         raise ValueError(sentence + details())
 
 
+class _Turn:
+    """A lock that threads take in turn for a call of a denoiser, whose layers share one current step.
+
+    A thread that has it may take it again: Ctrl-C leaves it with the interrupted thread, since torch runs no
+    hooks then. A forked process starts with one that nobody has. Copies and pickles have a turn of their own.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.owner, self.process = threading.Lock(), 0, os.getpid()
+
+    def take(self) -> None:
+        if self.process != os.getpid():
+            self.lock, self.owner, self.process = threading.Lock(), 0, os.getpid()
+        if self.owner != threading.get_ident():
+            self.lock.acquire()
+            self.owner = threading.get_ident()
+
+    def give_back(self) -> None:
+        """Does nothing in a thread that does not have it."""
+        if self.owner == threading.get_ident():
+            self.owner = 0
+            self.lock.release()
+
+    def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
+        return _Turn, ()
+
+
 class _SetStep:
-    """The hook of a denoiser; a class, so that it can be found again and pickled with its denoiser."""
+    """The hooks of a denoiser; a class, so that they can be found again and pickled with their denoiser.
+
+    A compiled graph sees no threads: there calls of one denoiser have to wait for one another by themselves.
+    """
 
     def __init__(self, position: int) -> None:
-        self.position = position
+        self.position, self.turn = position, _Turn()
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the forward pass and all other hooks of it, also where it failed."""
+        if not torch.compiler.is_compiling():
+            self.turn.give_back()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self.turn.take()
         timestep = args[self.position] if len(args) > self.position else kwargs.get("timestep")
         if timestep is None:
             raise ValueError(
@@ -181,16 +220,17 @@ class _SetStep:
         module.get_submodule("adpdm_step").set_timestep(timestep)  # type: ignore[operator]
 
 
-def attach_step_hook(denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
-    """Let the denoiser set the step from its `timestep` argument before every forward pass."""
-
+def attach_step_hook(denoiser: nn.Module) -> None:
+    """Let the denoiser set the step from its `timestep` argument before every forward pass, one at a time."""
     names = list(inspect.signature(type(denoiser).forward).parameters)[1:]  # without self
     if "timestep" not in names:
         raise TypeError(
             f"{type(denoiser).__name__}.forward must have an argument `timestep` that says which groups to "
             f"use, got {names}"
         )
-    return denoiser.register_forward_pre_hook(_SetStep(names.index("timestep")), with_kwargs=True)
+    hook = _SetStep(names.index("timestep"))
+    denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+    denoiser.register_forward_hook(hook.end, always_call=True)
 
 
 def detach_step_hook(denoiser: nn.Module) -> None:
@@ -199,3 +239,7 @@ def detach_step_hook(denoiser: nn.Module) -> None:
         if isinstance(hook, _SetStep):
             del denoiser._forward_pre_hooks[key]
             denoiser._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, hook in list(denoiser._forward_hooks.items()):
+        if isinstance(getattr(hook, "__self__", None), _SetStep):
+            del denoiser._forward_hooks[key]
+            denoiser._forward_hooks_always_called.pop(key, None)

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
+from torch import nn
 
 import adpdm.evaluate.distance
-from adpdm import DenoiserCall
+from adpdm import AdpdmConfig, DenoiserCall, QuantConfig
 from adpdm.cli import main
 from adpdm.evaluate import SampleSet, SampleSettings, generate, sample_set, set_distance
 from adpdm.evaluate.sampling import to_uint8
+from adpdm.nn.fusion import describe_fusion, fuse_blocks
 from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_conditional_unet, tiny_pipeline, tiny_unet
 
 SETTINGS = SampleSettings(num_images=7, num_inference_steps=2, seed=5, chunk_size=3)
@@ -183,6 +186,36 @@ def test_samples_of_another_call_or_decoder_are_left_alone(tmp_path: Path, other
         make(tmp_path / "set", **{"decode": decoder, **other})
 
 
+def test_samples_of_other_arithmetic_on_the_same_tensors_are_left_alone(tmp_path: Path) -> None:
+    tiny_unet(**ONE_BLOCK).save_pretrained(tmp_path / "unet")
+
+    def fill(folder: str, **settings: Any) -> nn.Module:
+        config = AdpdmConfig(weight_bits=8, **settings)
+        unet = UNet2DModel.from_pretrained(tmp_path / "unet", quantization_config=config)
+        sample_set(unet, ddim_scheduler(), tmp_path / folder, SETTINGS)
+        return unet
+
+    fill("bits")
+    fill("bits")
+    with pytest.raises(ValueError, match="holds samples of another model"):
+        fill("bits", activation_bits=8)
+    unet = fill("attention", activation_bits=8)
+    assert not any(info.attention for info in describe_fusion(unet))
+
+
+def test_samples_of_other_attention_are_left_alone(tmp_path: Path) -> None:
+    unet = tiny_unet()
+    settings = {"num_groups": 1, "num_inference_steps": 2, "histogram_images": 2}
+    config = QuantConfig(grouping="shared", attention="float", **settings)  # type: ignore[arg-type]
+    adpdm.quantize(unet, config, scheduler=ddim_scheduler())
+    sample_set(unet, ddim_scheduler(), tmp_path / "set", SETTINGS)
+    fuse_blocks(unet, "int8")
+    with pytest.raises(ValueError, match="holds samples of another model"):
+        sample_set(unet, ddim_scheduler(), tmp_path / "set", SETTINGS)
+    fuse_blocks(unet, "float")
+    sample_set(unet, ddim_scheduler(), tmp_path / "set", SETTINGS)
+
+
 def test_an_error_while_writing_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +241,7 @@ def test_folders_without_a_manifest_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got images without"):
         make(tmp_path)
     (tmp_path / "samples.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="must have format 2"):
+    with pytest.raises(ValueError, match="must have format 3"):
         make(tmp_path)
 
 
@@ -229,7 +262,7 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> None:
 def write_set(folder: Path, images: np.ndarray, seed: int = 0) -> Path:
     folder.mkdir()
     settings = {"num_images": len(images), "num_inference_steps": 2, "seed": seed, "chunk_size": 100}
-    (folder / "samples.json").write_text(json.dumps({"format": 2, "fingerprint": "", "settings": settings}))
+    (folder / "samples.json").write_text(json.dumps({"format": 3, "fingerprint": "", "settings": settings}))
     np.save(folder / "images-000000.npy", images)
     return folder
 

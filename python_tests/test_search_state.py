@@ -30,8 +30,16 @@ def config(**changes: Any) -> QuantConfig:
 def test_foreign_state_file_is_refused(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
+    phases: list[str] = []
     with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
-        adpdm.quantize(tiny_unet(**ONE_BLOCK), config(seed=1), scheduler=ddim_scheduler(), state_file=state)
+        adpdm.quantize(
+            tiny_unet(**ONE_BLOCK),
+            config(seed=1),
+            scheduler=ddim_scheduler(),
+            state_file=state,
+            progress=lambda phase, done, total: phases.append(phase),
+        )
+    assert "trajectories" not in phases, "before any work"
     with pytest.raises(ValueError, match="belongs to another model, configuration or version"):
         adpdm.quantize(tiny_unet(1, **ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
 

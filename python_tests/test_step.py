@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adpdm import ops, reference
 from adpdm.config import TimestepPolicy
-from adpdm.step import StepState, attach_step_hook
+from adpdm.step import StepState, attach_step_hook, detach_step_hook
 
 CALIBRATED = [900.0, 600.0, 300.0, 0.0]
 
@@ -202,8 +202,11 @@ def test_hook_refuses_a_call_without_timestep() -> None:
 
 def test_hook_can_be_removed() -> None:
     denoiser = Denoiser()
-    attach_step_hook(denoiser).remove()
+    attach_step_hook(denoiser)
+    detach_step_hook(denoiser)
     assert denoiser(torch.zeros(1), 600) == 0
+    assert not denoiser._forward_hooks
+    assert not denoiser._forward_hooks_always_called
 
 
 @given(

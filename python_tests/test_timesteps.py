@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adpdm import QuantConfig
+from adpdm import QuantConfig, timesteps
 from adpdm.quantizers import Importance
 from adpdm.timesteps import TimestepSelector, fixed_visits, mmd_trace
 
@@ -155,6 +155,14 @@ def test_mmd_is_zero_when_all_steps_are_chosen_equally(generator: torch.Generato
 def test_mmd_is_zero_when_the_steps_do_not_differ(generator: torch.Generator) -> None:
     same = torch.randn(1, 3, 1, 2, 2, generator=generator).expand(4, -1, -1, -1, -1)
     assert mmd_trace(same, [1, 1, 2]) == pytest.approx([0.0] * 3, abs=5e-8)
+
+
+def test_mmd_of_many_points_is_of_the_first_images(generator: torch.Generator, monkeypatch: Any) -> None:
+    data = samples(generator)
+    whole = mmd_trace(data[:, :2], [2, 0, 2])
+    monkeypatch.setattr(timesteps, "MMD_POINTS", 2 * data.shape[0] + 1)
+    assert data.shape[1] > 2
+    assert mmd_trace(data, [2, 0, 2]) == whole
 
 
 def test_mmd_equals_its_definition(generator: torch.Generator) -> None:

@@ -18,11 +18,12 @@ from adpdm.evaluate.guidance import GuidedDenoiser
 from adpdm.evaluate.sampling import Progress, generate, to_uint8
 from adpdm.files import replacing
 from adpdm.fingerprint import fingerprint_of, named_tensors
+from adpdm.nn.fusion import describe_fusion
 from adpdm.schedulers import identity
 from adpdm.trajectory import Conditioning, DenoiserCall, pick
 
 MANIFEST_NAME = "samples.json"
-FORMAT = 2  # 1 did not know how the denoiser was called, nor the decoder
+FORMAT = 3  # 1 did not know how the denoiser was called, nor the decoder; 2 not how it computes
 
 
 @dataclass(frozen=True)
@@ -191,14 +192,24 @@ def _fingerprint(
     call: DenoiserCall,
     decode: Callable[[Tensor], Tensor] | None,
 ) -> str:
-    """Of weights, scheduler, conditioning, call, guidance and decoder."""
+    """Of weights and how they are computed with, scheduler, conditioning, call, guidance and decoder."""
     given, words = named_tensors(conditioning or {}), f"{identity(scheduler)} {call.fingerprint}"
+    words += f" {_arithmetic(denoiser)}"
     if isinstance(decode, nn.Module):
         given += [(f"decoder {name}", value) for name, value in decode.state_dict().items()]
     if isinstance(denoiser, GuidedDenoiser):
         words += f" guidance {denoiser.scale} {denoiser.null_class}"
         given += [] if denoiser.null_text is None else [("null_text", denoiser.null_text)]
     return fingerprint_of([*denoiser.state_dict().items(), *given], words)
+
+
+def _arithmetic(denoiser: nn.Module) -> str:
+    """What two models of the same tensors may differ in: classes, quantization, what attention multiplies."""
+    inner = denoiser.denoiser if isinstance(denoiser, GuidedDenoiser) else denoiser
+    asked = getattr(getattr(inner, "config", None), "quantization_config", None)
+    settings = asked if asked is None or isinstance(asked, dict) else asked.to_dict()
+    fused = [(block.name, block.attention) for block in describe_fusion(inner) if block.attention]
+    return f"{type(inner).__name__} {json.dumps(settings, sort_keys=True, default=str)} {fused}"
 
 
 def rows_in_turn(conditioning: Conditioning, first: int, count: int) -> Conditioning:
