@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,9 +43,12 @@ from .evaluate import (
 )
 from .evaluate.comparison import FRECHET_NAME
 from .evaluate.words import evaluation_rows, frechet_words
+from .files import filling
 from .info import gather_info, render_info
 from .nn import summarize_fusion
+from .outputs import check_file, check_new_folder, checked_state, folder_of, remove_state, state_file
 from .pipeline import (
+    DENOISER_NAMES,
     QuantizationReport,
     calibration_sampler,
     find_denoiser,
@@ -58,7 +60,6 @@ from .quantize_options import add_quantize_options, quant_config
 from .trajectory import Conditioning, DenoiserCall, Sampler
 
 EXIT_FAILURE, EXIT_INTERRUPTED = 1, 130
-STATE_NAME = "adpdm_search.safetensors"
 
 console = Console(stderr=True)  # standard output belongs to results
 
@@ -103,14 +104,12 @@ def _shared() -> Iterator[Processes]:
 
 
 def _quantize_shared(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
-    out = Path(args.out)
-    state = out.with_name(out.name + ".partial") / STATE_NAME
-    is_first = processes.rank == 0
-    if is_first and out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out} must be a new or empty folder, got one with files in it")
-    if is_first and state.exists() and not args.resume:
-        raise ValueError(f"{state} is an unfinished search; continue it with --resume, or remove its folder")
+    out, is_first = Path(args.out), processes.rank == 0
     config = quant_config(args)
+    state: Path | None = state_file(out)
+    if is_first:
+        check_new_folder(out)
+        state = checked_state(out, args.resume, _warn if config.grouping == "search" else None)
     pipe = load_pipeline(args.model, local_files_only=args.offline)
     sampler = calibration_sampler(pipe, config, prompts=args.prompt)
     if args.budget is not None:
@@ -119,13 +118,15 @@ def _quantize_shared(args: argparse.Namespace, processes: Processes) -> dict[str
         with _progress() as progress:
             report = quantize_denoiser(sampler, config, progress, state, processes)
     except KeyboardInterrupt:
-        if state.exists():
+        if state is not None and state.exists():
             console.print(f"the search so far is in {escape(str(state))}; continue it with --resume")
         raise
     values = {**report.to_dict(), "command": args.command}
     if is_first:
-        _save(pipe, values, out)
-        shutil.rmtree(state.parent, ignore_errors=True)
+        with filling(out, last=DENOISER_NAMES) as folder:  # without a denoiser nothing loads
+            pipe.save_pretrained(folder)
+            (folder / REPORT_NAME).write_text(json.dumps(values, indent=1))
+        remove_state(state)
         _tell_quantized(report, out)
     return values
 
@@ -159,7 +160,7 @@ def _tell_quantized(report: QuantizationReport, out: Path) -> None:
         )
     _table(f"quantized into {out}", rows)
     for warning in trace.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}")
+        _warn(warning)
 
 
 def _within_budget(
@@ -187,22 +188,9 @@ def _within_budget(
     return plan.config
 
 
-def _save(pipe: Any, values: dict[str, Any], out: Path) -> None:
-    """Write the pipeline and its report into `out`: all of it, or nothing."""
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        pipe.save_pretrained(temporary)
-        (temporary / REPORT_NAME).write_text(json.dumps(values, indent=1))
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def _sample(args: argparse.Namespace) -> dict[str, Any]:
+    out = Path(args.out)
+    check_file(out)
     pipe = load_pipeline(args.model, local_files_only=True)
     asked = _asked(args, pipe)
     result = generate(
@@ -216,8 +204,9 @@ def _sample(args: argparse.Namespace) -> dict[str, Any]:
         call=asked.call,
     )
     samples = result.samples
+    out.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        save_image_grid(samples if asked.decode is None else asked.decode(samples), Path(args.out))
+        save_image_grid(samples if asked.decode is None else asked.decode(samples), out)
     seconds = float(result.seconds_per_step.mean())
     values = {"out": args.out, "images": args.images, "seed": args.seed, "seconds_per_step": seconds}
     _table(f"{args.images} images in {args.out}", {"seconds per step": f"{seconds:.4f}"})
@@ -316,7 +305,7 @@ def _compare(args: argparse.Namespace) -> tuple[Any, _Asked, EvaluationResult]:
             conditioning=asked.rows(args.images),
             call=asked.call,
             decode=asked.decode,
-            paths=(Path(args.original), Path(args.quantized)),
+            paths=(folder_of(args.original), folder_of(args.quantized)),
             progress=lambda done, total, what: progress(what, done, total),
         )
     return reference.scheduler, asked, result
@@ -329,7 +318,8 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
-    stored = Path(args.quantized) / REPORT_NAME
+    check_file(Path(args.out))
+    stored = folder_of(args.quantized) / REPORT_NAME
     if not stored.is_file():
         raise ValueError(f"{stored} is missing; `adpdm quantize` writes it beside the model")
     scheduler, asked, result = _compare(args)
@@ -488,6 +478,10 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[phase], completed=done, total=total)
 
         yield update
+
+
+def _warn(sentence: str) -> None:
+    console.print(f"[yellow]warning:[/] {escape(sentence)}")
 
 
 def _table(title: str, rows: dict[str, str]) -> None:

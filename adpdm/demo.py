@@ -35,6 +35,7 @@ from .evaluate import (
 from .evaluate.sample_set import rows_in_turn
 from .evaluate.sampling import Trajectory as Sampling
 from .evaluate.sampling import device_of, sample_shape, shape_of_call
+from .files import replacing
 from .graph import capture, release
 from .info import gather_info
 from .pipeline import find_denoiser, load_pipeline, quantize
@@ -491,6 +492,5 @@ def save_image_grid(
     tiles = tiles.reshape(-1, columns, *tiles.shape[1:]).swapaxes(1, 2)
     grid = tiles.reshape(tiles.shape[0] * tiles.shape[1], -1, tiles.shape[-1])
     grid = grid.repeat(enlarge, 0).repeat(enlarge, 1)
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid).save(temporary, format="png")
-    temporary.rename(path)
+    with replacing(path) as temporary:
+        Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid).save(temporary, format="png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from .nn.fusion import FusedBlock
 from .pipeline import find_denoiser
 
 WARMUP_CALLS = 3  # lazy module loading and cuDNN's choices come to rest within two; one to spare
+FREEU = ("s1", "s2", "b1", "b2")  # what `enable_freeu` of diffusers writes into the blocks on the way up
 MAX_GRAPHS = 8  # each keeps its activations: SD 1.5 at batch 2 about 2 GB
 
 
@@ -123,21 +125,30 @@ class _Captured:
 
 
 class _Parts:
-    """What a recording takes for granted of a denoiser: modules, which adapters act how much, attention."""
+    """What a recording takes for granted of a denoiser: modules, how much adapters act, attention, FreeU."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self._children = _native.Children([m._modules for m in denoiser.modules() if m._modules])
+        modules = list(denoiser.modules())
+        self._children = _native.Children([m._modules for m in modules if m._modules])
         self._adapters = list(adapters_of(denoiser).values())
-        forwards = [m.__dict__.get("forward") for m in denoiser.modules()]
+        forwards = [m.__dict__.get("forward") for m in modules]
         self._attentions = [f for f in forwards if isinstance(f, FusedBlock) and f.int8 is not None]
+        # Read from dictionaries: nn.Module's way to an attribute that is missing takes microseconds.
+        self._processed = [m.__dict__ for m in modules if "processor" in m.__dict__]
+        up_blocks = denoiser._modules.get("up_blocks")
+        self._up_blocks = [block.__dict__ for block in up_blocks.children()] if up_blocks else []
         self._settings = self._read()
 
-    def _read(self) -> list[Hashable]:
-        products = [attention.int8 for attention in self._attentions]
-        return [*products, *(_settings(adapter) for adapter in self._adapters)]
+    def _read(self) -> list[Any]:
+        return [
+            *[attention.int8 for attention in self._attentions],
+            *[_settings(adapter) for adapter in self._adapters],
+            *[attributes.get("processor") for attributes in self._processed],
+            *[attributes.get(name) for attributes in self._up_blocks for name in FREEU],
+        ]
 
     def are_as_recorded(self) -> bool:
-        """Whether nothing was exchanged, activated, rescaled or folded in since."""
+        """Whether nothing was exchanged, activated, rescaled, folded in or set otherwise since."""
         return self._children.unchanged() and self._read() == self._settings
 
 
@@ -158,8 +169,11 @@ class GraphedForward:
 
     The step hook runs outside the graph and writes the groups into the tensor that the captured kernels read:
     that is why one graph serves all timesteps. Nothing else of the call may vary but the values of tensors;
-    other arguments (flags, dictionaries) are part of the key. When modules were exchanged, as PEFT does, or
-    adapters or attention set otherwise, graphs are forgotten and captured anew.
+    other arguments (flags, dictionaries) and autocast are part of the key. When modules were exchanged, as
+    PEFT does, or adapters, attention or FreeU set otherwise, graphs are forgotten and captured anew.
+
+    A graph reads and writes memory of its own, so threads wait for one another. On a GPU they must use the
+    same stream.
     """
 
     def __init__(
@@ -169,11 +183,13 @@ class GraphedForward:
         max_graphs: int = MAX_GRAPHS,
     ) -> None:
         self._denoiser, self._forward = denoiser, denoiser.forward
+        self._replaced = denoiser.__dict__.get("forward")  # another library's, as accelerate's hooks leave it
         self._names = _names_of(denoiser)
         self._make_recorder = make_recorder
         self._max_graphs = max_graphs
         self._captured: dict[Hashable, _Captured] = {}
         self._parts = _Parts(denoiser)
+        self._lock = threading.RLock()  # a forward may call its denoiser for a part of the batch
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -183,40 +199,65 @@ class GraphedForward:
             raise RuntimeError(
                 "adpdm.graph: a captured denoiser has no gradients; call it in torch.no_grad()"
             )
-        if not self._parts.are_as_recorded():
-            self._captured.clear()
-            self._parts = _Parts(self._denoiser)
-        # Pipelines name the sample, the timestep, both or neither, and its place differs between models.
+        given = self._by_name(args, kwargs)
+        sample: Tensor = given[self._names[0]]
+        device = sample.device
+        # A number would be burnt into the graph: as a tensor it is an input like the others.
+        timestep = torch.as_tensor(given.pop("timestep")).to(device)
+        # One value stands for all images, so that it shares a graph with what pipelines expand to the batch.
+        shape = sample.shape[:1] if timestep.dim() < 2 and timestep.numel() == 1 else timestep.shape
+        leaves, spec = _flatten(given)
+        kinds = [_leaf_key(leaf, device) for leaf in leaves]
+        key = (spec, _autocast_dtype(device.type), timestep.dtype, shape, *kinds)
+        with self._lock:
+            if not self._parts.are_as_recorded():
+                self._captured.clear()
+                self._parts = _Parts(self._denoiser)
+            captured = self._captured.get(key)
+            if captured is None:
+                captured = self._captured[key] = self._capture(leaves, spec, timestep.expand(shape))
+            return captured.run([timestep, *[leaf for leaf in leaves if isinstance(leaf, Tensor)]])
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call in one order.
+
+        Pipelines name the sample, the timestep, both or neither, and its place differs between models.
+        """
         given = dict(zip(self._names, args, strict=False)) | kwargs
         if len(given) < len(args) + len(kwargs):
             raise TypeError(
                 f"adpdm.graph: wanted each of the arguments {self._names} at most once, got {len(args)} by "
                 f"position and {sorted(kwargs)} by name"
             )
-        given = {name: given.pop(name) for name in self._names if name in given} | given  # in one order
-        sample: Tensor = given[self._names[0]]
-        # A number would be burnt into the graph: as a tensor it is an input like the others.
-        given["timestep"] = torch.as_tensor(given["timestep"]).to(sample.device).reshape(-1)[:1]
-        leaves, spec = _flatten(given)
-        key = (spec, *(_leaf_key(leaf, sample.device) for leaf in leaves))
-        captured = self._captured.get(key)
-        if captured is None:
-            captured = self._captured[key] = self._capture(leaves, spec, sample)
-        return captured.run([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        return {name: given.pop(name) for name in self._names if name in given} | given
 
-    def _capture(self, leaves: list[Any], spec: Hashable, sample: Tensor) -> _Captured:
+    def _capture(self, leaves: list[Any], spec: Hashable, timestep: Tensor) -> _Captured:
         if len(self._captured) == self._max_graphs:
             raise RuntimeError(
                 f"adpdm.graph: wanted at most max_graphs={self._max_graphs} different inputs (shapes, "
                 "dtypes, flags), got another one; raise max_graphs, or keep shapes fixed"
             )
-        own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        given = _unflatten(own, spec)
-        given["timestep"] = given["timestep"].expand(sample.shape[0])
-        recorder = self._make_recorder(sample.device)
-        result = recorder.record(lambda: self._forward(**given))
-        inputs = [x for x in own if isinstance(x, Tensor)]
+        # What is made in inference mode could never be written outside of it again.
+        with torch.inference_mode(False), torch.no_grad():
+            own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            own_timestep = timestep.clone(memory_format=torch.contiguous_format)
+            given = _unflatten(own, spec)
+            recorder = self._make_recorder(timestep.device)
+            result = recorder.record(lambda: self._forward(**given, timestep=own_timestep))
+        inputs = [own_timestep, *[x for x in own if isinstance(x, Tensor)]]
         return _Captured(recorder, inputs, pytree.tree_leaves(result), _rebuild(result))
+
+    def restore(self) -> None:
+        """Give the denoiser the `forward` back that it had."""
+        if self._replaced is None:
+            del self._denoiser.forward
+        else:
+            self._denoiser.forward = self._replaced
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast computes in, where it is enabled."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _names_of(denoiser: nn.Module) -> list[str]:
@@ -329,4 +370,4 @@ def release(pipe_or_denoiser: Any) -> None:
     denoiser = find_denoiser(pipe_or_denoiser)
     if not is_captured(denoiser):
         raise ValueError(f"adpdm.graph: this {type(denoiser).__name__} is not captured")
-    del denoiser.forward
+    denoiser.__dict__["forward"].restore()

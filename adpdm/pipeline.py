@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
 from .calibrate import Calibration, CalibrationTrace, silent
 from .config import AttentionProducts, QuantConfig
@@ -92,7 +92,7 @@ def quantize(
     scheduler: Any = None,
     conditioning: Conditioning | None = None,
     call: DenoiserCall | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] | str | None = None,
     null_conditioning: Conditioning | None = None,
     progress: Progress = silent,
     state_file: Path | str | None = None,
@@ -110,7 +110,7 @@ def quantize(
         conditioning: tensors [N, ...] by argument name of the denoiser, e.g. encoder_hidden_states [N, L, D],
             or dicts of them, e.g. added_cond_kwargs; image i is generated under entry i modulo N.
         call: what else the denoiser is given, where it takes more than images, timestep and conditioning.
-        prompts: texts to encode with the pipeline instead.
+        prompts: texts, or one, to encode with the pipeline instead.
         null_conditioning: tensors [1, ...] that stand for no condition, under `config.guidance_scale`; known
             for prompts (the empty text) and for transformers with a class for none.
         progress: called with (phase, done, total).
@@ -145,7 +145,7 @@ def calibration_sampler(
     scheduler: Any = None,
     conditioning: Conditioning | None = None,
     call: DenoiserCall | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] | str | None = None,
     null_conditioning: Conditioning | None = None,
 ) -> Sampler:
     """What `quantize` calibrates with, its arguments checked; nothing is changed or run but text encoders."""
@@ -159,6 +159,7 @@ def calibration_sampler(
         elif not conditioning and null_conditioning is None:
             null_conditioning = {"encoder_hidden_states": empty}
         conditioning = {**(conditioning or {}), "encoder_hidden_states": text}
+    conditioning, null_conditioning = _with_gradients(conditioning), _with_gradients(null_conditioning)
     _check_conditioning(denoiser, conditioning)
     _check_objective(scheduler, config)
     guidance = _guidance(denoiser, config.guidance_scale, conditioning or {}, null_conditioning)
@@ -179,7 +180,8 @@ def quantize_denoiser(
         processes.agree("quantize", depends_on(sampler, config))
     before = _Before(denoiser)
     try:
-        report = _quantize(sampler, config, progress, state_file, processes)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+            report = _quantize(sampler, config, progress, state_file, processes)
         if processes.size > 1:
             processes.agree("quantize", {"result": fingerprint_of(state_tensors(denoiser))})
     except BaseException:
@@ -299,11 +301,19 @@ def freeze(denoiser: nn.Module, attention: AttentionProducts = "auto") -> None:
 def _check_denoiser(denoiser: nn.Module) -> None:
     if any(isinstance(m, CodedLayer) for m in denoiser.modules()):
         raise ValueError(f"quantize: {type(denoiser).__name__} is quantized already; load the original again")
+    if getattr(denoiser.__dict__.get("forward"), "is_capture", False):  # of graph.py, which imports this file
+        name = type(denoiser).__name__
+        raise ValueError(f"quantize: {name} is captured; call adpdm.graph.release() on it first")
     if not isinstance(denoiser, ModelMixin):
         raise TypeError(f"quantize: wanted a diffusers model, got {type(denoiser).__name__}")
     refuse_adapters("quantize", denoiser)
     device = next(denoiser.parameters()).device
     for name, parameter in denoiser.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                "quantize: wanted parameters that were made outside of torch.inference_mode, got "
+                f"{name}; load the model outside of it"
+            )
         if parameter.dtype != torch.float32 or parameter.device.type not in CALIBRATION_DEVICES:
             raise ValueError(
                 f"quantize: wanted float32 parameters on the CPU or on CUDA to calibrate, got {name} as "
@@ -342,8 +352,10 @@ def _sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:
     return int(config.in_channels), int(height), int(width)
 
 
-def _encoded(pipe: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _encoded(pipe: Any, prompts: Sequence[str] | str) -> tuple[Tensor, Tensor]:
     """Text embeddings of prompts [N, L, D], and of the empty one [1, L, D], which stands for none."""
+    if isinstance(prompts, str):
+        prompts = [prompts]  # as pipelines take one
     if not prompts:
         raise ValueError("quantize: prompts must hold at least one text, got none")
     encoded = encode_texts("quantize", pipe, ["", *prompts])
@@ -391,6 +403,8 @@ def encode_texts(verb: str, pipe: Any, texts: Sequence[str]) -> Tensor:
     """
     if isinstance(pipe, nn.Module) or not hasattr(pipe, "encode_prompt"):
         raise TypeError(f"{verb}: prompts need a pipeline with encode_prompt, got {type(pipe).__name__}")
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{verb}: prompts must be a list of texts, got {texts!r:.60}")
     takes = list(inspect.signature(pipe.encode_prompt).parameters)
     wanted = ["prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance"]
     if takes[:4] != wanted:
@@ -401,6 +415,12 @@ def encode_texts(verb: str, pipe: Any, texts: Sequence[str]) -> Tensor:
     with torch.no_grad():
         embeddings: Tensor = pipe.encode_prompt(list(texts), find_denoiser(pipe).device, 1, False)[0]
     return embeddings.float()
+
+
+def _with_gradients(conditioning: Conditioning | None) -> Conditioning | None:
+    """The same, with copies of tensors from inference mode, which the search could not use."""
+    with torch.inference_mode(False):
+        return tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, conditioning)
 
 
 def _check_conditioning(denoiser: nn.Module, conditioning: Conditioning | None) -> None:

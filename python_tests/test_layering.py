@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"step"},
     {"quantizers"},
     {"nn"},
-    {"search_state", "timesteps", "partition", "trajectory", "io", "report"},
+    {"search_state", "timesteps", "partition", "trajectory", "io", "report", "outputs"},
     {"search", "replay", "evaluate", "facts"},
     {"rounding", "precision", "bias", "correction", "equalize"},
     {"budget", "quantize_options"},
