@@ -93,7 +93,8 @@ def check_writable(folder: Path) -> None:
         trial.mkdir()
         trial.rmdir()
     except OSError as error:
-        raise OSError(f"wanted a folder that can be written at {folder}, got: {error}") from error
+        wanted = f"{error.strerror}, where a folder that can be written is wanted"
+        raise OSError(error.errno, wanted, str(folder)) from error
 
 
 def _own_name(path: Path) -> str:
