@@ -170,11 +170,11 @@ class GraphedForward:
     The step hook runs outside the graph and writes the groups into the tensor that the captured kernels read:
     that is why one graph serves all timesteps. Nothing else of the call may vary but the values of tensors;
     other arguments (flags, dictionaries) and autocast are part of the key. When modules were exchanged, as
-    PEFT does, or adapters, attention or FreeU set otherwise, graphs are forgotten and captured anew.
-
-    A graph reads and writes memory of its own, so threads wait for one another. On a GPU they must use the
-    same stream.
+    PEFT does, or adapters, attention or FreeU set otherwise, graphs are forgotten and captured anew. Threads
+    wait for one another, since a graph reads and writes memory of its own.
     """
+
+    is_capture = True  # pipeline.py, which this file imports, asks for it
 
     def __init__(
         self,
@@ -337,7 +337,7 @@ def capture(
     replay is one launch (a CUDA graph). On a CPU, finding the next operator takes Python a third of the time
     of a small U-Net; a replay calls the same operators from C++. Works for any denoiser, quantized or not;
     adapters may come and go; call `release` before moving or changing it otherwise, or before adding hooks to
-    its parts.
+    its parts. Calls from several threads wait for one another; on a GPU they must use the same stream.
 
     Args:
         pipe_or_denoiser: diffusers pipeline or denoiser on a CPU or CUDA device.

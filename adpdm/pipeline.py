@@ -420,7 +420,10 @@ def encode_texts(verb: str, pipe: Any, texts: Sequence[str]) -> Tensor:
 def _with_gradients(conditioning: Conditioning | None) -> Conditioning | None:
     """The same, with copies of tensors from inference mode, which the search could not use."""
     with torch.inference_mode(False):
-        return tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, conditioning)
+        copied: Conditioning | None = tree_map_only(
+            Tensor, lambda x: x.clone() if x.is_inference() else x, conditioning
+        )
+    return copied
 
 
 def _check_conditioning(denoiser: nn.Module, conditioning: Conditioning | None) -> None:

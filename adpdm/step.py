@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +17,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import TimestepPolicy
+
+POLL_SECONDS = 0.2  # between looks whether the call that is waited for is still running
 
 
 class Record(NamedTuple):
@@ -168,30 +174,62 @@ def _demand(condition: Tensor, sentence: str, details: Callable[[], str]) -> Non
 
 
 class _Turn:
-    """A lock that threads take in turn for a call of a denoiser, whose layers share one current step.
+    """Calls of a denoiser, one thread after the other: its layers share one current step.
 
-    A thread that has it may take it again: Ctrl-C leaves it with the interrupted thread, since torch runs no
-    hooks then. A forked process starts with one that nobody has. Copies and pickles have a turn of their own.
+    A call that ends without hooks, as torch has it after Ctrl-C, leaves its turn behind. Whoever waits sees
+    that the frame of that call is on no stack any more, and takes over. Copies have turns of their own.
     """
 
     def __init__(self) -> None:
-        self.lock, self.owner, self.process = threading.Lock(), 0, os.getpid()
+        self.reset()
+        _turns.add(self)
 
-    def take(self) -> None:
-        if self.process != os.getpid():
-            self.lock, self.owner, self.process = threading.Lock(), 0, os.getpid()
-        if self.owner != threading.get_ident():
-            self.lock.acquire()
-            self.owner = threading.get_ident()
+    def reset(self) -> None:
+        self.free = threading.Condition()
+        self.frame: FrameType | None = None  # of the call whose turn it is
+        self.thread = self.depth = 0
+
+    def take(self, frame: FrameType) -> None:
+        """Wait for the turn; `frame` is of the call. A call within another of the thread waits for nobody."""
+        thread = threading.get_ident()
+        with self.free:
+            while self.frame is not None and _is_running(self.frame, self.thread):
+                if self.thread == thread:
+                    self.depth += 1
+                    return
+                self.free.wait(POLL_SECONDS)
+            self.frame, self.thread, self.depth = frame, thread, 1
 
     def give_back(self) -> None:
-        """Does nothing in a thread that does not have it."""
-        if self.owner == threading.get_ident():
-            self.owner = 0
-            self.lock.release()
+        """Does nothing in a thread whose turn it is not."""
+        with self.free:
+            if self.frame is None or self.thread != threading.get_ident():
+                return
+            self.depth -= 1
+            if self.depth == 0:
+                self.frame = None
+                self.free.notify()
 
     def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
         return _Turn, ()
+
+
+def _is_running(frame: FrameType, thread: int) -> bool:
+    """Whether a frame is on the stack of a thread."""
+    found = sys._current_frames().get(thread)
+    while found is not None and found is not frame:
+        found = found.f_back
+    return found is frame
+
+
+def _reset_turns() -> None:
+    for turn in list(_turns):
+        turn.reset()
+
+
+_turns: weakref.WeakSet[_Turn] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_turns)  # the threads that had them are not there
 
 
 class _SetStep:
@@ -204,13 +242,13 @@ class _SetStep:
         self.position, self.turn = position, _Turn()
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After the forward pass and all other hooks of it, also where it failed."""
+        """After the forward pass and the hooks that were there before, also where it failed."""
         if not torch.compiler.is_compiling():
             self.turn.give_back()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            self.turn.take()
+            self.turn.take(sys._getframe(1))
         timestep = args[self.position] if len(args) > self.position else kwargs.get("timestep")
         if timestep is None:
             raise ValueError(
@@ -218,6 +256,15 @@ class _SetStep:
                 "or as keyword argument `timestep`; got neither"
             )
         module.get_submodule("adpdm_step").set_timestep(timestep)  # type: ignore[operator]
+
+
+# Where dynamo gives up on the denoiser it would compile each hook by itself, and a compiled `end` gives
+# nothing back. Within a graph of the denoiser they are traced all the same.
+with suppress(ImportError, AttributeError):
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(_SetStep.__call__.__code__)
+    skip_code(_SetStep.end.__code__)
 
 
 def attach_step_hook(denoiser: nn.Module) -> None:

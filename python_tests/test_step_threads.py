@@ -6,9 +6,12 @@ import copy
 import math
 import os
 import pickle
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -59,11 +62,63 @@ def test_a_call_that_failed_keeps_nobody_waiting(fails_in: str) -> None:
     elif fails_in == "forward":
         with pytest.raises(TypeError):
             denoiser(torch.zeros(1), 600, scale="no number")
-    else:  # torch runs no hooks then: the thread still has its turn, and gives it back after the next call
+    else:  # torch runs no hooks then
         with pytest.raises(KeyboardInterrupt):
             denoiser(torch.zeros(1), 600, scale=math.nan)
-        assert denoiser(torch.zeros(1), 300) == 2
     assert call_elsewhere(denoiser, 600) == 1
+    assert denoiser(torch.zeros(1), 300) == 2
+
+
+def test_the_turn_of_a_thread_that_is_gone_is_taken_over() -> None:
+    denoiser = SlowDenoiser()
+    attach_step_hook(denoiser)
+    dead = threading.Thread(target=lambda: suppressed(denoiser))
+    dead.start()
+    dead.join()
+    assert call_elsewhere(denoiser, 600) == 1
+
+
+def suppressed(denoiser: nn.Module) -> None:
+    with suppress(KeyboardInterrupt):
+        denoiser(torch.zeros(1), 900, scale=math.nan)
+
+
+class HalvedDenoiser(SlowDenoiser):
+    """Calls itself for a part of the batch first."""
+
+    def forward(self, sample: Tensor, timestep: object = None, scale: float = 1.0) -> int:
+        if len(sample) == 2:
+            self(sample[:1], timestep)
+            time.sleep(0.02)
+        return super().forward(sample, timestep, scale)
+
+
+def test_a_call_within_a_call_keeps_the_turn() -> None:
+    denoiser = HalvedDenoiser()
+    attach_step_hook(denoiser)
+    steps = [0, 1, 2, 1] * 3
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda step: denoiser(torch.zeros(2), (900, 600, 300)[step]), steps))
+    assert found == steps
+    assert call_elsewhere(denoiser, 300) == 2
+
+
+class CompiledDenoiser(Denoiser):
+    def forward(self, sample: Tensor, timestep: object = None, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        return sample + self.get_submodule("adpdm_step").step_index
+
+
+def test_a_denoiser_that_is_compiled_no_more_keeps_nobody_waiting() -> None:
+    """Behind dynamo's limit hooks run as they are, and one of them must not be compiled by itself."""
+    denoiser = CompiledDenoiser()
+    attach_step_hook(denoiser)
+    kinds = [600, torch.tensor(600), torch.tensor([600.0]), torch.tensor(600, dtype=torch.int32)]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled = torch.compile(denoiser, backend="eager")
+        assert [int(compiled(torch.zeros(1), kind)) for kind in kinds] == [1] * 4
+    hook = next(iter(denoiser._forward_pre_hooks.values()))
+    assert hook.turn.frame is None  # type: ignore[attr-defined]
+    assert call_elsewhere(denoiser, 300) == 2
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -86,13 +141,24 @@ def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
     denoiser = SlowDenoiser()
     attach_step_hook(denoiser)
     hook = next(iter(denoiser._forward_pre_hooks.values()))
+    turn: Any = hook.turn  # type: ignore[attr-defined]
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        turn.take(sys._getframe())
+        entered.set()
+        leave.wait()
+        turn.give_back()
+
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(hook.turn.take).result()  # type: ignore[attr-defined]
+        done = pool.submit(hold)
+        entered.wait()
         child = os.fork()
         if child == 0:
             os._exit(0 if denoiser(torch.zeros(1), 600) == 1 else 1)
         _, status = os.waitpid(child, 0)
-        pool.submit(hook.turn.give_back).result()  # type: ignore[attr-defined]
+        leave.set()
+        done.result()
     assert status == 0
 
 
