@@ -72,7 +72,12 @@ LAYERS: dict[str, list[Layer]] = {
         Conv(128, 256, 16, 256),
         Conv(128, 512, 16, 256, 1),
     ],
-    "depthwise": [depthwise(8, 256, 64), depthwise(2, 1152, 64), depthwise(2, 11200, 32)],
+    "depthwise": [
+        depthwise(8, 256, 64),
+        depthwise(2, 1152, 64),
+        depthwise(2, 11200, 32),
+        Conv(8, 384, 32, 384, 7, groups=384),
+    ],
     "sd15": [
         Conv(2, 320, 64, 320),
         Conv(2, 320, 64, 320, 3, 2),

@@ -183,12 +183,15 @@ def clock_megahertz() -> float:
     return float(text.splitlines()[0])
 
 
+SWEPT = [name for name, layers in LAYERS.items() if all(getattr(x, "groups", 1) == 1 for x in layers)]
+
+
 def main() -> None:
     """Measure, print, and write what was asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=list(LAYERS), default=["cifar10", "sd15"])
+    parser.add_argument("--models", nargs="+", choices=SWEPT, default=["cifar10", "sd15"])
     parser.add_argument("--json", type=Path, help="file for costs and choices")
     parser.add_argument("--table", type=Path, help="tile table to replace this architecture's rows in")
     args = parser.parse_args()

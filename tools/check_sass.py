@@ -100,9 +100,10 @@ IGEMM_RULES = (
         limited=((WGMMA_FENCE, 1), (WGMMA_WAIT, 2)),
     ),
     Rule(r"igemm_finish\(", wanted=VECTORS),
-    # Bits of the weights, and whether 4 blocks of 128 threads share a multiprocessor.
+    # Bits of the weights, form: bytes, vectors, 3x3, of which 3 blocks of 128 threads share a multiprocessor.
     Rule(r"depthwise_kernel<", wanted=(*VECTORS, DOT_4, PERMUTE), refused=(MMA,)),
-    Rule(r"depthwise_kernel<\D*\d, \D*(1|true)>", wanted=(LOAD_64,), max_registers=128),
+    Rule(r"depthwise_kernel<.*Form\)1>", wanted=(LOAD_64,)),
+    Rule(r"depthwise_kernel<.*Form\)2>", wanted=(LOAD_64,), max_registers=168),
     Rule(r"pack_weight_chunks\(", wanted=(STORE_128,)),
 )
 

@@ -90,6 +90,8 @@ SANITIZED = (
     "CudaConv2dWgmma.MatchesDefinitionOnEverySchedule",
     "CudaConv2dWgmma.ReductionMayBeShorterThanThePipeline",
     "CudaConv2dWgmma.SplitsTwoSegments",
+    "CudaDepthwise.MatchesDefinitionForEveryNumberOfChannels",
+    "CudaDepthwise.MatchesDefinitionForOddGeometry",
     "CudaLinear.TwoSegmentsAndSplitReductions",
     "CudaIgemmEpilogue.UnalignedOperandsGoOneByOne",
     "CudaGroupNormQuantize.ConstantsGiveTheBias",

@@ -48,7 +48,7 @@ TEST(CudaDepthwise, MatchesDefinitionForEveryNumberOfChannels) {
 
 TEST(CudaDepthwise, MatchesDefinitionForEveryKernel) {
   ADPDM_REQUIRE_GPU();
-  // 12 taps are the most that stay in registers; 4-bit rows hold 32 in a chunk.
+  // 4-bit rows hold 32 taps in a chunk.
   const Size2d kernels[] = {{1, 1}, {1, 2},  {1, 3}, {2, 2}, {1, 5}, {2, 3},  {3, 3}, {3, 4},
                             {2, 6}, {13, 1}, {5, 5}, {3, 7}, {4, 8}, {11, 3}, {7, 7}, {9, 9}};
   for (const Size2d kernel : kernels) {
@@ -82,13 +82,19 @@ TEST(CudaDepthwise, MatchesDefinitionForOddGeometry) {
 
 TEST(CudaDepthwise, AThreadOfManyPixelsGivesTheSameBits) {
   ADPDM_REQUIRE_GPU();
+  // 11 and 15 pixels of a thread on a single multiprocessor; 3 and 4 on a large GPU, of larger images.
 #ifdef ADPDM_SIMT
-  cuda::set_emulated_device({80, 1, 163 * 1024});  // one multiprocessor: 2048 threads are enough
+  cuda::set_emulated_device({80, 1, 163 * 1024});
+  const Size2d input = {33, 21};
+#else
+  const Size2d input = {233, 121};
 #endif
   for (int64_t channels : {64, 61}) {
-    Layer layer = depthwise(channels, {33, 31});  // 1023 pixels of an image, 12 and 15 of a thread
-    layer.batch = channels == 64 ? 3 : 4;
-    expect_depthwise(layer, {}, 4);
+    for (const Size2d kernel : {Size2d{3, 3}, Size2d{5, 1}}) {
+      Layer layer = depthwise(channels, input, kernel, {kernel.height / 2, kernel.width / 2});
+      layer.batch = channels == 64 ? 2 : 3;
+      expect_depthwise(layer, {}, 4);
+    }
   }
 #ifdef ADPDM_SIMT
   cuda::set_emulated_device(cuda::kEmulatedA100);

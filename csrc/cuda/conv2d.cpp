@@ -75,8 +75,9 @@ IgemmGeometry make_geometry(const Conv2dArgs& args) {
   geometry.stride_width = narrow(args.stride.width);
   geometry.padding_top = narrow(args.padding.height);
   geometry.padding_left = narrow(args.padding.width);
-  geometry.dilation_height = narrow(args.dilation.height);
-  geometry.dilation_width = narrow(args.dilation.width);
+  // Between taps; of a single one it may be any number, which sums would overflow with.
+  geometry.dilation_height = args.kernel.height == 1 ? 1 : narrow(args.dilation.height);
+  geometry.dilation_width = args.kernel.width == 1 ? 1 : narrow(args.dilation.width);
   return geometry;
 }
 
