@@ -39,8 +39,8 @@ def save_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
         path: of the file; replaced where it exists.
 
     Raises:
-        ValueError: for any other model. Weights that "gptq" rounded depend on calibration images, so the
-            float model alone does not give them again.
+        ValueError: for any other model, with adapters among them, beside the layers or fused. Weights that
+            "gptq" rounded depend on calibration images, so the float model alone does not give them again.
     """
     model: Any = find_denoiser(pipe_or_denoiser)
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
@@ -62,9 +62,7 @@ def save_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
             "which depends on calibration images, so they cannot be made again from the float model; use "
             "save_pretrained, or quantize with weight_rounding='nearest'"
         )
-    for row in rows:
-        if not isinstance(model.get_submodule(row["name"]), QuantLayer):
-            raise ValueError(f"save_tables: layer {row['name']!r} was replaced; unload adapters first")
+    _demand_own_layers(model, [row["name"] for row in rows])
     state = model.state_dict()
     _demand_float32("save_tables", state)
     about = {
@@ -95,7 +93,7 @@ def load_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
     model: Any = find_denoiser(pipe_or_denoiser)
     if any(isinstance(m, CodedLayer) for m in model.modules()):
         raise ValueError(f"load_tables: {type(model).__name__} is quantized already; load the original again")
-    refuse_adapters("load_tables", model)
+    refuse_adapters("load_tables", model, may_fuse=False)
     about, tables = _read(path)
     if about["model"] != type(model).__name__:
         raise ValueError(f"load_tables: {path} is for a {about['model']}, got a {type(model).__name__}")
@@ -114,6 +112,21 @@ def load_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
     model.load_state_dict(quantized, strict=True, assign=True)
     start_calibrated(model, config)
     attach_config(model, config)
+
+
+def _demand_own_layers(model: Any, names: list[str]) -> None:
+    """Refuse what the float model does not give again; first what unload_lora() would make final."""
+    changed = [name for name, m in model.named_modules() if isinstance(m, CodedLayer) and m.is_requantized]
+    if changed:
+        raise ValueError(
+            f"save_tables: fused adapters changed the weights of {changed[:5]}, so tables do not give the "
+            "model again; call unfuse_lora() if they are not unloaded yet, or use save_pretrained"
+        )
+    refuse_adapters("save_tables", model, may_fuse=False)
+    for name in names:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, QuantLayer):
+            raise ValueError(f"save_tables: {name} must be as quantized, got a {type(layer).__name__} there")
 
 
 def _read(path: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -157,17 +170,29 @@ def _quantized_state(
                 f"{tuple(got.shape)}"
             )
     # In the order of the model, as save_pretrained would write it.
-    result = {key: tables[key] if key in tables else state[key] for key in wanted}
+    elsewhere = next(model.parameters()).device
+    placed = {key: table.to(_device_for(key, state, elsewhere)) for key, table in tables.items()}
+    result = {key: placed[key] if key in placed else state[key] for key in wanted}
     for row in config.layers or []:
         name = row["name"]
         quantizer = WeightQuantizer(row["weight_bits"], row["split"])
-        result[f"{name}.weight"] = _codes(quantizer, state[f"{name}.weight"], tables[f"{name}.weight_scale"])
+        result[f"{name}.weight"] = _codes(quantizer, state[f"{name}.weight"], placed[f"{name}.weight_scale"])
     return result
+
+
+def _device_for(key: str, state: dict[str, Tensor], elsewhere: torch.device) -> torch.device:
+    """Of the weight of the layer that a table belongs to; `elsewhere` for the clock, which has none."""
+    owner = key.rpartition(".")[0]
+    while owner:
+        if f"{owner}.weight" in state:
+            return state[f"{owner}.weight"].device
+        owner = owner.rpartition(".")[0]
+    return elsewhere
 
 
 def _codes(quantizer: WeightQuantizer, weight: Tensor, scales: Tensor) -> Tensor:
     """The stored form of the nearest codes of weight [O, C, *] under scales [S, O]."""
-    pairs = zip(quantizer.segments(weight), scales.to(weight.device), strict=True)
+    pairs = zip(quantizer.segments(weight), scales, strict=True)
     codes = [weight_codes(part.contiguous(), scale, quantizer.num_bits) for part, scale in pairs]
     return quantizer.store(torch.cat(codes, 1))
 

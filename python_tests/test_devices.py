@@ -215,6 +215,23 @@ def test_calibration_does_not_mix_devices(monkeypatch: pytest.MonkeyPatch) -> No
         assert {t.device.type for t in tensors} == {"meta"}
 
 
+def test_tables_go_where_the_weights_are(tmp_path: Path) -> None:
+    here, there, path = tiny_unet(**ONE_BLOCK), tiny_unet(**ONE_BLOCK), tmp_path / "tables"
+    settings = config(grouping="uniform", weight_rounding="nearest", weight_bits=4)
+    adpdm.quantize(here, settings, scheduler=DDIMScheduler())
+    adpdm.save_tables(here, path)
+    wanted = here.state_dict()
+    move_elsewhere(there)
+    with pretended():
+        adpdm.load_tables(there, path)
+        got = there.state_dict()
+        assert {key: value.device.type for key, value in got.items()} == dict.fromkeys(wanted, "meta")
+        assert all(torch.equal(value.cpu(), wanted[key]) for key, value in got.items())
+        step = there.get_submodule("adpdm_step")
+        current = (step.group_index, step.step_index, step.current_correction)
+        assert {t.device.type for t in (*current, *step.record[:2])} == {"meta"}
+
+
 def test_sampler_moves_what_the_denoiser_is_given() -> None:
     call = DenoiserCall(constants={"ids": torch.arange(3), "flags": {"return_dict": True}})
     nested = {"outer": {"inner": torch.arange(4.0)[:, None]}}

@@ -29,8 +29,10 @@ from lora_models import (
 from torch import nn
 
 import adpdm
-from adpdm.nn import CodedLayer, adapters_of, describe_fusion, load_layer, unfused
+from adpdm.nn import CodedLayer, adapters_of, describe_fusion, load_layer, mark_equalized, unfused
 from adpdm.testing import ddim_scheduler, tiny_conditional_unet
+
+AGAIN = r"call unload_lora\(\) before trying again"
 
 
 @pytest.fixture(scope="module")
@@ -348,13 +350,44 @@ def test_fused_adapters_are_saved_with_the_model(packed: Any, tmp_path: Path) ->
 )
 def test_adapters_that_compute_with_the_weight_are_refused(packed: Any, changes: dict[str, Any]) -> None:
     what = next(f"{key}={value!r}" for key, value in changes.items())
-    with pytest.raises(ValueError, match=rf"must be plain LoRA .*got {what}, which computes"):
+    with pytest.raises(ValueError, match=rf"must be plain LoRA .*got {what}, which computes .*{AGAIN}"):
         packed.add_adapter(lora(**changes))
 
 
 def test_other_methods_are_refused(packed: Any) -> None:
-    with pytest.raises(TypeError, match=r"must be LoRA on Linear or Conv2d, got peft\.tuners\.lokr"):
+    kind = r"must be LoRA on Linear or Conv2d, got peft\.tuners\.lokr"
+    with pytest.raises(TypeError, match=f"{kind}.*{AGAIN}"):
         packed.add_adapter(peft.LoKrConfig(target_modules=["to_q"]))
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lora(["time_emb_proj", "to_q"], use_dora=True),
+        peft.LoKrConfig(target_modules=["time_emb_proj", "to_q"]),
+    ],
+    ids=["DoRA", "LoKr"],
+)
+def test_after_a_refusal_adapters_are_taken_as_it_says(models: Any, refused: Any) -> None:
+    model = copy.deepcopy(models["calibrated w8a8"])
+    before = run(model)
+    with pytest.raises((ValueError, TypeError), match=AGAIN):
+        model.add_adapter(refused)
+    model.unload_lora()
+    assert not adapters_of(model)
+    assert torch.equal(run(model), before)
+    adapt(model, targets=["to_q"])
+    assert relative(run(model), before) > 0.01
+
+
+def test_other_layers_take_adapters_after_equalized_ones_refused(models: Any) -> None:
+    model = copy.deepcopy(models["calibrated w8a8"])
+    mark_equalized(model, [name for name, _ in model.named_modules() if name.endswith("to_v")])
+    with pytest.raises(ValueError, match=f"which equalization has changed .*{AGAIN} on other layers"):
+        model.add_adapter(lora(["to_q", "to_v"]))
+    model.unload_lora()
+    adapt(model, targets=["to_q"])
+    assert all(name.endswith("to_q") for name in adapters_of(model))
 
 
 def test_float_layers_take_any_adapter(tmp_path: Path) -> None:
@@ -406,5 +439,55 @@ def test_what_changes_layers_refuses_adapters(models: Any, verb: str, tmp_path: 
         "dequantize": model.dequantize,
         "save_tables": lambda: adpdm.save_tables(model, tmp_path / "tables"),
     }
-    with pytest.raises(ValueError, match=f"{verb}: .*(unload_lora|unload adapters)"):
+    with pytest.raises(ValueError, match=f"{verb}: .*unload_lora"):
         actions[verb]()
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def refused_tables(model: Any, folder: Path, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"save_tables: {sentence}"):
+        adpdm.save_tables(model, folder / "tables")
+    assert not list(folder.iterdir())
+
+
+def test_tables_refuse_adapters_on_float_layers(models: Any, tmp_path: Path) -> None:
+    model = copy.deepcopy(models["calibrated w8a8"])
+    adapt(model, targets=["time_emb_proj"])
+    refused_tables(model, tmp_path, r"wanted .* without adapters, .* call unload_lora\(\) first$")
+
+
+@pytest.mark.parametrize("targets", [["to_q"], ["to_q", "time_emb_proj"]], ids=str)
+def test_tables_refuse_fused_adapters(models: Any, targets: list[str], tmp_path: Path) -> None:
+    model, changed = copy.deepcopy(models["calibrated w8a8"]), "fused adapters changed the weights of .*to_q"
+    adapt(model, targets=targets)
+    model.fuse_lora()
+    refused_tables(model, tmp_path, rf"{changed}.* call unfuse_lora\(\) if .*, or use save_pretrained")
+    model.unload_lora()
+    assert not [key for key in model.state_dict() if "requantized" in key]
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        refused_tables(copied, tmp_path, changed)
+
+
+def test_unfused_adapters_leave_tables_that_load(models: Any, tmp_path: Path) -> None:
+    model, again = copy.deepcopy(models["calibrated w8a8"]), tiny_conditional_unet()
+    adapt(model, targets=["to_q"])
+    model.fuse_lora()
+    model.unfuse_lora()
+    model.unload_lora()
+    adpdm.save_tables(model, tmp_path / "tables")
+    adpdm.load_tables(again, tmp_path / "tables")
+    assert same(state_of(again), state_of(model))
+
+
+def test_unfusing_does_not_forget_what_was_fused_before(models: Any, tmp_path: Path) -> None:
+    model = copy.deepcopy(models["calibrated w8a8"])
+    adapt(model, targets=["to_q"])
+    model.fuse_lora()
+    model.unload_lora()
+    adapt(model, targets=["to_q"], seed=1)
+    model.fuse_lora()
+    model.unfuse_lora()
+    model.unload_lora()
+    refused_tables(model, tmp_path, "fused adapters changed")

@@ -14,6 +14,8 @@ from .coded import CodedLayer
 
 EQUALIZED = "adpdm_equalized"  # attribute of modules
 BASE = "base_layer"  # the name under which PEFT keeps the layer that it wraps
+# diffusers 0.42 takes the adapter for loaded before PEFT meets the layer that refuses it.
+BEFORE_ANOTHER = "call unload_lora() before trying again"
 
 
 def watch_adapters() -> None:
@@ -49,7 +51,7 @@ def _notice(owner: nn.Module, name: str, child: nn.Module | None) -> None:
         raise ValueError(
             "adpdm: adapters are made for the channels of the float model, which equalization has changed in "
             "some of the layers they name; quantize with equalization='off', which at 8-bit activations is "
-            "the default"
+            f"the default, or {BEFORE_ANOTHER} on other layers"
         )
     if isinstance(child, CodedLayer):
         from .peft_layers import adapted_class  # imports PEFT, which is there by now
@@ -65,8 +67,13 @@ def adapters_of(model: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in model.named_modules() if isinstance(m, peft.BaseTunerLayer)}
 
 
-def refuse_adapters(verb: str, model: nn.Module) -> None:
+def refuse_adapters(verb: str, model: nn.Module, may_fuse: bool = True) -> None:
     """For what changes layers, which with adapters have other names and other work.
+
+    Args:
+        verb: what refuses them.
+        model: whose layers are looked at.
+        may_fuse: whether `verb` takes a model into which adapters were fused.
 
     Raises:
         ValueError: if there are any.
@@ -75,7 +82,7 @@ def refuse_adapters(verb: str, model: nn.Module) -> None:
     if found:
         raise ValueError(
             f"{verb}: wanted {type(model).__name__} without adapters, got them on {found[:5]}; call "
-            "unload_lora(), after fuse_lora() if they shall stay in effect"
+            f"unload_lora(){', after fuse_lora() if they shall stay in effect' if may_fuse else ' first'}"
         )
 
 

@@ -40,6 +40,7 @@ class CodedLayer(nn.Module):
     bias: Tensor | None  # [O]
     weight_scale: Tensor  # [S, O] f32
     groups = 1  # of a convolution
+    is_requantized = False  # whether the codes are of other values than those that the model was made of
 
     @classmethod
     def taking_over(cls, layer: nn.Conv2d | nn.Linear) -> Self:
@@ -121,6 +122,7 @@ class CodedLayer(nn.Module):
     def requantize(self, weight: Tensor) -> None:
         """Take over other weight values [O, C, *] f32, with the bits that the layer has."""
         self.store(*self.quantize_values(weight))
+        self.is_requantized = True
 
     def store(self, stored: Tensor, scale: Tensor) -> None:
         """Exchange codes and scales; the parameter and the buffer stay the objects that offloading knows."""

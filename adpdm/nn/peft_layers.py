@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import Conv2d, Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from .adapters import BEFORE_ANOTHER
 from .coded import CodedLayer
 
 # Of the named ways to start an adapter, those that do not compute it from the weight of the layer.
@@ -24,17 +25,19 @@ class _Original:
     weight: Tensor  # as stored: [O, C, *] i8, or packed u8
     scale: Tensor  # [S, O] f32
     bias: Tensor | None  # [O] float
+    is_requantized: bool  # by adapters that were fused, and unloaded, before
 
     @classmethod
     def of(cls, layer: CodedLayer) -> _Original:
         bias = None if layer.bias is None else layer.bias.data
-        return cls(layer.weight.data, layer.weight_scale.data, bias)
+        return cls(layer.weight.data, layer.weight_scale.data, bias, layer.is_requantized)
 
     def restore(self, layer: CodedLayer) -> None:
         device = layer.weight.device
         layer.store(self.weight.to(device), self.scale.to(device))
         if layer.bias is not None and self.bias is not None:
             layer.bias.data = self.bias.to(layer.bias)
+        layer.is_requantized = self.is_requantized
 
 
 class _Adapted:
@@ -61,7 +64,7 @@ class _Adapted:
             raise ValueError(
                 f"adpdm: adapters on a {_kind(self)}, whose weight is codes, must be plain LoRA with "
                 f"init_lora_weights True, False or one of {WEIGHT_FREE_STARTS}; got {what}, which computes "
-                "with a float weight"
+                f"with a float weight; {BEFORE_ANOTHER}"
             )
         untyped: Any = super()
         untyped.update_layer(adapter_name, *args, **kwargs)
@@ -167,7 +170,8 @@ def adapted_class(owner: nn.Module) -> type[Any]:
     except KeyError:
         raise TypeError(
             "adpdm: adapters on quantized layers must be LoRA on Linear or Conv2d, got "
-            f"{type(owner).__module__}.{type(owner).__name__}; load the model in full precision for others"
+            f"{type(owner).__module__}.{type(owner).__name__}; load the model in full precision for others, "
+            f"or {BEFORE_ANOTHER}"
         ) from None
 
 
