@@ -41,8 +41,8 @@ from .evaluate import (
     sample_set,
     set_distance,
 )
-from .evaluate.comparison import FRECHET_NAME
-from .evaluate.words import evaluation_rows, frechet_words
+from .evaluate.comparison import FRECHET_NAME, KERNEL_NAME
+from .evaluate.words import evaluation_rows, frechet_words, kernel_words
 from .files import filling
 from .info import gather_info, render_info
 from .nn import summarize_fusion
@@ -243,8 +243,12 @@ def _distance(args: argparse.Namespace) -> dict[str, Any]:
             progress=lambda done, total, what: progress(what, done, total),
         )
     rows = {FRECHET_NAME: frechet_words(found.frechet)}
+    if found.kernel is not None:
+        rows[KERNEL_NAME] = kernel_words(found.kernel)
     if found.fid is not None:
         rows["FID"] = f"{found.fid:.3f}, {found.num_images[0]} and {found.num_images[1]} images"
+    if found.kid is not None:
+        rows["KID"] = kernel_words(found.kid)
     if found.psnr_db is not None:
         rows["mean PSNR of images of one seed"] = f"{found.psnr_db:.2f} dB"
     if found.lpips is not None:
@@ -412,7 +416,9 @@ def _add_sampling_commands(command: Callable[..., argparse.ArgumentParser]) -> N
     sub.add_argument("second")
     sub.add_argument("--dimensions", type=int, default=32, help="principal components of the features")
     sub.add_argument(
-        "--inception", metavar="FILE", help="inception-2015-12-05.pt (TorchScript), to measure FID as well"
+        "--inception",
+        metavar="FILE",
+        help="inception-2015-12-05.pt (TorchScript), to measure FID and KID too",
     )
 
     for name, run, text in (

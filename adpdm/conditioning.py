@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .evaluate import GuidedDenoiser
-from .evaluate.sampling import Trajectory, sample_shape
+from .evaluate.sampling import IMAGE_CHANNELS, Trajectory, sample_shape
 from .pipeline import encode_texts
 from .trajectory import Conditioning, DenoiserCall, pick
 
-IMAGE_CHANNELS = (1, 3)
 CALL_KEYS = tuple(field.name for field in fields(DenoiserCall))
 
 
@@ -55,17 +54,38 @@ def conditioning_of_prompts(pipe: Any, prompts: Sequence[str]) -> Conditioning:
 
 
 class LatentDecoder(nn.Module):
-    """From final samples [B, C, h, w] of a latent model to images [B, 3, H, W] by its VAE."""
+    """From final samples [B, C, h, w] of a latent model to images [B, 3, H, W] in [-1, 1] by its VAE.
 
-    def __init__(self, vae: Any, factor: float, shift: float) -> None:
+    Args:
+        factor, shift: the VAE decodes samples / factor + shift.
+        normal: mean and standard deviation [C] of every channel of the VAE's latents; given, the VAE decodes
+            samples * deviation / factor + mean instead. Source: diffusers' pipeline of Stable Diffusion XL.
+    """
+
+    def __init__(
+        self,
+        vae: Any,
+        factor: float,
+        shift: float,
+        normal: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
         super().__init__()
         self.vae = vae
+        # Buffers, so that what the images depend on is in the state of this module.
         self.register_buffer("scaling", torch.tensor([factor, shift], dtype=torch.float64))
-        self._factor, self._shift = factor, shift
+        self._factor, self._shift, self._normal = factor, shift, None
+        if normal is not None:
+            self.register_buffer("normal", torch.tensor(normal, dtype=torch.float64))
+            self._normal = torch.tensor(normal, dtype=torch.float64).view(2, 1, -1, 1, 1)  # mean, deviation
 
     @torch.no_grad()
     def forward(self, samples: Tensor) -> Tensor:
-        latents = samples.to(self.vae.device, self.vae.dtype) / self._factor + self._shift
+        latents = samples.to(self.vae.device, self.vae.dtype)
+        if self._normal is None:
+            latents = latents / self._factor + self._shift
+        else:
+            mean, deviation = self._normal.to(latents)
+            latents = latents * deviation / self._factor + mean
         # One at a time: a decoder needs more memory per image than a denoiser.
         return torch.cat([self.vae.decode(latent).sample for latent in latents.split(1)])
 
@@ -111,7 +131,8 @@ def decoder_of(pipe: Any, shape: tuple[int, ...]) -> LatentDecoder | None:
     """From final samples to images by the pipeline's VAE; None where samples are images.
 
     Raises:
-        ValueError: for samples that are neither images nor latents [C, H, W] of a VAE with a scaling factor.
+        ValueError: for samples that are neither images nor latents [C, H, W] of a VAE with a scaling factor,
+            and for means and deviations of latents that are not one per channel.
     """
     vae = getattr(pipe, "vae", None)
     factor = getattr(getattr(vae, "config", None), "scaling_factor", None)
@@ -123,7 +144,25 @@ def decoder_of(pipe: Any, shape: tuple[int, ...]) -> LatentDecoder | None:
             f"of a pipeline with a VAE that has a scaling_factor; got {type(pipe).__name__} with "
             f"{'no VAE' if vae is None else type(vae).__name__}: call adpdm.evaluate.compare with decode="
         )
-    return LatentDecoder(vae, factor, getattr(vae.config, "shift_factor", None) or 0.0)
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return LatentDecoder(vae, factor, shift, _normal_of(vae.config, shape[0]))
+
+
+def _normal_of(config: Any, channels: int) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation of a VAE's latents, channel by channel; None unless both are set.
+
+    Raises:
+        ValueError: for other than one number per channel.
+    """
+    mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or deviation is None:
+        return None
+    if len(mean) != channels or len(deviation) != channels:
+        raise ValueError(
+            f"latents_mean and latents_std of the VAE must have {channels} numbers, one per channel of a "
+            f"sample, got {len(mean)} and {len(deviation)}"
+        )
+    return list(mean), list(deviation)
 
 
 def try_call(

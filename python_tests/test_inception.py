@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import adpdm.evaluate.distance
-from adpdm.evaluate import set_distance
+from adpdm.evaluate import kernel_distance, set_distance
 from adpdm.evaluate.inception import FEATURES, Inception, fid
 
 
@@ -78,13 +78,17 @@ def test_distance_of_sets_measures_fid_where_the_network_is_given(
     np.save(tmp_path / "a.npy", images_of(list(range(20))))
     np.save(tmp_path / "b.npy", images_of(list(range(5, 25))))
     sets = (tmp_path / "a.npy", tmp_path / "b.npy")
-    assert set_distance(*sets).fid is None
+    without = set_distance(*sets)
+    assert without.fid is without.kid is None
     seen: list[str] = []
     found = set_distance(
         *sets, inception=saved(tmp_path, Means()), progress=lambda done, total, what: seen.append(what)
     )
     assert found.fid == pytest.approx(5**2 + 10**2)
     assert found.to_dict()["fid"] == found.fid
+    network = [Inception(saved(tmp_path, Means())).features(np.load(x), 8, "", quiet) for x in sets]
+    assert found.kid == kernel_distance(*network)
+    assert found.kernel != found.kid
     assert {"Inception, first set", "Inception, second set"} <= set(seen)
 
 

@@ -164,6 +164,13 @@ def test_frechet_stands_with_its_interval_and_number_of_images():
     assert row == ["W8A8", "64", "38.0", "31.0", "0.0123", "4.56", "3.21 to 6.54", "16"]
 
 
+def test_frechet_spread_is_called_what_it_is():
+    text = Page(report.render(full_data())).text
+    assert "95 % of resamples" in text
+    assert "the spread of resampling, which does not contain the bias of few images" in text
+    assert "95 % interval" not in text
+
+
 def test_best_row_is_marked_only_where_there_is_a_choice():
     assert Page(report.render(full_data())).has_class("best") == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -13,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
 import adpdm.evaluate.distance
 from adpdm import AdpdmConfig, DenoiserCall, QuantConfig
 from adpdm.cli import main
-from adpdm.evaluate import SampleSet, SampleSettings, generate, sample_set, set_distance
+from adpdm.evaluate import GuidedDenoiser, SampleSet, SampleSettings, generate, sample_set, set_distance
 from adpdm.evaluate.sampling import to_uint8
 from adpdm.nn.fusion import describe_fusion, fuse_blocks
 from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_conditional_unet, tiny_pipeline, tiny_unet
@@ -129,27 +130,75 @@ def test_samples_of_another_model_or_setting_are_left_alone(
     assert contents(tmp_path / "set") == before
 
 
+def three_channels(latents: torch.Tensor) -> torch.Tensor:
+    """Stands for a decoder: images [B, 3, h, w] of latents [B, 4, h, w]."""
+    return latents[:, :3]
+
+
 def test_conditioning_rows_go_to_images_in_turn(tmp_path: Path) -> None:
     unet, texts = tiny_conditional_unet(), torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    given = {"encoder_hidden_states": texts}
     found = sample_set(
-        unet, ddim_scheduler(), tmp_path, SETTINGS, conditioning={"encoder_hidden_states": texts}
+        unet, ddim_scheduler(), tmp_path, SETTINGS, conditioning=given, decode=three_channels
     ).images()
     rows = texts[torch.arange(7) % 2]
     wanted = generate(
         unet, ddim_scheduler(), 7, 2, seed=5, batch_size=3, conditioning={"encoder_hidden_states": rows}
     ).samples
-    assert np.array_equal(found, to_uint8(wanted))
+    assert np.array_equal(found, to_uint8(three_channels(wanted)))
 
 
 def test_a_conditional_set_grows(tmp_path: Path) -> None:
     unet, texts = tiny_conditional_unet(), torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-    given = {"encoder_hidden_states": texts}
+    options: dict[str, Any] = {
+        "conditioning": {"encoder_hidden_states": texts},
+        "decode": three_channels,
+    }
     for count in (3, 7):
         settings = replace(SETTINGS, num_images=count)
-        found = sample_set(unet, ddim_scheduler(), tmp_path / "grown", settings, conditioning=given)
-    whole = sample_set(unet, ddim_scheduler(), tmp_path / "whole", SETTINGS, conditioning=given)
+        found = sample_set(unet, ddim_scheduler(), tmp_path / "grown", settings, **options)
+    whole = sample_set(unet, ddim_scheduler(), tmp_path / "whole", SETTINGS, **options)
     assert np.array_equal(found.images(), whole.images())
     assert contents(tmp_path / "grown") == contents(tmp_path / "whole")
+
+
+def test_latents_without_a_decoder_are_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    given = {"encoder_hidden_states": torch.zeros(1, 3, 8)}
+    with pytest.raises(
+        ValueError, match=r"sample_set: samples of shape \(4, .* are no images .* decode= must"
+    ):
+        sample_set(tiny_conditional_unet(), ddim_scheduler(), tmp_path / "set", SETTINGS, conditioning=given)
+    assert not (tmp_path / "set").exists()
+
+
+def conditions_of(folder: Path, unet: nn.Module, scheduler: Any = None, **options: Any) -> str:
+    """What the manifest of one image says of its condition, and not of its model."""
+    settings = SampleSettings(num_images=1, num_inference_steps=1)
+    found = sample_set(
+        unet, scheduler or ddim_scheduler(), folder, settings, decode=three_channels, **options
+    )
+    return str(found.manifest["conditions"])
+
+
+def test_two_models_have_their_conditions_in_common_and_other_conditions_do_not(tmp_path: Path) -> None:
+    text, unet = torch.ones(1, 3, 8), tiny_conditional_unet()
+    other = copy.deepcopy(unet)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    given = {"conditioning": {"encoder_hidden_states": text}}
+    base = conditions_of(tmp_path / "base", unet, **given)
+    assert conditions_of(tmp_path / "model", other, **given) == base
+    found = {
+        base,
+        conditions_of(tmp_path / "text", unet, conditioning={"encoder_hidden_states": 2 * text}),
+        conditions_of(tmp_path / "call", unet, call=DenoiserCall(timestep_factor=0.5), **given),
+        conditions_of(tmp_path / "scheduler", unet, DDPMScheduler(), **given),
+    }
+    for scale, null in ((2.0, 0.0), (3.0, 0.0), (2.0, 1.0)):
+        guided = GuidedDenoiser(unet, scale, null_text=torch.full((1, 3, 8), null))
+        found.add(conditions_of(tmp_path / f"guided{scale}{null}", guided, **given))
+    assert len(found) == 7
 
 
 class Brighter(torch.nn.Module):
@@ -241,7 +290,7 @@ def test_folders_without_a_manifest_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got images without"):
         make(tmp_path)
     (tmp_path / "samples.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="must have format 3"):
+    with pytest.raises(ValueError, match="must have format 4"):
         make(tmp_path)
 
 
@@ -259,10 +308,11 @@ def networks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adpdm.evaluate.distance, "load_lpips", lambda cache_dir: None)
 
 
-def write_set(folder: Path, images: np.ndarray, seed: int = 0) -> Path:
+def write_set(folder: Path, images: np.ndarray, seed: int = 0, conditions: str = "") -> Path:
     folder.mkdir()
     settings = {"num_images": len(images), "num_inference_steps": 2, "seed": seed, "chunk_size": 100}
-    (folder / "samples.json").write_text(json.dumps({"format": 3, "fingerprint": "", "settings": settings}))
+    manifest = {"format": 4, "fingerprint": "", "conditions": conditions, "settings": settings}
+    (folder / "samples.json").write_text(json.dumps(manifest))
     np.save(folder / "images-000000.npy", images)
     return folder
 
@@ -274,6 +324,9 @@ def test_sets_of_one_seed_are_compared_image_by_image(tmp_path: Path) -> None:
     same = set_distance(first, write_set(tmp_path / "b", images))
     assert same.frechet.distance == pytest.approx(0, abs=1e-9)
     assert same.psnr_db == 60.0
+    assert same.kernel is not None
+    assert (same.kernel.distance, same.kernel.deviation) == (0, 0)  # pairs are known: no image meets its twin
+    assert same.kid is None
     shifted = set_distance(first, write_set(tmp_path / "c", images + 5))
     # Means move by 5 / 127.5 and spreads by nothing; every pixel is off by 5 of 255.
     assert shifted.frechet.distance == pytest.approx((5 / 127.5) ** 2, rel=1e-3)
@@ -281,6 +334,7 @@ def test_sets_of_one_seed_are_compared_image_by_image(tmp_path: Path) -> None:
     assert shifted.lpips is None
     other = set_distance(first, write_set(tmp_path / "d", images, seed=1))
     assert other.psnr_db is None
+    assert set_distance(first, write_set(tmp_path / "e", images, conditions="text")).psnr_db is None
     np.save(tmp_path / "real.npy", images)
     assert set_distance(first, tmp_path / "real.npy").psnr_db is None
 
@@ -312,5 +366,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     found = json.loads(capsys.readouterr().out)
     assert found["num_images"] == [18, 18]
     assert found["frechet"]["distance"] > 0
+    assert found["kernel"]["num_images"] == [18, 18]
+    assert found["kernel"]["subsets"] == 1
+    assert main(["distance", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    text = " ".join(capsys.readouterr().err.split())
+    assert "Kernel distance (EfficientNet-Lite0)" in text
+    assert "with standard error" in text
+    assert "KID" not in text  # which is Inception's
     words = ["--images", "18", "--steps", "3", "--batch", "9"]
     assert main(["dataset", str(tmp_path / "model"), "--out", str(tmp_path / "a"), *words]) == 1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from adpdm.evaluate.comparison import EvaluationConfig, EvaluationResult, compare, file_bytes
+from adpdm.evaluate.comparison import EvaluationConfig, EvaluationResult, compare
 from adpdm.evaluate.distance import SetDistance, set_distance
 from adpdm.evaluate.extractors import INSTALL_SENTENCE, fetch_extractors, load_lite0, load_lpips
 from adpdm.evaluate.frechet import FrechetResult, frechet_distance
 from adpdm.evaluate.guidance import GuidedDenoiser
+from adpdm.evaluate.kernel import KernelResult, kernel_distance
 from adpdm.evaluate.layers import layer_sqnr
 from adpdm.evaluate.metrics import PEAK_TO_PEAK, pooled_sqnr, psnr, psnr_per_image, sqnr, sqnr_per_image
 from adpdm.evaluate.sample_set import SampleSet, SampleSettings, rows_in_turn, sample_set
 from adpdm.evaluate.sampling import GenerationResult, generate, image_seeds
+from adpdm.evaluate.sizes import file_bytes
 from adpdm.evaluate.timing import PairTiming, time_pair
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "FrechetResult",
     "GenerationResult",
     "GuidedDenoiser",
+    "KernelResult",
     "PairTiming",
     "SampleSet",
     "SampleSettings",
@@ -31,6 +34,7 @@ __all__ = [
     "frechet_distance",
     "generate",
     "image_seeds",
+    "kernel_distance",
     "layer_sqnr",
     "load_lite0",
     "load_lpips",

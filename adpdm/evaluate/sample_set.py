@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from adpdm.evaluate.guidance import GuidedDenoiser
-from adpdm.evaluate.sampling import Progress, generate, to_uint8
+from adpdm.evaluate.sampling import (
+    Progress,
+    demand_images,
+    generate,
+    sample_shape,
+    shape_of_call,
+    to_uint8,
+)
 from adpdm.files import replacing
 from adpdm.fingerprint import fingerprint_of, named_tensors
 from adpdm.nn.fusion import describe_fusion
@@ -23,7 +30,9 @@ from adpdm.schedulers import identity
 from adpdm.trajectory import Conditioning, DenoiserCall, pick
 
 MANIFEST_NAME = "samples.json"
-FORMAT = 3  # 1 did not know how the denoiser was called, nor the decoder; 2 not how it computes
+# 1 did not know how the denoiser was called, nor the decoder; 2 not how it computes; 3 not what sets of two
+# models have in common
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -125,18 +134,21 @@ def sample_set(
         denoiser: on the device of this process.
         conditioning: tensors with the same number of rows each; image i uses row i modulo that number.
         call: what else the denoiser is given, as for `adpdm.quantize`.
-        decode: from samples [B, *] to images [B, C, H, W] in [-1, 1]; None where samples are images. What
-            the images owe to it is known of a module, as the command line's, by its state alone.
+        decode: from samples [B, *] to images [B, C, H, W] in [-1, 1]; None where samples are images, of 1
+            or 3 channels. What the images owe to it is known of a module, as the command line's, by its
+            state alone.
         progress: called with (done, total, what) over the files of this process.
 
     Returns: the set, which other processes may still be filling.
 
     Raises:
         ValueError: for a folder with samples of another model, decoder, scheduler, conditioning, call,
-            guidance or setting.
+            guidance or setting, and for samples that are no images without `decode`.
     """
-    made_of = _fingerprint(denoiser, scheduler, conditioning, call or DenoiserCall(), decode)
-    result = _begin(folder, settings, made_of)
+    if decode is None:
+        demand_images("sample_set", shape_of_call(call) or sample_shape(denoiser))
+    conditions = _conditions(denoiser, scheduler, conditioning or {}, call or DenoiserCall())
+    result = _begin(folder, settings, _fingerprint(denoiser, decode, conditions), conditions)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     mine = [n for n in result.missing() if n % world == rank]
     sizes = result.sizes()
@@ -162,9 +174,14 @@ def sample_set(
     return result
 
 
-def _begin(folder: Path, settings: SampleSettings, fingerprint: str) -> SampleSet:
+def _begin(folder: Path, settings: SampleSettings, fingerprint: str, conditions: str) -> SampleSet:
     """Write the manifest, or check it against what is there already."""
-    manifest = {"format": FORMAT, "fingerprint": fingerprint, "settings": asdict(settings)}
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "conditions": conditions,
+        "settings": asdict(settings),
+    }
     if not (folder / MANIFEST_NAME).exists():
         if folder.exists() and any(folder.glob("images-*.npy")):
             raise ValueError(f"{folder} must be a new folder or one with {MANIFEST_NAME}, got images without")
@@ -185,22 +202,24 @@ def _begin(folder: Path, settings: SampleSettings, fingerprint: str) -> SampleSe
     return SampleSet(folder, manifest)
 
 
-def _fingerprint(
-    denoiser: nn.Module,
-    scheduler: Any,
-    conditioning: Conditioning | None,
-    call: DenoiserCall,
-    decode: Callable[[Tensor], Tensor] | None,
-) -> str:
-    """Of weights and how they are computed with, scheduler, conditioning, call, guidance and decoder."""
-    given, words = named_tensors(conditioning or {}), f"{identity(scheduler)} {call.fingerprint}"
-    words += f" {_arithmetic(denoiser)}"
-    if isinstance(decode, nn.Module):
-        given += [(f"decoder {name}", value) for name, value in decode.state_dict().items()]
+def _conditions(denoiser: nn.Module, scheduler: Any, conditioning: Conditioning, call: DenoiserCall) -> str:
+    """Fingerprint of what sets of two models can share: scheduler, conditioning, call and guidance.
+
+    Image i of two sets is one image, sampled by two models, where these, seed and steps agree.
+    """
+    given, words = named_tensors(conditioning), f"{identity(scheduler)} {call.fingerprint}"
     if isinstance(denoiser, GuidedDenoiser):
         words += f" guidance {denoiser.scale} {denoiser.null_class}"
         given += [] if denoiser.null_text is None else [("null_text", denoiser.null_text)]
-    return fingerprint_of([*denoiser.state_dict().items(), *given], words)
+    return fingerprint_of(given, words)
+
+
+def _fingerprint(denoiser: nn.Module, decode: Callable[[Tensor], Tensor] | None, conditions: str) -> str:
+    """Of weights and how they are computed with, of the decoder, and of `_conditions`."""
+    tensors = list(denoiser.state_dict().items())
+    if isinstance(decode, nn.Module):
+        tensors += [(f"decoder {name}", value) for name, value in decode.state_dict().items()]
+    return fingerprint_of(tensors, f"{conditions} {_arithmetic(denoiser)}")
 
 
 def _arithmetic(denoiser: nn.Module) -> str:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from adpdm.schedulers import first_sample, model_input
 from adpdm.trajectory import Conditioning, DenoiserCall, call_denoiser
 
+IMAGE_CHANNELS = (1, 3)  # grey and colour; samples of other numbers of channels are latents
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 StepObserver = Callable[[int, Tensor, Tensor, Tensor], None]  # (step_index, timestep, sample, noise_pred)
 
@@ -114,6 +115,19 @@ def sample_shape(denoiser: Any) -> tuple[int, ...]:
 def shape_of_call(call: DenoiserCall | None) -> tuple[int, ...] | None:
     """The shape of one sample, where the call says it."""
     return None if call is None else call.sample_shape
+
+
+def demand_images(caller: str, shape: tuple[int, ...]) -> None:
+    """Refuse samples of a shape that is not (1 or 3, H, W), where nothing decodes them.
+
+    Raises:
+        ValueError: names `caller`, the shape, and what it takes.
+    """
+    if len(shape) != 3 or shape[0] not in IMAGE_CHANNELS:
+        raise ValueError(
+            f"{caller}: samples of shape {shape} are no images (C, H, W) with {IMAGE_CHANNELS} channels; "
+            "decode= must say how to make them"
+        )
 
 
 def rows_of(conditioning: Conditioning, rows: slice) -> Conditioning:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from adpdm.evaluate.comparison import FRECHET_NAME, EvaluationResult
+from adpdm.evaluate.comparison import FRECHET_NAME, KERNEL_NAME, EvaluationResult
 from adpdm.evaluate.frechet import FrechetResult
+from adpdm.evaluate.kernel import KernelResult
 
 
 def evaluation_rows(result: EvaluationResult) -> dict[str, str]:
@@ -15,6 +16,8 @@ def evaluation_rows(result: EvaluationResult) -> dict[str, str]:
     }
     if result.frechet is not None:
         rows[FRECHET_NAME] = frechet_words(result.frechet)
+    if result.kernel is not None:
+        rows[KERNEL_NAME] = kernel_words(result.kernel)
     for timing in result.timings:
         rows[f"time per step, batch {timing.batch_size}"] = (
             f"{timing.quantized_seconds * 1e3:.1f} ms against {timing.reference_seconds * 1e3:.1f} ms, "
@@ -30,7 +33,16 @@ def evaluation_rows(result: EvaluationResult) -> dict[str, str]:
 
 
 def frechet_words(f: FrechetResult) -> str:
-    """The distance with its interval, and of what."""
+    """The distance with the spread of resampling, and of what."""
     return (
         f"{f.distance:.2f} [{f.low:.2f}, {f.high:.2f}], {f.num_images[0]} images, {f.dimensions} dimensions"
     )
+
+
+def kernel_words(k: KernelResult) -> str:
+    """The distance with its standard error, and of what."""
+    error = k.deviation / k.subsets**0.5
+    of = f"{k.num_images[0]} and {k.num_images[1]} images"
+    if k.subsets > 1:
+        of += f", {k.subsets} subsets of {k.subset_size[0]} with standard deviation {k.deviation:.2g}"
+    return f"{k.distance:.5f} with standard error {error:.2g}, {of}"

@@ -232,7 +232,8 @@ class SampleScore:
         num_images: behind all numbers of this row.
         psnr_db, sqnr_db: all pixels pooled.
         lpips: mean, AlexNet.
-        frechet, frechet_low, frechet_high: distance on EfficientNet-Lite0 features, 95 % bootstrap interval.
+        frechet, frechet_low, frechet_high: distance on EfficientNet-Lite0 features, and 95 % of those of
+            resampled sets, which do not contain the bias of few images.
         frechet_dimensions: principal components of the features that were kept.
     """
 

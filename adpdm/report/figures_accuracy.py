@@ -182,7 +182,7 @@ def score_table(scores: Sequence[SampleScore]) -> Html:
         "SQNR, dB",
         "LPIPS",
         "Fréchet (Lite0)",
-        "95 % interval",
+        "95 % of resamples",
         "dimensions",
     )
     return simple_table(head, rows)
