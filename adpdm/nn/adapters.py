@@ -10,12 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .coded import CodedLayer
+from .coded import BEFORE_ANOTHER, CodedLayer
 
 EQUALIZED = "adpdm_equalized"  # attribute of modules
 BASE = "base_layer"  # the name under which PEFT keeps the layer that it wraps
-# diffusers 0.42 takes the adapter for loaded before PEFT meets the layer that refuses it.
-BEFORE_ANOTHER = "call unload_lora() before trying again"
 
 
 def watch_adapters() -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Of the underscored attributes of a convolution, the only one that is not nn.Module's own bookkeeping.
 _KEPT = ("_reversed_padding_repeated_twice",)
 
+# Of refused adapters: diffusers 0.42 takes one for loaded before PEFT meets the layer that refuses it.
+BEFORE_ANOTHER = "call unload_lora() before trying again"
+
 
 class BlockPlan:
     """What a fused block derived from its layers; they share it, so that any of them can call it outdated."""

@@ -11,8 +11,7 @@ from peft.tuners.lora.layer import Conv2d, Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from .adapters import BEFORE_ANOTHER
-from .coded import CodedLayer
+from .coded import BEFORE_ANOTHER, CodedLayer
 
 # Of the named ways to start an adapter, those that do not compute it from the weight of the layer.
 WEIGHT_FREE_STARTS = ("gaussian", "orthogonal")
