@@ -249,7 +249,9 @@ def _distance(args: argparse.Namespace) -> dict[str, Any]:
         rows["FID"] = f"{found.fid:.3f}, {found.num_images[0]} and {found.num_images[1]} images"
     if found.kid is not None:
         rows["KID"] = kernel_words(found.kid)
-    if found.psnr_db is not None:
+    if found.psnr_db is None:
+        rows["image by image"] = "not compared: noise, scheduler, conditions or call differ"
+    else:
         rows["mean PSNR of images of one seed"] = f"{found.psnr_db:.2f} dB"
     if found.lpips is not None:
         rows["LPIPS (AlexNet)"] = f"{found.lpips:.4f}"

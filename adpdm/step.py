@@ -186,29 +186,35 @@ class _Turn:
 
     def reset(self) -> None:
         self.free = threading.Condition()
-        self.frame: FrameType | None = None  # of the call whose turn it is
-        self.thread = self.depth = 0
+        self.frames: list[FrameType] = []  # of the call whose turn it is, and of those within it
+        self.thread = 0
 
     def take(self, frame: FrameType) -> None:
         """Wait for the turn; `frame` is of the call. A call within another of the thread waits for nobody."""
         thread = threading.get_ident()
         with self.free:
-            while self.frame is not None and _is_running(self.frame, self.thread):
-                if self.thread == thread:
-                    self.depth += 1
-                    return
+            while self.frames and self.thread != thread and _is_running(self.frames[0], self.thread):
                 self.free.wait(POLL_SECONDS)
-            self.frame, self.thread, self.depth = frame, thread, 1
+            if self.thread != thread:
+                self.frames.clear()  # of a call that was left without hooks
+            self._forget_ended()
+            self.frames.append(frame)
+            self.thread = thread
 
-    def give_back(self) -> None:
-        """Does nothing in a thread whose turn it is not."""
+    def give_back(self, frame: FrameType) -> None:
+        """After a call, from its frame or from where that has ended in an error."""
         with self.free:
-            if self.frame is None or self.thread != threading.get_ident():
-                return
-            self.depth -= 1
-            if self.depth == 0:
-                self.frame = None
-                self.free.notify()
+            if self.thread == threading.get_ident():
+                if self.frames and self.frames[-1] is frame:
+                    self.frames.pop()
+                self._forget_ended()
+                if not self.frames:
+                    self.thread = 0
+                    self.free.notify()
+
+    def _forget_ended(self) -> None:
+        while self.frames and not _is_running(self.frames[-1], threading.get_ident()):
+            self.frames.pop()
 
     def __reduce__(self) -> tuple[type[_Turn], tuple[()]]:
         return _Turn, ()
@@ -244,7 +250,7 @@ class _SetStep:
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the forward pass and the hooks that were there before, also where it failed."""
         if not torch.compiler.is_compiling():
-            self.turn.give_back()
+            self.turn.give_back(sys._getframe(1))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():

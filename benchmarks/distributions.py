@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,14 @@ def main(words: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     logging.disable_progress_bar()
     for bits, config in {None: None, **configs}.items():
-        _sample(subject, config, settings, args.guidance, _folder(args.out, bits))
-    found = _distances(args.out, args.bits, args.real)
+        _sample(subject, config, settings, args.guidance, _folder(args.out, bits, args.guidance))
+    found = _distances(args.out, args.bits, args.guidance, args.real)
     _write(args.out / "distances.json", subject, args, found)
     print("\n".join(table(found)))
 
 
-def _folder(out: Path, bits: str | None) -> Path:
-    return out / (bits or "float")
+def _folder(out: Path, bits: str | None, guidance: float | None) -> Path:
+    return out / f"{bits or 'float'}{'' if guidance is None else f'-guidance-{guidance:g}'}"
 
 
 def _sample(
@@ -80,7 +81,7 @@ def _sample(
     """Fill the set of one quantization; None is full precision."""
     if folder.is_dir():
         made = SampleSet.open(folder)
-        if made.num_images == settings.num_images and not made.missing():
+        if made.manifest["settings"] == asdict(settings) and not made.missing():
             return
     denoiser = subject.denoiser()
     scheduler = subject.scheduler()
@@ -106,13 +107,16 @@ def _config(bits: str, method: dict[str, Any], steps: int) -> adpdm.QuantConfig:
     return adpdm.QuantConfig(**values, activation_bits=activation_bits)
 
 
-def _distances(out: Path, bits: Sequence[str], real: Path | None) -> dict[str, dict[str, SetDistance]]:
+def _distances(
+    out: Path, bits: Sequence[str], guidance: float | None, real: Path | None
+) -> dict[str, dict[str, SetDistance]]:
     """By bits: distance to full precision, and to the real images if there are any."""
     found: dict[str, dict[str, SetDistance]] = {}
     for name in [None, *bits]:
-        row = {} if name is None else {FULL: set_distance(_folder(out, None), _folder(out, name))}
+        folder = _folder(out, name, guidance)
+        row = {} if name is None else {FULL: set_distance(_folder(out, None, guidance), folder)}
         if real is not None:
-            row["real"] = set_distance(real, _folder(out, name))
+            row["real"] = set_distance(real, folder)
         found[name or FULL] = row
     return found
 
@@ -136,7 +140,7 @@ def _write(file: Path, subject: ModelFolder, args: argparse.Namespace, found: An
 
 
 def table(found: dict[str, dict[str, SetDistance]]) -> list[str]:
-    """Lines of Markdown: Frechet distances with their 95 % intervals, and what pairs of images say."""
+    """Lines of Markdown: Frechet distances with 95 % of resampled ones, and what pairs of images say."""
     lines = [
         "| | Frechet distance to full precision | to real images | PSNR in dB | LPIPS |",
         "|---|---|---|---|---|",

@@ -74,3 +74,17 @@ def test_a_file_counts_as_it_is_and_no_weights_are_an_error(tmp_path: Path) -> N
     assert file_bytes(tmp_path / "weights.ckpt") == 5
     with pytest.raises(ValueError, match="wanted weight files"):
         file_bytes(tmp_path)
+
+
+def test_a_name_with_many_dots_counts(tmp_path: Path) -> None:
+    (tmp_path / "sd.v1.5.safetensors").write_bytes(bytes(7))
+    assert file_bytes(tmp_path) == 7
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    name = "diffusion_pytorch_model"
+    (tmp_path / f"{name}-00001-of-00002.safetensors").write_bytes(bytes(3))
+    shards = {"a": f"{name}-00001-of-00002.safetensors", "b": f"{name}-00002-of-00002.safetensors"}
+    (tmp_path / f"{name}.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ValueError, match="-00002-of-00002.safetensors is missing"):
+        file_bytes(tmp_path)

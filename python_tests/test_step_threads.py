@@ -103,6 +103,28 @@ def test_a_call_within_a_call_keeps_the_turn() -> None:
     assert call_elsewhere(denoiser, 300) == 2
 
 
+def test_a_call_within_a_call_that_fails_before_its_turn_gives_nothing_back() -> None:
+    denoiser = HalvedDenoiser()
+    denoiser.register_forward_pre_hook(
+        lambda m, args: 1 / len(args[0])
+    )  # fails for no images, before all else
+    attach_step_hook(denoiser)
+    hook: Any = list(denoiser._forward_pre_hooks.values())[-1]
+    seen = []
+
+    def forward(sample: Tensor, timestep: object = None) -> int:
+        if len(sample) == 2:
+            with pytest.raises(ZeroDivisionError):
+                denoiser(sample[:0], timestep)
+            seen.append(len(hook.turn.frames))
+        return 0
+
+    denoiser.forward = forward  # type: ignore[method-assign, assignment]
+    denoiser(torch.zeros(2), 600)
+    assert seen == [1]
+    assert not hook.turn.frames
+
+
 class CompiledDenoiser(Denoiser):
     def forward(self, sample: Tensor, timestep: object = None, scale: float = 1.0) -> Tensor:  # type: ignore[override]
         return sample + self.get_submodule("adpdm_step").step_index
@@ -117,7 +139,7 @@ def test_a_denoiser_that_is_compiled_no_more_keeps_nobody_waiting() -> None:
         compiled = torch.compile(denoiser, backend="eager")
         assert [int(compiled(torch.zeros(1), kind)) for kind in kinds] == [1] * 4
     hook = next(iter(denoiser._forward_pre_hooks.values()))
-    assert hook.turn.frame is None  # type: ignore[attr-defined]
+    assert not hook.turn.frames  # type: ignore[attr-defined]
     assert call_elsewhere(denoiser, 300) == 2
 
 
@@ -148,7 +170,7 @@ def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
         turn.take(sys._getframe())
         entered.set()
         leave.wait()
-        turn.give_back()
+        turn.give_back(sys._getframe())
 
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(hold)

@@ -23,7 +23,7 @@ def file_bytes(path: Path | str) -> int:
     before .bin, and of shards those of their index.
 
     Raises:
-        ValueError: where there are no weight files.
+        ValueError: where there are no weight files, or not all shards of an index.
     """
     path = Path(path)
     files = [path] if path.is_file() else [f for folder in _folders(path) for f in _loaded_files(folder)]
@@ -52,11 +52,13 @@ def _loaded_files(folder: Path) -> list[Path]:
     """The one set of weight files of a folder that is loaded; none where there are no weights."""
     sets: dict[tuple[bool, int, str], dict[str, list[Path]]] = {}
     for file in sorted(folder.glob("*")):
-        found = WEIGHT_NAME.fullmatch(file.stem)
-        if file.suffix in WEIGHT_SUFFIXES and found is not None and file.is_file():
-            variant = found["variant"] or ""
+        if file.suffix in WEIGHT_SUFFIXES and file.is_file():
+            found = WEIGHT_NAME.fullmatch(
+                file.stem
+            )  # not of names with more dots, which are names as a whole
+            name, variant = (file.stem, "") if found is None else (found["name"], found["variant"] or "")
             key = (bool(variant), WEIGHT_SUFFIXES.index(file.suffix), variant)
-            sets.setdefault(key, {}).setdefault(found["name"], []).append(file)
+            sets.setdefault(key, {}).setdefault(name, []).append(file)
     known = {key: names for key, names in sets.items() if not names.keys().isdisjoint(LOADED_NAMES)}
     if not sets:
         return []
@@ -72,7 +74,11 @@ def _of_index(folder: Path, name: str, variant: str, files: list[Path]) -> list[
     middle = f".{variant}" if variant else ""
     for index in (f"{name}{suffix}.index{middle}.json", f"{name}{middle}{suffix}.index.json"):
         if (folder / index).is_file():
-            shards = set(json.loads((folder / index).read_text())["weight_map"].values())
-            return [folder / shard for shard in sorted(shards)]
+            shards = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            if lost := [shard for shard in shards if not (folder / shard).is_file()]:
+                raise ValueError(
+                    f"file_bytes: wanted the files that {folder / index} names, {lost[0]} is missing"
+                )
+            return [folder / shard for shard in shards]
     whole = [file for file in files if file.stem == f"{name}{middle}"]
     return whole or files
