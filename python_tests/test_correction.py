@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import adpdm
 from adpdm import QuantConfig
-from adpdm.correction import Correction, correct, corrected, fit_correction
+from adpdm.correction import Correction, _Correct, correct, corrected, fit_correction
 from adpdm.graph import capture
 from adpdm.step import StepState, attach_step_hook
 from adpdm.testing import ddim_scheduler, tiny_conditional_unet, tiny_transformer, tiny_unet
@@ -27,6 +27,11 @@ from adpdm.trajectory import Guidance, Sampler
 STEPS = 4
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LABELS = {"class_labels": torch.tensor([0, 1, 2])}
+
+
+def corrections(model: Any) -> list[Any]:
+    """The hooks that correct predictions."""
+    return [hook for hook in model._forward_hooks.values() if isinstance(hook, _Correct)]
 
 
 def config(**changes: Any) -> QuantConfig:
@@ -141,7 +146,7 @@ def test_what_pays_at_no_step_is_left_away() -> None:
     assert report.trace.correction == {"weights": [[1.0, 0.0]] * STEPS, "energy_left": [1.0] * STEPS}
     assert report.trace.seconds["correction"] > 0
     assert model.adpdm_step.correction is None
-    assert not model._forward_hooks
+    assert not corrections(model)
 
 
 # ---- where it acts -----------------------------------------------------------------------------------------
@@ -230,7 +235,7 @@ def test_a_correction_for_a_while_leaves_nothing_behind() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         use()
-    assert not model._forward_hooks
+    assert not corrections(model)
     assert model.adpdm_step.correction is None
     assert torch.equal(predict(model, 900).sample, raw)
 
@@ -258,7 +263,7 @@ def test_the_clock_keeps_its_correction_in_float32(steady: Any) -> None:
 def test_without_the_setting_nothing_is_corrected(steady: Any, tmp_path: Path) -> None:
     plain, report = quantized(correct_prediction=False)
     assert report.trace.correction == {}
-    assert not plain._forward_hooks
+    assert not corrections(plain)
     assert plain.adpdm_step.correction is None
     for timestep in (900, 10):
         raw = predict(plain, timestep).sample
@@ -306,7 +311,7 @@ def test_broken_checkpoints_are_refused(steady: Any, tmp_path: Path) -> None:
 def test_dequantize_takes_it_away(steady: Any) -> None:
     model = copy.deepcopy(steady)
     model.dequantize()
-    assert not model._forward_hooks
+    assert not corrections(model)
     assert not model._forward_pre_hooks
 
 
@@ -320,6 +325,6 @@ def test_an_interrupt_leaves_no_hooks() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         adpdm.quantize(model, config(), scheduler=ddim_scheduler(), conditioning=LABELS, progress=interrupt)
-    assert not model._forward_hooks
+    assert not corrections(model)
     assert not model._forward_pre_hooks
     assert torch.equal(predict(model, 500).sample, wanted)
