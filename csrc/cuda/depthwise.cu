@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWordTaps = 4;
 constexpr int kMaxPixels = 16;       // of a thread, one after the other with the same weights
-constexpr int kThreadsPerSm = 768;  // wanted before threads get a second pixel: twice what registers admit
+constexpr int kThreadsPerSm = 768;   // wanted before threads get a second pixel: twice what registers admit
 constexpr int kRunWords = kRun / 4;  // of codes of one tap
 constexpr int kChunkWords = kChunkBytes / 4;
 
