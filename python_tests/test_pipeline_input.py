@@ -45,36 +45,31 @@ def test_prompts_without_text_encoder_are_refused() -> None:
     refused(tiny_pipeline(), TypeError, message, prompts=["a cat"])
 
 
-def test_prompts_that_are_no_texts_are_refused() -> None:
+def text_pipeline(encode_prompt: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        unet=tiny_conditional_unet(), scheduler=ddim_scheduler(), encode_prompt=encode_prompt
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        (["a cat", 3], TypeError, r"prompts must be a list of texts, got \['', 'a cat', 3\]"),
+        ([], ValueError, "prompts must hold at least one text, got none"),
+    ],
+)
+def test_prompts_that_are_no_texts_are_refused(prompts: Any, error: type[Exception], message: str) -> None:
     def encode_prompt(
         prompt: Any, device: Any, num_images_per_prompt: int, do_classifier_free_guidance: bool
     ) -> None:
         raise AssertionError("nothing to encode")
 
-    pipe = SimpleNamespace(
-        unet=tiny_conditional_unet(), scheduler=ddim_scheduler(), encode_prompt=encode_prompt
-    )
-    refused(pipe, TypeError, r"prompts must be a list of texts, got \['', 'a cat', 3\]", prompts=["a cat", 3])
-
-
-def test_no_prompts_are_refused() -> None:
-    def encode_prompt(
-        prompt: Any, device: Any, num_images_per_prompt: int, do_classifier_free_guidance: bool
-    ) -> None:
-        raise AssertionError("nothing to encode")
-
-    pipe = SimpleNamespace(
-        unet=tiny_conditional_unet(), scheduler=ddim_scheduler(), encode_prompt=encode_prompt
-    )
-    refused(pipe, ValueError, "prompts must hold at least one text, got none", prompts=[])
+    refused(text_pipeline(encode_prompt), error, message, prompts=prompts)
 
 
 def test_prompts_of_other_pipelines_are_refused() -> None:
     def encode_prompt(prompt: Any, prompt_2: Any, prompt_3: Any) -> None:
         raise AssertionError("not understood")
 
-    pipe = SimpleNamespace(
-        unet=tiny_conditional_unet(), scheduler=ddim_scheduler(), encode_prompt=encode_prompt
-    )
     message = r"takes \['prompt', 'prompt_2', 'prompt_3'\]: encode them and pass conditioning"
-    refused(pipe, TypeError, message, prompts=["a cat"])
+    refused(text_pipeline(encode_prompt), TypeError, message, prompts=["a cat"])
