@@ -15,24 +15,22 @@ ADPDM_HD float times_power_of_two(float x, float n_plus_magic) {
   return bits_to_float(float_to_bits(x) + (float_to_bits(n_plus_magic) << 23));
 }
 
-// e^x, relative error below 2^-22, for x clamped to [-87, 88]: below float32's subnormals and infinity, so
-// that no result is either.
+constexpr float kLog2E = 1.44269504f;
+constexpr float kMaxExponent = 87.0f;  // e to its power and to that of its negative are normal numbers
+
+// e^x of x * factor = x * log2(e), where |x| <= kMaxExponent and factor is kLog2E; e^-x where it is -kLog2E.
+// Relative error below 2^-23 + |x| * 2^-26, of which the second part is that of the constant. The polynomial
+// for 2^r on [-1/2, 1/2] is 1 at 0 and has the least relative error otherwise (Remez, 2^-28.5).
 template <typename T>
-ADPDM_HD T exp_clamped(T x) {
-  x = at_most(at_least(x, T(-87.0f)), T(88.0f));
-  const T n_plus_magic = x * T(1.44269504f) + T(kRoundMagic);  // as round_half_even()
-  const T n = n_plus_magic - T(kRoundMagic);
-  // ln 2 in two parts: n times the first, of 15 bits, is exact.
-  T r = fused_multiply_add(n, T(-0.693145752f), x);
-  r = fused_multiply_add(n, T(-1.42860677e-6f), r);
-  // e^r on [-ln2/2, ln2/2]: Taylor's terms to r^7, whose first missing one is below 2^-27.
-  T p = T(1.98412698e-4f);
-  p = fused_multiply_add(p, r, T(1.38888889e-3f));
-  p = fused_multiply_add(p, r, T(8.33333333e-3f));
-  p = fused_multiply_add(p, r, T(4.16666667e-2f));
-  p = fused_multiply_add(p, r, T(1.66666667e-1f));
-  p = fused_multiply_add(p, r, T(0.5f));
-  p = fused_multiply_add(p, r, T(1.0f));
+ADPDM_HD T exp_of(T x, T factor) {
+  const T n_plus_magic = fused_multiply_add(x, factor, T(kRoundMagic));  // as round_half_even()
+  const T r = fused_multiply_add(x, factor, T(kRoundMagic) - n_plus_magic);
+  T p = T(1.55946778e-4f);
+  p = fused_multiply_add(p, r, T(1.34066434e-3f));
+  p = fused_multiply_add(p, r, T(9.61769279e-3f));
+  p = fused_multiply_add(p, r, T(5.55031039e-2f));
+  p = fused_multiply_add(p, r, T(0.240226522f));
+  p = fused_multiply_add(p, r, T(0.693147242f));
   p = fused_multiply_add(p, r, T(1.0f));
   return times_power_of_two(p, n_plus_magic);
 }
@@ -50,10 +48,17 @@ ADPDM_HD T exp2_coarse(T x) {
   return times_power_of_two(p, n_plus_magic);
 }
 
-// x * sigmoid(x). NaN becomes -87 in the exponent and stays NaN by the last division.
+// 1 + e^-x, clamped: 1 for x above kMaxExponent, 6e37 for x below its negative and for NaN, which stays NaN
+// by being divided itself.
+template <typename T>
+ADPDM_HD T one_and_exp_of_negative(T x) {
+  return T(1.0f) + exp_of(at_most(at_least(x, T(-kMaxExponent)), T(kMaxExponent)), T(-kLog2E));
+}
+
+// x * sigmoid(x).
 template <typename T>
 ADPDM_HD T silu(T x) {
-  return x / (T(1.0f) + exp_clamped(T(0.0f) - x));
+  return x / one_and_exp_of_negative(x);
 }
 
 // x * Phi(x) by the error function of Abramowitz and Stegun 7.1.26 (absolute error of erf below 1.5e-7).
@@ -66,7 +71,7 @@ ADPDM_HD T gelu(T x) {
   p = fused_multiply_add(p, t, T(1.421413741f));
   p = fused_multiply_add(p, t, T(-0.284496736f));
   p = fused_multiply_add(p, t, T(0.254829592f));
-  const T tail = p * t * exp_clamped(T(0.0f) - z * z);  // 1 - erf(z)
+  const T tail = p * t * exp_of(at_most(z * z, T(kMaxExponent)), T(-kLog2E));  // 1 - erf(z)
   // x * (1 + erf(x / sqrt 2)) / 2: half of x times the tail on the negative side, its complement on the
   // other.
   const T half = x * T(0.5f);
@@ -78,7 +83,7 @@ ADPDM_HD T gelu(T x) {
 template <typename T>
 ADPDM_HD T gelu_tanh(T x) {
   const T cubic = fused_multiply_add(x * x, T(0.0713548163f), T(1.59576912f));  // 2 u / x
-  return x / (T(1.0f) + exp_clamped(T(0.0f) - x * cubic));
+  return x / one_and_exp_of_negative(x * cubic);
 }
 
 }  // namespace adpdm

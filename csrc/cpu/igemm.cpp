@@ -16,13 +16,33 @@ constexpr int64_t kMinStepsPerThread = 20000;
 
 int64_t result_bytes(const TileOutput& output) { return output.quantized ? 1 : float_size(output.type); }
 
-// A slab is up to max_blocks blocks of outputs of one group, over all pixels: its weights stay in the cache.
+// Codes that stay in a cache of 512 KiB beside the weights of a slab.
+constexpr int64_t kPanelBytes = 192 * 1024;
+
+// A slab is up to max_blocks blocks of outputs of one group: its weights stay in the cache. A panel is tiles
+// of neighbouring pixels that all slabs pass over before the next: their codes stay in the cache.
 struct Partition {
   int64_t blocks;  // per group
   int64_t slabs;   // per group, their blocks differ by at most one
   int64_t pixels;
-  int64_t tiles;  // per slab, their pixels differ by at most one
+  int64_t tiles;        // per slab, their pixels differ by at most one
+  int64_t panel_tiles;  // the last panel may have fewer
 };
+
+// All tiles, unless reading the weights again for each panel takes less than reading all codes for each slab.
+int64_t choose_panel_tiles(const Igemm& problem, const Partition& part) {
+  int64_t pixel_bytes = 0, slab_bytes = 0;
+  for (int s = 0; s < problem.tile.num_segments; ++s) {
+    const IgemmInput& input = problem.inputs[s];
+    pixel_bytes += problem.groups == 1 ? input.column_step : input.tile.quads * kQuadChannels;
+    slab_bytes += input.tile.block_bytes * ceil_div(part.blocks, part.slabs);
+  }
+  const int64_t tile_bytes = std::max<int64_t>(1, pixel_bytes * ceil_div(part.pixels, part.tiles));
+  const int64_t panel_tiles = std::max<int64_t>(1, kPanelBytes / tile_bytes);
+  const int64_t weights_again = slab_bytes * part.slabs * (ceil_div(part.tiles, panel_tiles) - 1);
+  const int64_t codes_again = pixel_bytes * part.pixels * (part.slabs - 1);
+  return weights_again < codes_again ? panel_tiles : part.tiles;
+}
 
 Partition make_partition(const Igemm& problem, const IgemmKernel& kernel) {
   Partition part{};
@@ -30,7 +50,25 @@ Partition make_partition(const Igemm& problem, const IgemmKernel& kernel) {
   part.slabs = ceil_div(part.blocks, kernel.max_blocks);
   part.pixels = problem.images * problem.rows * problem.columns;
   part.tiles = ceil_div(part.pixels, kernel.max_pixels[ceil_div(part.blocks, part.slabs)]);
+  part.panel_tiles = std::min(part.tiles, choose_panel_tiles(problem, part));
   return part;
+}
+
+// A tile of a slab; slabs are counted over all groups.
+struct Item {
+  int64_t slab;
+  int64_t tile;
+};
+
+// The order: groups, panels, slabs, tiles.
+Item item_at(const Partition& part, int64_t index) {
+  const int64_t group_items = part.slabs * part.tiles;
+  const int64_t group = index / group_items;
+  const int64_t rest = index % group_items;
+  const int64_t first_tile = rest / (part.slabs * part.panel_tiles) * part.panel_tiles;
+  const int64_t tiles = std::min(part.panel_tiles, part.tiles - first_tile);
+  const int64_t in_panel = rest - first_tile * part.slabs;
+  return {group * part.slabs + in_panel / tiles, first_tile + in_panel % tiles};
 }
 
 // Points the tile at the outputs of one slab.
@@ -116,15 +154,16 @@ void run_igemm(const Igemm& problem) {
     Tile tile = problem.tile;
     for (int s = 0; s < tile.num_segments; ++s) tile.segments[s] = problem.inputs[s].tile;
     TileOutput slab_output{};
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t slab = item / part.tiles;
-      const int64_t index = item % part.tiles;
-      if (item == begin || index == 0) {
-        select_slab(problem, part, slab, tile);
+    int64_t selected = -1;
+    for (int64_t index = begin; index < end; ++index) {
+      const Item item = item_at(part, index);
+      if (item.slab != selected) {
+        selected = item.slab;
+        select_slab(problem, part, selected, tile);
         slab_output = tile.output;
       }
-      const int64_t first = part.pixels * index / part.tiles;
-      select_pixels(problem, slab / part.slabs, first, part.pixels * (index + 1) / part.tiles, tile);
+      const int64_t first = part.pixels * item.tile / part.tiles;
+      select_pixels(problem, selected / part.slabs, first, part.pixels * (item.tile + 1) / part.tiles, tile);
       tile.output = slab_output;
       skip_pixels(first, tile.output);
       kernel.run(tile);
