@@ -1,6 +1,9 @@
 """Times the element-wise operators against their plain-torch twins; ADPDM_CPU picks the instruction set.
 
 ADPDM_CPU=avx512 python benchmarks/bench_elementwise.py --size 1000000 --threads 1
+
+The last column is the time of a copy that moves as many bytes as quantize and dequantize read and write,
+divided by theirs: their share of the copy bandwidth at that size.
 """
 
 from __future__ import annotations
@@ -54,6 +57,16 @@ def cases(size: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object]
     }
 
 
+def copy_call(name: str, size: int, dtype: torch.dtype) -> Callable[[], object] | None:
+    """A copy that reads and writes as many bytes together as an operator that has little else to do."""
+    code_bytes = {"quantize": 1.0, "quantize_int4": 0.5, "dequantize": 1.0}.get(name)
+    if code_bytes is None:
+        return None
+    source = torch.ones(int(size * (code_bytes + dtype.itemsize) / 2), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
 def seconds(function: Callable[[], object]) -> float:
     """Wall time of one call."""
     start = time.perf_counter()
@@ -74,15 +87,20 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     print(f"{build_info()['isa']}, {args.threads} thread(s), {args.size} x {args.dtype}, G={NUM_GROUPS}")
-    print(f"{'op':32} {'us':>9} {'ns/element/group':>17} {'reference us':>13} {'ratio':>6}")
+    print(f"{'op':32} {'us':>9} {'ns/element/group':>17} {'reference us':>13} {'ratio':>6} {'copy':>6}")
     for name, (native, twin, groups) in cases(args.size, DTYPES[args.dtype]).items():
-        seconds(native), seconds(twin)
-        pairs = [(seconds(native), seconds(twin)) for _ in range(max(20, args.repeats))]
-        ours = statistics.median(pair[0] for pair in pairs)
-        theirs = statistics.median(pair[1] for pair in pairs)
+        copy = copy_call(name, args.size, DTYPES[args.dtype])
+        calls = [native, twin] + [copy] * (copy is not None)
+        for call in calls:
+            seconds(call)
+        rounds = [[seconds(call) for call in calls] for _ in range(max(20, args.repeats))]
+        ours, theirs = (statistics.median(r[i] for r in rounds) for i in (0, 1))
         per_element = ours * 1e9 / args.size / groups
-        ratio = statistics.median(pair[1] / pair[0] for pair in pairs)
-        print(f"{name:32} {ours * 1e6:9.1f} {per_element:17.3f} {theirs * 1e6:13.1f} {ratio:6.1f}")
+        ratios = [statistics.median(r[i] / r[0] for r in rounds) for i in range(1, len(calls))]
+        shares = "".join(f" {share:6.2f}" for share in ratios[1:])
+        print(
+            f"{name:32} {ours * 1e6:9.1f} {per_element:17.3f} {theirs * 1e6:13.1f} {ratios[0]:6.1f}{shares}"
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python benchmarks/bench_kernels.py --model fashion --batch 1 --threads 1 --json result.json
 
-W8A8 and W4A8 are given codes; +quantize includes quantizing float32 activations. All write float32.
+W8A8 and W4A8 are given codes; +quantize includes quantizing float32 activations. The kernels write --output.
 With one thread times are CPU times (other processes of the machine do not count), with more wall times.
 Numbers are medians of --repeats samples, ratios medians of the ratios within a round.
 """
@@ -95,12 +95,25 @@ MODELS = {
         Layer(128, 32, 3, 3),
         Layer(256, 256, 256, 0),
     ],
+    # The largest layers of Stable Diffusion 1.5, and its linear layers at 64x64, 32x32 and 16x16.
+    "sd": [
+        Layer(320, 64, 320, 3),
+        Layer(640, 32, 640, 3),
+        Layer(1280, 16, 1280, 3),
+        Layer(1280, 8, 1280, 3),
+        Layer(320, 4096, 2560, 0),
+        Layer(320, 4096, 320, 0),
+        Layer(1280, 1024, 1280, 0),
+        Layer(1280, 256, 1280, 0),
+    ],
     # Depthwise convolutions of several widths, up to that of a linear transformer's feed-forward net.
     "depthwise": [
         Layer(channels, size, channels, 3, depthwise=True)
         for channels, size in ((256, 64), (320, 32), (1280, 32), (2240, 16), (5600, 32))
     ],
 }
+
+OUTPUTS = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 Call = Callable[[], Tensor]
 
@@ -119,24 +132,24 @@ def make_segment(codes: Tensor, weight_codes: Tensor, weight_bits: int, groups: 
     )
 
 
-def onednn_conv(x: Tensor, weight_codes: Tensor, bias: Tensor, layer: Layer) -> Call:
-    """OneDNN's int8 convolution with float32 output, as torch's inductor calls it."""
+def onednn_conv(x: Tensor, weight_codes: Tensor, bias: Tensor, layer: Layer, output: torch.dtype) -> Call:
+    """OneDNN's int8 convolution, as torch's inductor calls it."""
     stride, padding, dilation = [layer.stride] * 2, [layer.kernel // 2] * 2, [1, 1]
     scales = torch.full((layer.outputs,), 0.01)
     zeros = torch.zeros(layer.outputs, dtype=torch.int32)
     packed = torch.ops.onednn.qconv_prepack(
         weight_codes, scales, 0.03, 128, stride, padding, dilation, layer.groups, list(x.shape)
     )
-    rest = (stride, padding, dilation, layer.groups, 1.0, 0, torch.float32, "none", [], "")
+    rest = (stride, padding, dilation, layer.groups, 1.0, 0, output, "none", [], "")
     return lambda: torch.ops.onednn.qconv2d_pointwise(x, 0.03, 128, packed, scales, zeros, bias, *rest)
 
 
-def onednn_linear(x: Tensor, weight_codes: Tensor, bias: Tensor) -> Call:
-    """OneDNN's int8 linear layer with float32 output."""
+def onednn_linear(x: Tensor, weight_codes: Tensor, bias: Tensor, output: torch.dtype) -> Call:
+    """OneDNN's int8 linear layer."""
     scales = torch.full((weight_codes.shape[0],), 0.01)
     zeros = torch.zeros(weight_codes.shape[0], dtype=torch.int32)
     packed = torch.ops.onednn.qlinear_prepack(weight_codes, list(x.shape))
-    rest = (1.0, 0, torch.float32, "none", [], "")
+    rest = (1.0, 0, output, "none", [], "")
     return lambda: torch.ops.onednn.qlinear_pointwise(x, 0.03, 128, packed, scales, zeros, bias, *rest)
 
 
@@ -155,7 +168,7 @@ def random_operands(layer: Layer, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return x.contiguous(memory_format=last), weight.contiguous(memory_format=last), bias
 
 
-def calls(layer: Layer, batch: int) -> dict[str, Call]:
+def calls(layer: Layer, batch: int, output: torch.dtype) -> dict[str, Call]:
     """The contestants on one layer; "W8A8" comes first and is what the others are divided by."""
     x, weight, bias = random_operands(layer, batch)
     codes = (x * 30).round().clamp(-128, 127).to(torch.int8)
@@ -167,12 +180,12 @@ def calls(layer: Layer, batch: int) -> dict[str, Call]:
     pad = layer.kernel // 2
     kernel, stride = (layer.kernel,) * 2, (layer.stride,) * 2
     g = ConvGeometry(layer.outputs, kernel, stride, (pad, pad), groups=layer.groups)
-    f32, epilogue = torch.float32, Epilogue(bias)
+    epilogue = Epilogue(bias)
 
     def integer(segment: Segment, bits: int) -> Tensor:
         if layer.kernel == 0:
-            return ops.linear([segment], epilogue, layer.outputs, bits, f32)
-        return ops.conv2d([segment], epilogue, g, bits, f32)
+            return ops.linear([segment], epilogue, layer.outputs, bits, output)
+        return ops.conv2d([segment], epilogue, g, bits, output)
 
     s8, s4 = make_segment(codes, w8, 8, layer.groups), make_segment(codes, w4, 4, layer.groups)
 
@@ -182,10 +195,10 @@ def calls(layer: Layer, batch: int) -> dict[str, Call]:
         return integer(Segment(fresh, *fields), 8)
 
     if layer.kernel == 0:
-        floats, onednn = lambda: F.linear(x, weight, bias), onednn_linear(unsigned, w8, bias)
+        floats, onednn = lambda: F.linear(x, weight, bias), onednn_linear(unsigned, w8, bias, output)
     else:
         floats = lambda: F.conv2d(x, weight, bias, layer.stride, pad, 1, layer.groups)  # noqa: E731
-        onednn = onednn_conv(unsigned, w8, bias, layer)
+        onednn = onednn_conv(unsigned, w8, bias, layer, output)
     return {
         "W8A8": lambda: integer(s8, 8),
         "W4A8": lambda: integer(s4, 4),
@@ -214,9 +227,11 @@ class Row:
     times_w8a8: float  # its time divided by that of W8A8
 
 
-def measure(layer: Layer, batch: int, repeats: int, clock: Callable[[], float]) -> list[Row]:
+def measure(
+    layer: Layer, batch: int, output: torch.dtype, repeats: int, clock: Callable[[], float]
+) -> list[Row]:
     """Time all contestants in turns."""
-    contestants = calls(layer, batch)
+    contestants = calls(layer, batch, output)
     counts = {}
     for name, call in contestants.items():
         sample(call, 3, clock)
@@ -245,6 +260,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=list(MODELS), default="fashion")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--output", choices=list(OUTPUTS), default="f32", help="type of what kernels write")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=25, help="timed rounds, at least 20")
     parser.add_argument("--json", type=Path, help="file to write")
@@ -256,13 +272,14 @@ def main() -> None:
     torch.manual_seed(0)
     clock = time.process_time if args.threads == 1 else time.perf_counter
     print(
-        f"{build_info()['isa']}, {args.threads} thread(s), batch {args.batch}, torch {torch.__version__}; us:"
+        f"{build_info()['isa']}, {args.threads} thread(s), batch {args.batch}, {args.output}, "
+        f"torch {torch.__version__}; us:"
     )
     names = " ".join(f"{name:>13}" for name in ("W8A8", "W4A8", "W8A8+quantize", "torch f32", "oneDNN int8"))
     print(f"{'layer':26} {names} {'GOP/s':>8} {'f32/W8':>8} {'1DNN/W8':>8}")
     rows = []
     for layer in MODELS[args.model]:
-        rows += measure(layer, args.batch, args.repeats, clock)
+        rows += measure(layer, args.batch, OUTPUTS[args.output], args.repeats, clock)
         show(rows[-5:])
     if args.json:
         machine = {"isa": build_info()["isa"], "processor": platform.processor(), "torch": torch.__version__}

@@ -20,6 +20,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from model_samples import Quality, Samples, Sampling, load_model, measure
@@ -206,6 +207,11 @@ def _usage(card: Card) -> str:
     )
 
 
+def _precision(record: dict[str, Any]) -> str:
+    """Records of before 2026-11-30 do not say it: there was one."""
+    return "float32" if record.get("precision") == "float32" else "autocast to bfloat16"
+
+
 def _training(card: Card) -> str:
     """Images seen, settings and the curve."""
     record, curve = card.model.record, card.curve
@@ -221,10 +227,16 @@ def _training(card: Card) -> str:
     words = (
         f"{record['images']:,} images seen in {record['steps']:,} steps of {record['batch_size']}: {flips}"
         f"AdamW without weight decay, learning rate {record['learning_rate']:g} after "
-        f"{record['warmup_steps']} steps of warm-up with a linear decay at the end, autocast to bfloat16, "
+        f"{record['warmup_steps']} steps of warm-up with a linear decay at the end, {_precision(record)}, "
         f"moving average of the weights {record['ema_decay']:g} (which is what is saved), seed "
         f"{record['seed']}, on a {device}{label}."
     )
+    if record.get("min_snr"):
+        words += f" Squared errors have min-SNR weights of gamma {record['min_snr']:g}; the curve has none."
+    if "before" in record:
+        words += (
+            f" It went on from weights that had seen {record['before']['images']:,} images (commands below)."
+        )
     if "autoencoder" in record:
         seen = record["autoencoder"]["images"]
         words += f" Its autoencoder has seen {seen:,} images before; its text encoder has random weights."
@@ -255,7 +267,8 @@ def _quality(card: Card) -> str:
 def _commands(card: Card) -> str:
     """Data, training and card, as a shell takes them."""
     trainings, record = [], card.model.record
-    for part in [record["autoencoder"], record] if "autoencoder" in record else [record]:
+    parts = [record.get("autoencoder"), record.get("before"), record]
+    for part in [part for part in parts if part is not None]:
         for number, run in enumerate(part["commands"]):
             if run["from_images"]:
                 before = "" if number else "; what came before was not recorded"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
-from training import Recipe, Trainer, argument_parser, parse, train
+from training import Recipe, Trainer, argument_parser, parse, reduced_precision, train
 from training_data import CIFAR10
 
 KL_WEIGHT = 1e-4  # of the mean over latents, against the mean over pixels: keeps latents near N(0, 1)
@@ -47,15 +47,16 @@ class AutoencoderTrainer(Trainer):
         super().__init__(recipe, args)
         self.probe: Tensor = recipe.data.load(args.data)[0][:PROBE_IMAGES]
 
-    def loss(self, forward: Callable[..., Any], clean: Tensor, labels: Tensor) -> Tensor:
-        """Mean absolute error of the decoded images and KL_WEIGHT of the divergence, []."""
+    def loss(self, forward: Callable[..., Any], clean: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean absolute error of the decoded images and KL_WEIGHT of the divergence, [], twice."""
         clean = clean.to(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with reduced_precision(self.device, self.precision):
             posterior = self.denoiser.encode(clean).latent_dist
             latents = posterior.sample(generator=self.generator)
             decoded = self.denoiser.decode(latents).sample
         divergence: Tensor = posterior.kl().mean() / latents[0].numel()
-        return F.l1_loss(decoded.float(), clean) + KL_WEIGHT * divergence
+        loss = F.l1_loss(decoded.float(), clean) + KL_WEIGHT * divergence
+        return loss, loss
 
     @torch.no_grad()
     def _save_model(self) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from training import RECORD_FILE, Recipe, Trainer, argument_parser, parse, train
+from training import Recipe, Trainer, argument_parser, parse, read_record, reduced_precision, train
 from training_data import CIFAR10
 from transformers import CLIPTextModel
 
@@ -74,8 +73,8 @@ class LatentTrainer(Trainer):
             # As it is saved, so that the pipeline that comes out has the texts that were trained on.
             self.text_encoder = make_text_encoder(self.tokenizer, args.seed).half().float()
         self.embeddings = encode(self.tokenizer, self.text_encoder, all_captions())
-        trained = args.autoencoder.parent / RECORD_FILE
-        self.autoencoder = json.loads(trained.read_text()) if trained.is_file() else None
+        trained = read_record(args.autoencoder.parent)  # of a whole pipeline, where --autoencoder is its vae/
+        self.autoencoder = trained.get("autoencoder", trained) if trained else None
         super().__init__(recipe, args)
 
     def _refuse_another_autoencoder(self, args: argparse.Namespace) -> None:
@@ -115,12 +114,13 @@ class LatentTrainer(Trainer):
         pipe.save_pretrained(self.out)
 
 
-def load_latents(path: Path, autoencoder: Path, cache: Path) -> tuple[Tensor, Tensor]:
+def load_latents(path: Path, autoencoder: Path, cache: Path, precision: str) -> tuple[Tensor, Tensor]:
     """Latents [2 N, C, h, w] f32 of variance 1 of all images and their mirror images, and labels [2 N] i64.
 
     Args:
         path: of the images, for CIFAR10.load.
         cache: where they are kept, with the checksum of the autoencoder.
+        precision: of the encoder's products, as --precision.
     """
     images, labels = CIFAR10.load(path)
     weights = (autoencoder / "diffusion_pytorch_model.safetensors").read_bytes()
@@ -129,7 +129,8 @@ def load_latents(path: Path, autoencoder: Path, cache: Path) -> tuple[Tensor, Te
         with safe_open(cache, "pt") as stored:
             if (stored.metadata() or {}).get("key") == key:
                 return stored.get_tensor("latents").float(), labels.repeat(2)
-    latents = encode_images(AutoencoderKL.from_pretrained(autoencoder), torch.cat([images, images.flip(3)]))
+    vae = AutoencoderKL.from_pretrained(autoencoder)
+    latents = encode_images(vae, torch.cat([images, images.flip(3)]), precision)
     cache.parent.mkdir(parents=True, exist_ok=True)
     temporary = cache.with_suffix(".tmp")
     save_file({"latents": latents}, temporary, metadata={"key": key})
@@ -138,13 +139,13 @@ def load_latents(path: Path, autoencoder: Path, cache: Path) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+def encode_images(vae: AutoencoderKL, images: Tensor, precision: str) -> Tensor:
     """Means of latents, scaled, [N, C, h, w] f16, of images [N, 3, H, W] u8; tells progress."""
     vae = vae.float().eval().to(memory_format=torch.channels_last)
     start, parts = time.monotonic(), []
     for batch in images.split(ENCODED_AT_ONCE):
         pixels = (batch.float() / 127.5 - 1).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with reduced_precision(torch.device("cpu"), precision):
             mean = vae.encode(pixels).latent_dist.mean
         parts.append((mean.float() * vae.config.scaling_factor).half())
         done = len(parts) * ENCODED_AT_ONCE
@@ -157,11 +158,20 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argument_parser(__doc__, CIFAR10)
     parser.add_argument("--autoencoder", type=Path, required=True, help="vae/ of train_autoencoder.py")
+    parser.add_argument("--min-snr", type=float, metavar="GAMMA", help="gamma of min-SNR weights, such as 5")
     args = parse(parser, __file__, words)
-    data = replace(
-        CIFAR10, load=lambda path: load_latents(path, args.autoencoder, args.out / "latents.safetensors")
+    if args.min_snr is not None and not args.min_snr > 0:
+        parser.error(f"--min-snr must be greater than 0, got {args.min_snr:g}")
+    cache = args.out / "latents.safetensors"
+    data = replace(CIFAR10, load=lambda path: load_latents(path, args.autoencoder, cache, args.precision))
+    recipe = Recipe(
+        make_unet,
+        "unet",
+        learning_rate=5e-4,
+        num_classes=len(CIFAR10_NAMES),
+        data=data,
+        min_snr=args.min_snr,
     )
-    recipe = Recipe(make_unet, "unet", learning_rate=5e-4, num_classes=len(CIFAR10_NAMES), data=data)
     train(recipe, args, LatentTrainer)
 
 

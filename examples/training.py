@@ -40,6 +40,9 @@ class Recipe:
         flips: mirror half of the images left to right.
         ema_decay: of the moving average that is saved; 0.9995 has a half-life of 1400 steps, long enough to
             average out the noise of batch 64.
+        min_snr: gamma of min-SNR weights (Hang et al., ICCV 2023): squared errors count min(SNR, gamma) / SNR
+            times, so that timesteps of little noise, which say little of what is in the image, take less of
+            the gradient; None for equal weights.
     """
 
     make: Callable[[], Any]
@@ -52,6 +55,7 @@ class Recipe:
     flips: bool = False
     ema_decay: float = 0.9995
     warmup_steps: int = 200
+    min_snr: float | None = None
 
 
 class LossCurve:
@@ -99,12 +103,15 @@ class Trainer:
     def __init__(self, recipe: Recipe, args: argparse.Namespace) -> None:
         self.recipe, self.out, self.seed = recipe, args.out, args.seed
         self.device = torch.device(args.device)
+        self.precision: str = args.precision
         self.step, self.seen = 0, 0
         self.generator = torch.Generator().manual_seed(args.seed)
         torch.manual_seed(args.seed)
         self.denoiser = recipe.make()
+        self.before = None  # the record of the training that --init comes from
         if args.init is not None:
             self.denoiser = type(self.denoiser).from_pretrained(args.init)
+            self.before = read_record(args.init.parent)
         self.denoiser = self.denoiser.float().train().to(self.device, memory_format=torch.channels_last)
         self.ema = {name: value.detach().clone() for name, value in self.denoiser.state_dict().items()}
         self.fused = self.device.type == "cpu"  # a GPU has torch's default, several tensors at once
@@ -136,6 +143,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.step, self.seen = state["step"], state["seen"]
+        self.before = (read_record(self.out) or {}).get("before")
         if "curve" in state:  # states of before 2026-11-28 have none: their curve begins where they go on
             self.curve.load(state["curve"])
         print(f"continuing at {self.seen} images (step {self.step})", flush=True)
@@ -174,8 +182,8 @@ class Trainer:
 
     def _commands(self, args: argparse.Namespace) -> list[dict[str, Any]]:
         """The commands that trained and where each began; one that is repeated to continue stands once."""
-        record = self.out / RECORD_FILE
-        before = json.loads(record.read_text())["commands"] if self.seen and record.exists() else []
+        record = read_record(self.out)
+        before = record["commands"] if self.seen and record else []
         if before and (before[-1]["command"] == args.command or self.seen >= args.images):
             return list(before)
         return [*before, {"from_images": self.seen, "command": args.command}]
@@ -183,7 +191,9 @@ class Trainer:
     def _record(self) -> dict[str, Any]:
         """How the model came to be, for its card."""
         recipe = self.recipe
+        before = {} if self.before is None else {"before": self.before}
         return {
+            **before,
             "data": recipe.data.name,
             "num_classes": recipe.num_classes,
             "images": self.seen,
@@ -193,6 +203,8 @@ class Trainer:
             "warmup_steps": recipe.warmup_steps,
             "ema_decay": recipe.ema_decay,
             "flips": recipe.flips,
+            "min_snr": recipe.min_snr,
+            "precision": self.precision,
             "seed": self.seed,
             "device": self.device.type,
             "commands": self.commands,
@@ -210,7 +222,7 @@ class Trainer:
         index = torch.randint(0, len(images), (batch,), generator=self.generator)
         drawn = images[index.to(self.device)]
         clean = self._flipped(drawn if drawn.is_floating_point() else drawn.float() / 127.5 - 1)
-        loss = self.loss(forward, clean, labels[index])
+        loss, shown = self.loss(forward, clean, labels[index])
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -218,7 +230,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), GRADIENT_CLIP)
         self.optimizer.step()
         self.step, self.seen = self.step + 1, self.seen + batch
-        self.curve.add(loss)
+        self.curve.add(shown)
         self._update_ema()
 
     def loss(
@@ -226,15 +238,20 @@ class Trainer:
         forward: Callable[..., Any],
         clean: Tensor,  # [B, C, H, W] f32
         labels: Tensor,  # [B] i64 on the CPU
-    ) -> Tensor:
-        """Squared error of the predicted noise, []."""
+    ) -> tuple[Tensor, Tensor]:
+        """What the weights follow and what the curve shows, []: squared errors of the predicted noise."""
         device = self.device
         noise = torch.randn(clean.shape, generator=self.generator).to(device)
         timestep = torch.randint(0, NUM_TRAIN_TIMESTEPS, (len(clean),), generator=self.generator).to(device)
         noisy = self.scheduler.add_noise(clean, noise, timestep).to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16), fastest_attention(device):
+        with reduced_precision(device, self.precision), fastest_attention(device):
             noise_pred = forward(noisy, timestep, **self._condition(labels)).sample
-        return F.mse_loss(noise_pred.float(), noise)
+        if self.recipe.min_snr is None:
+            loss = F.mse_loss(noise_pred.float(), noise)
+            return loss, loss
+        errors = F.mse_loss(noise_pred.float(), noise, reduction="none").mean((1, 2, 3))  # [B]
+        weights = min_snr_weights(self.scheduler.alphas_cumprod, self.recipe.min_snr)  # [T]
+        return (errors * weights.to(device)[timestep]).mean(), errors.mean()
 
     def _flipped(
         self,
@@ -264,9 +281,42 @@ class Trainer:
         torch._foreach_lerp_([self.ema[n] for n in floating], [weights[n] for n in floating], 1 - decay)
 
 
+def min_snr_weights(
+    alphas_cumprod: Tensor,  # [T] f32
+    gamma: float,
+) -> Tensor:
+    """Weights [T] f32 of squared errors of the noise, see Recipe."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=gamma) / snr
+
+
+def default_precision(device: torch.device) -> str:
+    """The faster one: bfloat16 on a GPU and on CPUs that multiply it.
+
+    Elsewhere products of it are emulated: a step of train_latent.py took 20 times as long (Zen 3).
+    """
+    if device.type != "cpu":
+        return "bfloat16"
+    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
+
+
+def reduced_precision(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to bfloat16, or nothing for "float32"."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
 def fastest_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Plain matrix products on a CPU: torch's fused backward is far slower at 64 tokens."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What a training left in its folder about itself."""
+    path = folder / RECORD_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -307,6 +357,11 @@ def argument_parser(description: str | None, data: ImageData) -> argparse.Argume
     parser.add_argument("--save-every", type=int, default=250, help="steps between state files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--precision",
+        choices=("bfloat16", "float32"),
+        help="of products; the faster one by default: bfloat16 on a GPU and on CPUs that multiply it",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser (needs g++)")
     return parser
 
@@ -324,6 +379,7 @@ def parse(parser: argparse.ArgumentParser, script: str, words: Sequence[str] | N
     check_device(parser, args.device)
     if args.save_every < 1:
         parser.error(f"--save-every must be at least 1, got {args.save_every}")
+    args.precision = args.precision or default_precision(torch.device(args.device))
     args.command = command_line(script, words)
     return args
 

@@ -162,6 +162,46 @@ def test_flips_mirror_half_of_the_images_and_draw_only_where_wanted(
     assert untouched  # the random streams of recipes without flips are what they were
 
 
+def test_precision_is_what_it_is_told_or_the_faster_one(
+    script: ModuleType, training: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = {}
+    for precision in ("float32", "bfloat16"):
+        run(script, data, tmp_path / precision, 2, "--precision", precision)
+        records[precision] = json.loads((tmp_path / precision / "training.json").read_text())["precision"]
+    assert records == {"float32": "float32", "bfloat16": "bfloat16"}
+    curves = [(tmp_path / name / "loss.csv").read_text() for name in records]
+    assert curves[0] != curves[1]
+    for can, wanted in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: {"avx512_bf16": can})
+        assert training.default_precision(torch.device("cpu")) == wanted
+        assert training.default_precision(torch.device("cuda")) == "bfloat16"
+
+
+def test_min_snr_weights_follow_their_definition(
+    script: ModuleType, training: ModuleType, data: Path, tmp_path: Path
+) -> None:
+    """min(SNR, gamma) / SNR; the curve shows what it shows without them, the gradient does not follow it."""
+    alphas_cumprod = torch.tensor([0.9, 0.5, 0.1])  # SNR 9, 1, 1/9
+    assert training.min_snr_weights(alphas_cumprod, 3.0).tolist() == pytest.approx([1 / 3, 1, 1])
+    losses = {}
+    for gamma in (None, 5.0, 1e-6):
+        recipe = replace(script.RECIPES["small"], min_snr=gamma)
+        args = training.parse(
+            training.argument_parser("", script.CIFAR10),
+            "x.py",
+            ["--data", str(data), "--out", str(tmp_path), "--precision", "float32"],
+        )
+        trainer = training.Trainer(recipe, args)
+        images, labels = script.CIFAR10.load(data)
+        clean = images[:BATCH].float() / 127.5 - 1
+        losses[gamma] = [x.item() for x in trainer.loss(trainer.denoiser, clean, labels[:BATCH])]
+    assert losses[None][0] == losses[None][1]
+    assert [losses[gamma][1] for gamma in losses] == pytest.approx([losses[None][1]] * 3)
+    assert losses[5.0][0] <= losses[5.0][1]
+    assert losses[1e-6][0] < 1e-3 * losses[1e-6][1]
+
+
 def test_state_of_another_model_is_refused(
     script: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,7 +304,7 @@ def test_training_does_not_mix_devices(
         for steps in (2, 4):
             words = ["--data", str(data), "--out", str(tmp_path / "there"), "--images", str(steps * BATCH)]
             args = training.argument_parser("", script.CIFAR10).parse_args([*words, "--decay-images", "0"])
-            args.device, args.command = "meta", ""
+            args.device, args.command, args.precision = "meta", "", "bfloat16"
             with pretended():
                 training.train(recipe, args)
     finally:

@@ -166,7 +166,7 @@ def test_latents_are_those_of_images_and_their_mirror_images(
 ) -> None:
     """Kept in a file, and made again for another autoencoder."""
     cache = tmp_path / "out" / "latents.safetensors"
-    latents, labels = train_latent.load_latents(data, autoencoder, cache)
+    latents, labels = train_latent.load_latents(data, autoencoder, cache, "bfloat16")
     images, wanted = train_latent.CIFAR10.load(data)
     assert labels.tolist() == [*wanted.tolist(), *wanted.tolist()]
     vae = AutoencoderKL.from_pretrained(autoencoder)
@@ -175,11 +175,11 @@ def test_latents_are_those_of_images_and_their_mirror_images(
     assert latents.shape == (24, 8, 8, 8)
     assert (latents - exact).abs().max() < 0.02 * exact.abs().max()  # encoded in bfloat16
     before = cache.stat().st_mtime_ns
-    assert torch.equal(train_latent.load_latents(data, autoencoder, cache)[0], latents)
+    assert torch.equal(train_latent.load_latents(data, autoencoder, cache, "bfloat16")[0], latents)
     assert cache.stat().st_mtime_ns == before
     vae.encoder.conv_in.bias.data += 1
     vae.save_pretrained(autoencoder)
-    assert not torch.equal(train_latent.load_latents(data, autoencoder, cache)[0], latents)
+    assert not torch.equal(train_latent.load_latents(data, autoencoder, cache, "bfloat16")[0], latents)
 
 
 def test_pipeline_resumes_to_the_same_bytes_and_samples_texts(
@@ -205,6 +205,39 @@ def test_pipeline_resumes_to_the_same_bytes_and_samples_texts(
     tokenizer = captions.make_tokenizer()
     trained = captions.encode(tokenizer, captions.make_text_encoder(tokenizer, 0), ["a photo of a frog"])
     assert torch.allclose(text.float(), trained, atol=0.01)  # weights in float16
+
+
+def test_training_goes_on_from_a_shipped_pipeline(trained: Path, data: Path, tmp_path: Path) -> None:
+    """Its weights, its autoencoder and what is known of both; weighted errors; also when it is resumed."""
+    options = ("--init", trained / "unet", "--autoencoder", trained / "vae", "--min-snr", "5")
+    out = run(train_latent, data, tmp_path / "out", 1, *options)
+    record, before = (json.loads((folder / "training.json").read_text()) for folder in (out, trained))
+    assert record["before"] == before
+    assert record["autoencoder"] == before["autoencoder"]
+    assert (record["images"], record["min_snr"]) == (BATCH, 5)
+    assert weights(out / "vae") == weights(trained / "vae")
+    got, start = (
+        UNet2DConditionModel.from_pretrained(folder / "unet").state_dict() for folder in (out, trained)
+    )
+    # the first step of AdamW moves a weight by at most the learning rate of the first step of warm-up
+    assert all((got[name] - start[name]).abs().max() < 1e-3 for name in got)
+    assert any(not torch.equal(got[name], start[name]) for name in got)
+    run(train_latent, data, out, 2, *options[2:])
+    assert json.loads((out / "training.json").read_text())["before"] == before
+    model_card.main([str(out), "--images", "10", "--steps", "2", "--batch", "5"])
+    words = " ".join((out / "README.md").read_text().split())
+    assert f"It went on from weights that had seen {before['images']:,} images" in words
+    assert "min-SNR weights of gamma 5" in words
+    assert words.count("python examples/train_latent.py") == 3
+
+
+def test_gamma_that_is_no_weight_is_refused(
+    data: Path, autoencoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(train_latent, data, tmp_path / "out", 1, "--autoencoder", autoencoder, "--min-snr", "0")
+    assert "--min-snr must be greater than 0, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_texts_and_latents_stay_those_of_the_beginning(data: Path, autoencoder: Path, tmp_path: Path) -> None:
