@@ -163,6 +163,10 @@ TEST(Conv2d, MatchesDefinitionForOddShapes) {
   }
 }
 
+TEST(Conv2d, MatchesDefinitionInPanelsOfEachGroup) {
+  expect_matches_definition({2, {2048}, {15, 16}, 256, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 2}, 8, 77);
+}
+
 TEST(Conv2d, MatchesDefinitionWhereWinogradRuns) {
   const Shape shapes[] = {
       {1, {16}, {2, 2}, 16},        // one tile of 2x2

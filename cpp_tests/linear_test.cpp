@@ -91,6 +91,21 @@ TEST(Linear, MatchesDefinitionOnEveryIsa) {
   }
 }
 
+// Three slabs of 64 outputs and more codes than stay in a cache: several panels of tiles, the last one
+// smaller.
+TEST(Linear, MatchesDefinitionInPanels) {
+  std::mt19937 random(3);
+  const int64_t rows = 440, features = 1400, outputs = 150;
+  for (int bits : {4, 8}) {
+    const std::vector<SegmentData> segments = {
+        testing::random_segment(random, rows, features, outputs, 1, 1, bits, false)};
+    const std::vector<float> wanted = naive(segments, nullptr, rows, outputs);
+    on_every_level([&](const IgemmLevel& level) {
+      EXPECT_EQ(run(segments, nullptr, rows, outputs, bits, level), wanted) << level.name;
+    });
+  }
+}
+
 TEST(Linear, NoRowsDoesNothing) {
   std::mt19937 random(2);
   const std::vector<SegmentData> segments = {testing::random_segment(random, 0, 8, 4, 1, 1, 8, false)};
