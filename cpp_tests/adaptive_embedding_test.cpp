@@ -7,11 +7,10 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
-#include <thread>
 #include <vector>
 
-#include "cpu/parallel.h"
 #include "elementwise_cases.h"
+#include "scattered_threads.h"
 
 namespace adpdm {
 namespace {
@@ -159,17 +158,10 @@ TEST(AdaptiveRows, MatchDefinitionOnEveryInstructionSet) {
 TEST(AdaptiveRows, ThreadsChangeNothing) {
   const Layer layer(kAdaptiveParts * 257, 300, 3);
   const std::vector<float> x = random_normal(6 * 300, 7);
-  const auto scattered = [](int64_t begin, int64_t end, int64_t grain, void* context,
-                            cpu::ParallelBody body) {
-    for (int64_t last = end; last > begin; last -= grain) {
-      std::thread(body, context, std::max(begin, last - grain), last).join();
-    }
-  };
   for (cpu::Isa isa : supported_isas()) {
     const auto serial = rows_of(x, 6, layer, isa);
-    const cpu::ParallelBackend before = cpu::set_parallel_backend(scattered);
+    const testing::ScatteredThreads threads;
     EXPECT_EQ(rows_of(x, 6, layer, isa), serial) << cpu::isa_name(isa);
-    cpu::set_parallel_backend(before);
   }
 }
 

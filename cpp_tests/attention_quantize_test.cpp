@@ -7,11 +7,10 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
-#include <thread>
 #include <vector>
 
-#include "cpu/parallel.h"
 #include "elementwise_cases.h"
+#include "scattered_threads.h"
 
 namespace adpdm {
 namespace {
@@ -162,15 +161,6 @@ TEST(AttentionQuantize, FewerBits) {
   expect_definition(c, 1);
 }
 
-// Every element of a range on a thread of its own.
-void scattered(int64_t begin, int64_t end, int64_t grain, void* context, cpu::ParallelBody body) {
-  std::vector<std::thread> threads;
-  for (int64_t i = begin; i < end; i += grain) {
-    threads.emplace_back([=] { body(context, i, std::min(end, i + grain)); });
-  }
-  for (std::thread& thread : threads) thread.join();
-}
-
 TEST(AttentionQuantize, ThreadsChangeNothing) {
   Case c;
   c.heads = 2;
@@ -182,9 +172,8 @@ TEST(AttentionQuantize, ThreadsChangeNothing) {
     c.int8 = int8;
     for (cpu::Isa isa : supported_isas()) {
       const std::vector<int8_t> serial = attention(c, t, isa);
-      const cpu::ParallelBackend before = cpu::set_parallel_backend(scattered);
+      const testing::ScatteredThreads threads;
       EXPECT_EQ(attention(c, t, isa), serial) << cpu::isa_name(isa);
-      cpu::set_parallel_backend(before);
     }
   }
 }

@@ -4,14 +4,13 @@
 #include <gtest/gtest.h>
 
 #include <random>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "core/float_convert.h"
-#include "cpu/parallel.h"
 #include "igemm_level.h"
 #include "igemm_problem.h"
+#include "scattered_threads.h"
 
 namespace adpdm {
 namespace {
@@ -313,20 +312,12 @@ TEST(Conv2d, EmptyBatchDoesNothing) {
 }
 
 // Cuts every range into single elements and runs them backwards in new threads.
-void scattered_backend(int64_t begin, int64_t end, int64_t grain, void* context, cpu::ParallelBody body) {
-  for (int64_t last = end; last > begin; last -= grain) {
-    std::thread(body, context, std::max(begin, last - grain), last).join();
-  }
-}
-
 TEST(Conv2d, WorkSplitDoesNotChangeResults) {
   Problem problem = random_problem({2, {64, 12}, {16, 16}, 96}, 8, 9);
   for (const IgemmLevel& level : igemm_levels()) {
     const std::vector<float> serial = run<float>(problem, level, FloatType::kFloat32, 0.0f);
-    cpu::ParallelBackend before = cpu::set_parallel_backend(scattered_backend);
-    const std::vector<float> scattered = run<float>(problem, level, FloatType::kFloat32, 0.0f);
-    cpu::set_parallel_backend(before);
-    EXPECT_EQ(serial, scattered) << level.name;
+    const testing::ScatteredThreads threads;
+    EXPECT_EQ(run<float>(problem, level, FloatType::kFloat32, 0.0f), serial) << level.name;
   }
 }
 

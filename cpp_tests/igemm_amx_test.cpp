@@ -3,15 +3,14 @@
 #include <gtest/gtest.h>
 
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "cpu/amx_emulation.h"
-#include "cpu/parallel.h"
 #include "cpu/pixel_walk.h"
 #include "elementwise_cases.h"
 #include "igemm_case.h"
 #include "igemm_level.h"
+#include "scattered_threads.h"
 
 namespace adpdm::testing {
 namespace {
@@ -107,21 +106,16 @@ TEST(IgemmAmx, GivesThePortableBitsWhereTheInputIsCutIntoChunks) {
 }
 
 // Cuts every range into single elements and runs them backwards in new threads.
-void scattered_backend(int64_t begin, int64_t end, int64_t grain, void* context, cpu::ParallelBody body) {
-  for (int64_t last = end; last > begin; last -= grain) {
-    std::thread(body, context, std::max(begin, last - grain), last).join();
-  }
-}
-
 TEST(IgemmAmx, EveryThreadConfiguresItsOwnTiles) {
   Layer layer = conv_layer(128, {16, 16}, 160);
   layer.batch = 2;
   const HostCase host = random_case(layer, {}, 3);
   const std::vector<float> serial = run(host, kEmulated);
   const int64_t before = cpu::amx_emulation::this_thread().counts.products;
-  const cpu::ParallelBackend backend = cpu::set_parallel_backend(scattered_backend);
-  EXPECT_EQ(run(host, kEmulated), serial);
-  cpu::set_parallel_backend(backend);
+  {
+    const testing::ScatteredThreads threads;
+    EXPECT_EQ(run(host, kEmulated), serial);
+  }
   EXPECT_EQ(cpu::amx_emulation::this_thread().counts.products, before) << "wanted work in other threads only";
 }
 

@@ -2,13 +2,12 @@
 // for bit as defined, on every instruction set.
 #include <gtest/gtest.h>
 
-#include <thread>
 #include <vector>
 
-#include "cpu/parallel.h"
 #include "elementwise_cases.h"
 #include "igemm_case.h"
 #include "igemm_level.h"
+#include "scattered_threads.h"
 
 namespace adpdm::testing {
 namespace {
@@ -255,15 +254,8 @@ void expect_any_split(const Layer& layer) {
   CpuCase cpu_case(host);
   for (const IgemmLevel& level : igemm_levels()) {
     EXPECT_EQ(cpu_case.conv2d(level), expected) << level.name;
-    const auto scattered = [](int64_t begin, int64_t end, int64_t grain, void* context,
-                              cpu::ParallelBody body) {
-      for (int64_t last = end; last > begin; last -= grain) {
-        std::thread(body, context, std::max(begin, last - grain), last).join();
-      }
-    };
-    const cpu::ParallelBackend before = cpu::set_parallel_backend(scattered);
+    const testing::ScatteredThreads threads;
     EXPECT_EQ(cpu_case.conv2d(level), expected) << level.name << ", scattered";
-    cpu::set_parallel_backend(before);
   }
 }
 

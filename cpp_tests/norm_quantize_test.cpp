@@ -6,12 +6,11 @@
 
 #include <cmath>
 #include <stdexcept>
-#include <thread>
 #include <vector>
 
 #include "core/activation_math.h"
-#include "cpu/parallel.h"
 #include "elementwise_cases.h"
+#include "scattered_threads.h"
 
 namespace adpdm {
 namespace {
@@ -286,17 +285,10 @@ TEST(GroupNormQuantize, WorkSplitDoesNotChangeCodes) {
   c.groups = 32;
   c.activation = Activation::kSilu;
   const Tensors t = random_tensors(c, 8);
-  const auto scattered = [](int64_t begin, int64_t end, int64_t grain, void* context,
-                            cpu::ParallelBody body) {
-    for (int64_t last = end; last > begin; last -= grain) {
-      std::thread(body, context, std::max(begin, last - grain), last).join();
-    }
-  };
   for (cpu::Isa isa : supported_isas()) {
     const std::vector<int8_t> serial = group_norm(c, t, isa);
-    const cpu::ParallelBackend before = cpu::set_parallel_backend(scattered);
+    const testing::ScatteredThreads threads;
     EXPECT_EQ(group_norm(c, t, isa), serial) << cpu::isa_name(isa);
-    cpu::set_parallel_backend(before);
   }
 }
 

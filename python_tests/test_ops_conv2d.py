@@ -113,6 +113,26 @@ def test_conv2d_groups_are_exact(
     assert torch.equal(actual, expected(segments, weights, None, geometry))
 
 
+@given(
+    tiles=st.lists(st.integers(1, 4), min_size=3, max_size=3),
+    channels=st.lists(st.sampled_from([16, 32, 64]), min_size=1, max_size=2),
+    outputs=st.sampled_from([16, 24, 32, 80]),
+    bits=st.sampled_from([4, 8]),
+    seed=st.integers(0, 2**31),
+)
+def test_conv2d_by_winograd_is_exact(
+    tiles: list[int], channels: list[int], outputs: int, bits: int, seed: int
+) -> None:
+    """Whole tiles of 4x4 pixels and multiples of 16 and 32 channels, as kernels want them for it."""
+    generator = torch.Generator().manual_seed(seed)
+    g = ConvGeometry(outputs, (3, 3), padding=(1, 1))
+    image = [tiles[0], 4 * tiles[1], 4 * tiles[2]]
+    segments, weights = make_layer(generator, image, channels, g, bits, unit=True)
+    assert torch.equal(
+        ops.conv2d(segments, Epilogue(), g, bits, torch.float32), expected(segments, weights, None, g)
+    )
+
+
 @given(channels=st.lists(st.integers(1, 40), min_size=1, max_size=2), seed=st.integers(0, 2**31))
 def test_conv2d_values_are_within_one_ulp(channels: list[int], seed: int) -> None:
     # The twin forms each fused multiply-add in float64 and rounds twice: at most one unit in the last place

@@ -11,17 +11,29 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#define ADPDM_HAS_FORK
+#endif
+
 namespace {
 
 namespace py = pybind11;
 
+// GNU's OpenMP does not survive a fork: a child whose parent had started threads would wait for them for
+// ever. Kernels run on one thread there.
+std::atomic<bool> pool_started{false};
+std::atomic<bool> pool_lost{false};
+
 void run_on_torch_threads(int64_t begin, int64_t end, int64_t grain, void* context,
                           adpdm::cpu::ParallelBody body) {
+  if (pool_lost.load(std::memory_order_relaxed)) return body(context, begin, end);
+  if (at::get_num_threads() > 1) pool_started.store(true, std::memory_order_relaxed);
   at::parallel_for(begin, end, grain, [=](int64_t first, int64_t last) { body(context, first, last); });
 }
 
 // Threads a large enough parallel_for is spread over: torch.get_num_threads(), or 1 if this module lacks
-// OpenMP.
+// OpenMP or its pool was lost by a fork.
 int64_t worker_threads() {
   std::atomic<int64_t> ranges{0};
   adpdm::cpu::parallel_for(0, int64_t{1} << 20, 1, [&](int64_t, int64_t) { ++ranges; });
@@ -64,6 +76,9 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   adpdm::cpu::set_parallel_backend(run_on_torch_threads);
+#ifdef ADPDM_HAS_FORK
+  pthread_atfork(nullptr, nullptr, [] { pool_lost = pool_lost || pool_started; });
+#endif
   module.def("build_info", &build_info, "Facts about this build and this CPU.");
   module.def("worker_threads", &worker_threads,
              "Threads the CPU kernels are spread over; starts torch's pool.");
