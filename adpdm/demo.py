@@ -38,6 +38,7 @@ from .evaluate.sampling import device_of, sample_shape, shape_of_call
 from .files import replacing
 from .graph import capture, release
 from .info import gather_info
+from .layer_runs import recorded_coverage
 from .pipeline import find_denoiser, load_pipeline, quantize
 from .replay import Progress
 from .trajectory import Conditioning, DenoiserCall
@@ -311,9 +312,8 @@ def report_data(
 ) -> page.ReportData:
     """Arrange runs as the report wants them; the first run is the main one, warnings are of other runs."""
     main = runs[0]
-    trace, coverage = main.stored["trace"], main.stored["coverage"]
+    trace = main.stored["trace"]
     timesteps = np.array(main.stored["timesteps"])
-    kept = tuple(x["name"] for x in main.stored["layers"] if x["bits"] is None)
     notes = [f"{run.name}: {sentence}." for run in runs for sentence in run.stored["trace"]["warnings"]]
     notes += [*warnings, *dict.fromkeys(s for run in runs for s in run.evaluation.missing)]
     return page.ReportData(
@@ -341,7 +341,7 @@ def report_data(
         scores=tuple(_score(run) for run in runs),
         sizes=_sizes(runs),
         times=tuple(_time(name, t) for run in runs for name, t in run.timings),
-        coverage=page.Coverage(coverage["macs"], coverage["parameters"], kept),
+        coverage=recorded_coverage(main.stored),
         max_importance=None if trace["outcome"] is None else trace["outcome"]["max_importance"],
         notes=(*notes, f"The whole run took {seconds / 60:.1f} minutes."),
     )

@@ -18,7 +18,8 @@ from torch import nn
 from . import _native
 from .config import QuantConfig
 from .info import gather_info
-from .nn import FusionInfo, LoadedLayer, QuantLayer, describe_fusion, summarize_fusion, swap
+from .layer_runs import work_shares
+from .nn import FusionInfo, LoadedLayer, QuantLayer, block_around, describe_fusion, summarize_fusion, swap
 from .pipeline import find_denoiser, load_pipeline
 
 REPORT_NAME = "adpdm_report.json"  # what `adpdm quantize` leaves beside the model
@@ -284,18 +285,13 @@ def model_state(folder: Path) -> ModelState:
     denoiser = find_denoiser(load_pipeline(folder, local_files_only=True))
     fusion = describe_fusion(denoiser)
     stored = folder / REPORT_NAME
-    work = _work_shares(json.loads(stored.read_text())) if stored.is_file() else {}
+    work = work_shares(json.loads(stored.read_text())) if stored.is_file() else {}
     layers = [
         _layer_state(name, module, fusion, denoiser, work.get(name))
         for name, module in denoiser.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
     return ModelState(str(folder), type(denoiser).__name__, summarize_fusion(fusion), layers)
-
-
-def _work_shares(report: dict[str, Any]) -> dict[str, float]:
-    total = sum(layer["macs"] for layer in report["layers"]) or 1
-    return {layer["name"]: layer["macs"] / total for layer in report["layers"]}
 
 
 def _layer_state(
@@ -310,12 +306,9 @@ def _layer_state(
         return _loaded_state(name, layer, shape, macs)
     if not isinstance(layer, QuantLayer):
         return LayerState(name, shape, "float", _why_float(name, layer, denoiser), None, None, macs)
-    inside = [info for info in fusion if f"{name}.".startswith(f"{info.name}.")]
-    nearest = max(
-        inside, key=lambda info: len(info.name)
-    )  # every quantized layer is in one, or is one itself
-    runs: Runs = "fused" if nearest.fused else "per layer"
-    reason = "" if nearest.fused else f"{nearest.name} ({nearest.kind}): {nearest.reason}"
+    block = block_around(name, fusion)
+    runs: Runs = "fused" if block.fused else "per layer"
+    reason = "" if block.fused else f"{block.label}: {block.reason}"
     return LayerState(name, shape, runs, reason, layer.bits, tile_share(layer), macs)
 
 

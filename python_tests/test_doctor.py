@@ -14,6 +14,7 @@ from diffusers import UNet2DModel
 import adpdm
 from adpdm import AdpdmConfig, QuantConfig, _native, cli, doctor
 from adpdm.doctor import LEVELS, Advice, LayerState, ModelState
+from adpdm.layer_runs import recorded_coverage
 from adpdm.nn import quant_layers
 from adpdm.testing import ONE_BLOCK, tiny_pipeline
 
@@ -213,6 +214,13 @@ def test_layers_of_a_saved_model(saved: Path) -> None:
     assert sum(layer.macs or 0 for layer in model.layers) == pytest.approx(1)
     by_state = {runs: sum(x.runs == runs for x in model.layers) for runs in ("fused", "per layer", "float")}
     assert by_state["fused"] + by_state["per layer"] == len(quant_layers(adpdm.load_pipeline(saved).unet))
+
+
+def test_report_says_the_same_of_every_layer(saved: Path) -> None:
+    recorded = recorded_coverage(json.loads((saved / doctor.REPORT_NAME).read_text())).layers
+    found = {x.name: (x.runs, x.macs, x.reason) for x in doctor.model_state(saved).layers}
+    assert {x.name: (x.runs, x.macs_share) for x in recorded} == {k: v[:2] for k, v in found.items()}
+    assert all(found[x.name][2].endswith(x.reason) for x in recorded)
 
 
 def test_advice_names_slow_layers_and_what_to_do(saved: Path) -> None:

@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"quantizers"},
     {"nn"},
     {"search_state", "timesteps", "partition", "trajectory", "io", "report", "outputs"},
-    {"search", "replay", "evaluate", "facts"},
+    {"search", "replay", "evaluate", "facts", "layer_runs"},
     {"rounding", "precision", "bias", "correction", "equalize"},
     {"budget", "quantize_options"},
     {"calibrate"},
@@ -43,7 +43,7 @@ CPP_FOLDERS: dict[str, tuple[set[str], str]] = {
     "cpu": ({"core", "cpu"}, r"(immintrin|cpuid|sys/syscall|unistd)\.h"),
     "simt": ({"simt"}, r"ucontext\.h|sanitizer/\w+\.h"),
     "cuda": ({"core", "cuda"}, r"(cuda\w*|nvtx3/nvToolsExt)\.h"),
-    "bindings": ({"core", "cpu", "cuda", "bindings"}, r"(torch|ATen|c10|pybind11)/.*"),
+    "bindings": ({"core", "cpu", "cuda", "bindings"}, r"(torch|ATen|c10|pybind11)/.*|pthread\.h"),
 }
 STANDARD_HEADER = r"[a-z_]+"
 # Where the instructions of the device are replaced by calls of the host executor.

@@ -98,7 +98,16 @@ def full_data() -> report.ReportData:
         scores=(report.SampleScore("W8A8", 64, 38.04, 31.0, 0.0123, 4.56, 3.21, 6.54, 16),),
         sizes=(report.ModelSize("full precision", 10_000_000), report.ModelSize("W8A8", 2_500_000)),
         times=(report.StepTime("W8A8", 1, 0.020, 0.010, 2.0, 1.9, 2.1),),
-        coverage=report.Coverage(0.981, 0.964, ("conv_in",)),
+        coverage=report.Coverage(
+            0.981,
+            0.964,
+            (
+                report.LayerRun("conv_in", "float", "input or output layer", macs_share=0.019),
+                report.LayerRun("mid.conv", "per layer", "conv2 is <odd>", "mid (ResnetBlock2D)", 0.281),
+                report.LayerRun("out<b>", "fused", "", "out (UpBlock2D)", 0.7),
+            ),
+            2,
+        ),
         max_importance=0.85,
         notes=("run `pip install x` <now>",),
     )

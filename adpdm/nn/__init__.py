@@ -6,7 +6,15 @@ from . import joint_blocks as joint_blocks
 from . import transformer_blocks as transformer_blocks
 from .adapters import adapters_of, mark_equalized, refuse_adapters, watch_adapters, without_adapters
 from .coded import CodedLayer
-from .fusion import FusionInfo, describe_fusion, fuse_blocks, summarize_fusion, unfuse_blocks, unfused
+from .fusion import (
+    FusionInfo,
+    block_around,
+    describe_fusion,
+    fuse_blocks,
+    summarize_fusion,
+    unfuse_blocks,
+    unfused,
+)
 from .layers import QuantConv2d, QuantLayer, QuantLinear
 from .loaded import (
     LoadedConv2d,
@@ -31,6 +39,7 @@ __all__ = [
     "QuantLayer",
     "QuantLinear",
     "adapters_of",
+    "block_around",
     "describe_fusion",
     "describe_layers",
     "float_twin",

@@ -34,6 +34,10 @@ class FusionInfo:
     reason: str  # why not, empty when it runs fused
     attention: str = ""  # what it multiplies, "int8" or "float", where the block is an attention
 
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.kind})"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -370,9 +374,15 @@ def describe_fusion(denoiser: nn.Module) -> list[FusionInfo]:
     return infos
 
 
+def block_around(name: str, infos: Sequence[FusionInfo]) -> FusionInfo:
+    """The innermost block around a quantized layer, or the layer itself: it says how the layer runs."""
+    inside = [info for info in infos if not info.name or f"{name}.".startswith(f"{info.name}.")]
+    return max(inside, key=lambda info: len(info.name))  # every quantized layer is in one, or is one itself
+
+
 def summarize_fusion(infos: Sequence[FusionInfo]) -> str:
     """One line: how many run fused, what attention multiplies, and what keeps the others."""
-    reasons = [f"{i.name} ({i.kind}): {i.reason}" for i in infos if not i.fused]
+    reasons = [f"{i.label}: {i.reason}" for i in infos if not i.fused]
     line = f"{len(infos) - len(reasons)} of {len(infos)} blocks"
     products = sorted({i.attention for i in infos if i.attention})
     line += f", attention in {' and '.join(products)}" if products else ""

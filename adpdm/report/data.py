@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -283,17 +283,39 @@ class StepTime:
 
 
 @dataclass(frozen=True)
+class LayerRun:
+    """How one layer of the quantized model runs.
+
+    Args:
+        name: of the layer.
+        runs: in integers as part of a block, in integers by itself, or in full precision; "integer" where it
+            was not recorded which of the first two.
+        reason: why it is not fused, or why it stays in full precision; empty for the others.
+        block: around it, with its class; empty where there is none.
+        macs_share: of the model's multiply-accumulates, 0 to 1; None where it was not measured.
+    """
+
+    name: str
+    runs: Literal["fused", "per layer", "float", "integer"]
+    reason: str = ""
+    block: str = ""
+    macs_share: float | None = None
+
+
+@dataclass(frozen=True)
 class Coverage:
-    """What runs in integers.
+    """What runs in integers, and how.
 
     Args:
         macs_share, parameters_share: 0 to 1.
-        float_layers: names of layers that stayed in floating point.
+        layers: in the order of the network.
+        fused_blocks: that run as one; None where it was not recorded.
     """
 
     macs_share: float
     parameters_share: float
-    float_layers: tuple[str, ...] = ()
+    layers: tuple[LayerRun, ...] = ()
+    fused_blocks: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 from adpdm.report import charts, images
 from adpdm.report import figures_accuracy as accuracy
 from adpdm.report import figures_groups as groups
-from adpdm.report.data import GroupMap, ImageSet, ReportData, SelectionTrace
+from adpdm.report import figures_layers as layers
+from adpdm.report.data import Coverage, GroupMap, ImageSet, ReportData, SelectionTrace
 from adpdm.report.formats import decimal, percent
 from adpdm.report.markup import Child, Html, join, tag
 from adpdm.report.style import SCRIPT, style_sheet
@@ -380,12 +381,18 @@ def _cost(data: ReportData) -> Html:
         return join([*parts, _absent("Coverage was not recorded in this run.")])
     shares = f"{percent(data.coverage.macs_share)} of the multiply-accumulates and "
     shares += f"{percent(data.coverage.parameters_share)} of the parameters run in integers."
-    parts += [tag("h3", "Coverage"), tag("p", shares)]
-    names = data.coverage.float_layers
-    if names:
-        listed = tag("ul", *(tag("li", tag("code", n)) for n in names), class_="notes")
-        parts.append(_table(listed, f"{len(names)} layers in floating point"))
-    return join(parts)
+    return join([*parts, tag("h3", "Coverage"), tag("p", shares), *_layers(data.coverage)])
+
+
+def _layers(coverage: Coverage) -> list[Html]:
+    parts = [tag("p", layers.run_sentence(coverage))] if coverage.layers else []
+    if coverage.fused_blocks is None:
+        parts.append(_absent("Which layers run fused was not recorded when this model was quantized."))
+    for runs, words in (("per layer", "Layer by layer"), ("float", "In full precision")):
+        chosen = [layer for layer in coverage.layers if layer.runs == runs]
+        if chosen:
+            parts.append(_table(layers.reason_table(chosen), f"{words} ({len(chosen)}), with reasons"))
+    return parts
 
 
 def _notes(data: ReportData) -> Html:
