@@ -1,4 +1,5 @@
-# The commands of a working day: demo, test, lint, sanitize, package, oldest, docs, mutants, bench, accuracy, gpu, clean.
+# The commands of a working day: demo, test, lint, sanitize, sanitize-threads, package, oldest, docs, mutants, bench,
+# accuracy, gpu, clean.
 # Needs python3 >= 3.10, g++ and make; fetches the rest from PyPI into $(VENV) and googletest from the system's packages.
 #
 #   VENV=.venv            environment to create and use
@@ -25,7 +26,7 @@ EXTRACTORS := build/.extractors
 # adpdm/__init__.py holds the version; the other Python files of an editable install need no new one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt adpdm/__init__.py $(wildcard tools/*.py csrc/*/*)
 
-.PHONY: demo test test-cpp test-python lint sanitize package oldest docs mutants bench accuracy gpu clean googletest
+.PHONY: demo test test-cpp test-python lint sanitize sanitize-threads package oldest docs mutants bench accuracy gpu clean googletest
 
 demo: export ADPDM_WERROR := 0
 demo: $(INSTALLED) $(EXTRACTORS)
@@ -63,6 +64,13 @@ sanitize: $(DEPENDENCIES) googletest
 	cmake --build build/sanitize -j $(MAX_JOBS)
 	ctest --test-dir build/sanitize --verbose -j $(TEST_JOBS)
 
+# Data races between the threads of one kernel; not in CI, which has no minutes left for it.
+sanitize-threads: $(DEPENDENCIES) googletest
+	$(CMAKE_TESTS) -B build/sanitize-threads -DADPDM_CUDA=0 -DADPDM_SANITIZE=thread > build/sanitize-threads-configure.log || \
+	  { cat build/sanitize-threads-configure.log; exit 1; }
+	cmake --build build/sanitize-threads -j $(MAX_JOBS)
+	ctest --test-dir build/sanitize-threads --verbose -j $(TEST_JOBS)
+
 # The wheel is compiled from the sdist, without CUDA, and then put to work in an environment that has nothing else.
 package: $(INSTALLED)
 	rm -rf build/dist
@@ -85,9 +93,22 @@ docs: $(INSTALLED)
 mutants: $(DEPENDENCIES) googletest
 	python tools/mutate.py
 
+# Every benchmark that this machine can run; results go to runs/bench. One that fails does not stop the others.
 bench: $(INSTALLED)
 	@ls benchmarks/bench_*.py > /dev/null || { echo "bench: wanted benchmarks/bench_*.py, found none"; exit 1; }
-	@set -e; for script in benchmarks/bench_*.py; do echo "python $$script"; python $$script; done
+	@mkdir -p runs/bench
+	@has_gpu=$$(python -c 'import torch; print(torch.cuda.is_available())') || exit 1; \
+	trap 'exit 130' INT; failed=; \
+	for script in benchmarks/bench_*.py; do \
+	  name=$$(basename $$script .py); option=--json; \
+	  case $$name-$$has_gpu in \
+	    bench_gpu_*-False) echo "bench: without $$script: torch finds no CUDA device"; continue;; \
+	    bench_unet-*) option=--output;; \
+	  esac; \
+	  echo "python $$script $$option runs/bench/$$name.json"; \
+	  python $$script $$option runs/bench/$$name.json || failed="$$failed $$name"; \
+	done; \
+	test -z "$$failed" || { echo "bench: failed:$$failed"; exit 1; }
 
 # The tables of docs/accuracy.md, hours on two cores; a second call continues.
 #   ACCURACY_FLAGS="--seeds 0 1 2 --bits w6a6"

@@ -1,6 +1,6 @@
 """Times the element-wise operators against their plain-torch twins; ADPDM_CPU picks the instruction set.
 
-ADPDM_CPU=avx512 python benchmarks/bench_elementwise.py --size 1000000 --threads 1
+ADPDM_CPU=avx512 python benchmarks/bench_elementwise.py --size 1000000 --threads 1 --json elementwise.json
 
 The last column is the time of a copy that moves as many bytes as quantize and dequantize read and write,
 divided by theirs: their share of the copy bandwidth at that size.
@@ -8,12 +8,13 @@ divided by theirs: their share of the copy bandwidth at that size.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
+import results_file
 import torch
+from cpu_timing import Call, options, sample, start
 
 from adpdm import reference
 from adpdm._native import build_info
@@ -22,7 +23,19 @@ NUM_GROUPS = 8
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
-def cases(size: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], Callable[[], object], int]]:
+@dataclass(frozen=True)
+class Row:
+    """Medians of one operator."""
+
+    operator: str
+    microseconds: float
+    nanoseconds_per_element_and_group: float
+    reference_microseconds: float
+    ratio: float  # the twin's time divided by the operator's
+    share_of_copy: float | None  # the copy's time divided by the operator's
+
+
+def cases(size: int, dtype: torch.dtype) -> dict[str, tuple[Call, Call, int]]:
     """Name -> (native call, reference call, groups the work is divided by)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(size, generator=generator).to(dtype)
@@ -47,7 +60,7 @@ def cases(size: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object]
         "observe": ((x, counts, extrema, step), 1),
     }
 
-    def call(module: object, name: str, values: tuple[object, ...]) -> Callable[[], object]:
+    def call(module: object, name: str, values: tuple[object, ...]) -> Call:
         function = getattr(module, name)
         return lambda: function(*values)
 
@@ -57,7 +70,7 @@ def cases(size: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object]
     }
 
 
-def copy_call(name: str, size: int, dtype: torch.dtype) -> Callable[[], object] | None:
+def copy_call(name: str, size: int, dtype: torch.dtype) -> Call | None:
     """A copy that reads and writes as many bytes together as an operator that has little else to do."""
     code_bytes = {"quantize": 1.0, "quantize_int4": 0.5, "dequantize": 1.0}.get(name)
     if code_bytes is None:
@@ -67,40 +80,45 @@ def copy_call(name: str, size: int, dtype: torch.dtype) -> Callable[[], object] 
     return lambda: target.copy_(source)
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def measure(name: str, size: int, dtype: torch.dtype, case: tuple[Call, Call, int], repeats: int) -> Row:
+    """Time an operator, its twin and a copy in turns, in wall time."""
+    native, twin, groups = case
+    copy = copy_call(name, size, dtype)
+    calls = [native, twin] if copy is None else [native, twin, copy]
+    for call in calls:
+        call()
+    rounds = [[sample(call, 1, time.perf_counter) for call in calls] for _ in range(repeats)]
+    ours, theirs = (statistics.median(r[i] for r in rounds) for i in (0, 1))
+    ratios = [statistics.median(r[i] / r[0] for r in rounds) for i in range(1, len(calls))]
+    share = ratios[1] if copy is not None else None
+    return Row(name, ours * 1e6, ours * 1e9 / size / groups, theirs * 1e6, ratios[0], share)
+
+
+def show(row: Row) -> None:
+    """Print one line."""
+    share = "" if row.share_of_copy is None else f" {row.share_of_copy:6.2f}"
+    print(
+        f"{row.operator:32} {row.microseconds:9.1f} {row.nanoseconds_per_element_and_group:17.3f} "
+        f"{row.reference_microseconds:13.1f} {row.ratio:6.1f}{share}",
+        flush=True,
+    )
 
 
 def main() -> None:
-    """Print one row per operator: medians of interleaved calls."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Print one row per operator: medians of interleaved calls; write them as JSON where asked."""
+    parser = options(__doc__)
     parser.add_argument("--size", type=int, default=1_000_000, help="elements")
     parser.add_argument("--dtype", choices=list(DTYPES), default="f32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=25, help="timed calls of each side, at least 20")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_grad_enabled(False)
+    args = start(parser)
     print(f"{build_info()['isa']}, {args.threads} thread(s), {args.size} x {args.dtype}, G={NUM_GROUPS}")
     print(f"{'op':32} {'us':>9} {'ns/element/group':>17} {'reference us':>13} {'ratio':>6} {'copy':>6}")
-    for name, (native, twin, groups) in cases(args.size, DTYPES[args.dtype]).items():
-        copy = copy_call(name, args.size, DTYPES[args.dtype])
-        calls = [native, twin] + [copy] * (copy is not None)
-        for call in calls:
-            seconds(call)
-        rounds = [[seconds(call) for call in calls] for _ in range(max(20, args.repeats))]
-        ours, theirs = (statistics.median(r[i] for r in rounds) for i in (0, 1))
-        per_element = ours * 1e9 / args.size / groups
-        ratios = [statistics.median(r[i] / r[0] for r in rounds) for i in range(1, len(calls))]
-        shares = "".join(f" {share:6.2f}" for share in ratios[1:])
-        print(
-            f"{name:32} {ours * 1e6:9.1f} {per_element:17.3f} {theirs * 1e6:13.1f} {ratios[0]:6.1f}{shares}"
-        )
+    rows = []
+    dtype = DTYPES[args.dtype]
+    for name, case in cases(args.size, dtype).items():
+        rows.append(measure(name, args.size, dtype, case, args.repeats))
+        show(rows[-1])
+    if args.json:
+        results_file.write(args.json, vars(args), map(asdict, rows))
 
 
 if __name__ == "__main__":

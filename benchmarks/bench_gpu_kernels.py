@@ -9,12 +9,12 @@ that runs step after step. Figures are medians of --rounds replays, ratios media
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import results_file
 import torch
 import torch.nn.functional as F
 from gpu_layers import LAYERS, MAPS, Conv, Layer, Linear
@@ -228,8 +228,8 @@ def main() -> None:
         rows += (group := layer_rows(layer, args.rounds))
         show(group)
     if args.json:
-        settings = {"models": args.models, "rounds": args.rounds, "device": torch.cuda.get_device_name()}
-        args.json.write_text(json.dumps({"settings": settings, "rows": [asdict(r) for r in rows]}, indent=1))
+        settings = {**vars(args), "device": torch.cuda.get_device_name()}
+        results_file.write(args.json, settings, map(asdict, rows), "cuda")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 """Measures what switching the group costs: the step hook against a whole forward of a quantized denoiser.
 
-python benchmarks/bench_group_switch.py --model models/ddpm-fashion-mnist-32
+python benchmarks/bench_group_switch.py --model models/ddpm-fashion-mnist-32 --json switch.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
+import results_file
 import torch
 
 import adpdm
@@ -54,22 +54,22 @@ def measure(model: Path, batch_size: int) -> dict[str, float | int]:
 
 
 def main() -> None:
+    """Print a sentence; write it as JSON where asked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=Path("models/ddpm-fashion-mnist-32"))
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
     result = measure(args.model, args.batch)
+    print(
+        f"batch {args.batch}, {result['threads']} threads: "
+        f"forward {result['forward_seconds'] * 1e3:.2f} ms, "
+        f"switch {result['switch_seconds'] * 1e6:.1f} us, {result['share']:.2%} of a step"
+    )
     if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        print(
-            f"batch {args.batch}, {result['threads']} threads: "
-            f"forward {result['forward_seconds'] * 1e3:.2f} ms, "
-            f"switch {result['switch_seconds'] * 1e6:.1f} us, {result['share']:.2%} of a step"
-        )
+        results_file.write(args.json, vars(args), [result])
 
 
 if __name__ == "__main__":

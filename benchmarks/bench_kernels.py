@@ -1,28 +1,33 @@
 """Times the integer conv2d and linear against torch float32 and oneDNN int8, interleaved.
 
-python benchmarks/bench_kernels.py --model fashion --batch 1 --threads 1 --json result.json
+python benchmarks/bench_kernels.py --model fashion --batch 1 --threads 1 --json result.json --peaks peaks.json
 
 W8A8 and W4A8 are given codes; +quantize includes quantizing float32 activations. The kernels write --output.
 Where the CPU has no VNNI, oneDNN adds products in 16 bits, which weights of 8 bits saturate: it is made for
 weights of 7 bits there, and W7A8 of ours is timed as well.
 With one thread times are CPU times (other processes of the machine do not count), with more wall times.
 Numbers are medians of --repeats samples, ratios medians of the ratios within a round.
+
+--peaks reads what adpdm_cpu_peaks --json wrote on the same machine; a last column is then the share of W8A8
+in the best rate of the instruction that its level multiplies with. Operations are those of the direct
+convolution: 3x3 convolutions by Winograd's method, which multiply less (by vpdpwssd where there is VNNI), can
+exceed 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import peers
+import results_file
 import torch
 import torch.nn.functional as F
+from cpu_timing import Clock, clock_of, options, start, time_in_turns
 from torch import Tensor
 
 from adpdm import ops
@@ -30,7 +35,14 @@ from adpdm._native import build_info
 from adpdm.ops import ConvGeometry, Epilogue, Segment
 
 NUM_GROUPS = 8
-MIN_SAMPLE_SECONDS = 0.002  # a sample repeats a call until it lasts this long
+
+# What each level multiplies with where codes and weights have 8 bits, as adpdm_cpu_peaks calls it.
+INSTRUCTIONS = {
+    "avx2": "vpmaddwd + vpaddd",
+    "avx_vnni": "vpdpbusd",
+    "avx512": "vpdpbusd",
+    "amx": "tdpbssd",
+}
 
 
 @dataclass(frozen=True)
@@ -89,12 +101,24 @@ MODELS = {
     "cifar": [
         Layer(3, 32, 128, 3),
         Layer(128, 32, 128, 3),
+        Layer(256, 32, 128, 3),
+        Layer(384, 32, 128, 3),
+        Layer(384, 32, 128, 1),
+        Layer(256, 32, 256, 3),  # of a map that was doubled
+        Layer(128, 32, 128, 3, 2),
+        Layer(128, 16, 256, 3),
         Layer(256, 16, 256, 3),
+        Layer(384, 16, 256, 3),
+        Layer(384, 16, 256, 1),
         Layer(512, 16, 256, 3),
+        Layer(512, 16, 256, 1),
+        Layer(256, 16, 256, 3, 2),
         Layer(256, 8, 256, 3),
         Layer(512, 8, 256, 3),
         Layer(512, 8, 256, 1),
+        Layer(256, 8, 256, 3, 2),
         Layer(256, 4, 256, 3),
+        Layer(512, 4, 256, 3),
         Layer(128, 32, 3, 3),
         Layer(256, 256, 256, 0),
     ],
@@ -215,12 +239,27 @@ def calls(layer: Layer, batch: int, output: torch.dtype) -> dict[str, Call]:
     }
 
 
-def sample(call: Call, count: int, clock: Callable[[], float]) -> float:
-    """Seconds per call, over `count` calls."""
-    start = clock()
-    for _ in range(count):
-        call()
-    return (clock() - start) / count
+@dataclass(frozen=True)
+class Peak:
+    """The most that an instruction does on registers alone."""
+
+    instructions: str
+    gops: float  # of one thread
+
+
+def read_peak(path: Path, level: str) -> Peak:
+    """The best rate of what `level` multiplies with, from a file of adpdm_cpu_peaks.
+
+    Raises:
+        ValueError: where the level has no such instruction, or the file no rate of it.
+    """
+    if level not in INSTRUCTIONS:
+        raise ValueError(f"--peaks: wanted one of the levels {', '.join(INSTRUCTIONS)}, got {level}")
+    wanted = INSTRUCTIONS[level]
+    for row in json.loads(path.read_text())["rows"]:
+        if (row["level"], row["instructions"]) == (level, wanted) and row["best_gops"] is not None:
+            return Peak(wanted, row["best_gops"])
+    raise ValueError(f"--peaks: wanted the rate of {wanted} at {level}, found none in {path}")
 
 
 @dataclass(frozen=True)
@@ -232,74 +271,90 @@ class Row:
     microseconds: float
     gops: float
     times_w8a8: float  # its time divided by that of W8A8
+    share_of_peak: float | None  # of W8A8
 
 
 def measure(
-    layer: Layer, batch: int, output: torch.dtype, repeats: int, clock: Callable[[], float]
+    layer: Layer,
+    batch: int,
+    output: torch.dtype,
+    repeats: int,
+    clock: Clock,
+    peak_gops: float | None,  # of all threads
 ) -> list[Row]:
     """Time all contestants in turns."""
     contestants = calls(layer, batch, output)
-    counts = {}
-    for name, call in contestants.items():
-        sample(call, 3, clock)
-        counts[name] = max(1, int(MIN_SAMPLE_SECONDS / max(sample(call, 3, clock), 1e-7)))
-    rounds = [{n: sample(c, counts[n], clock) for n, c in contestants.items()} for _ in range(repeats)]
+    rounds = time_in_turns(contestants, repeats, clock)
     rows = []
     for name in contestants:
         seconds = statistics.median(r[name] for r in rounds)
         ratio = statistics.median(r[name] / r["W8A8"] for r in rounds)
-        rows.append(Row(layer.name, name, seconds * 1e6, layer.operations(batch) / seconds / 1e9, ratio))
+        gops = layer.operations(batch) / seconds / 1e9
+        share = gops / peak_gops if peak_gops is not None and name == "W8A8" else None
+        rows.append(Row(layer.name, name, seconds * 1e6, gops, ratio, share))
     return rows
 
 
 def show(rows: list[Row]) -> None:
-    """Print one line per layer: microseconds of each contestant, GOP/s of ours, ratios to ours."""
+    """Print one line per layer: microseconds of each contestant, GOP/s of ours, ratios to ours, its share."""
     ours = rows[0]
     times = " ".join(f"{row.microseconds:13.1f}" for row in rows)
     ratios = " ".join(f"{row.times_w8a8:8.2f}" for row in rows[-2:])
-    print(f"{ours.layer:26} {times} {ours.gops:8.0f} {ratios}", flush=True)
+    share = "" if ours.share_of_peak is None else f" {ours.share_of_peak:8.2f}"
+    print(f"{ours.layer:26} {times} {ours.gops:8.0f} {ratios}{share}", flush=True)
 
 
 def show_head(rows: list[Row]) -> None:
     """What stands above the lines."""
     names = " ".join(f"{row.contestant:>13}" for row in rows)
-    print(f"{'layer':26} {names} {'GOP/s':>8} {'f32/W8':>8} {'1DNN/W8':>8}")
+    share = "" if rows[0].share_of_peak is None else f" {'W8/peak':>8}"
+    print(f"{'layer':26} {names} {'GOP/s':>8} {'f32/W8':>8} {'1DNN/W8':>8}{share}")
+
+
+def parse() -> tuple[argparse.Namespace, Peak | None]:
+    """Options, and the peak to compare with where asked."""
+    parser = options(__doc__)
+    parser.add_argument("--model", choices=list(MODELS), default="fashion")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--output", choices=list(OUTPUTS), default="f32", help="type of what kernels write")
+    parser.add_argument("--peaks", type=Path, help="what adpdm_cpu_peaks --json wrote")
+    args = start(parser)
+    if args.peaks is None:
+        return args, None
+    if any(layer.depthwise for layer in MODELS[args.model]):
+        parser.error(f"--peaks: wanted layers that are not depthwise, got --model {args.model}")
+    try:
+        return args, read_peak(args.peaks, build_info()["isa"])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 def main() -> None:
     """Print a table; write it as JSON where asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=list(MODELS), default="fashion")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--output", choices=list(OUTPUTS), default="f32", help="type of what kernels write")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=25, help="timed rounds, at least 20")
-    parser.add_argument("--json", type=Path, help="file to write")
-    args = parser.parse_args()
-    if args.repeats < 20:
-        parser.error(f"--repeats must be at least 20, got {args.repeats}")
-    torch.set_num_threads(args.threads)
-    torch.set_grad_enabled(False)
-    torch.manual_seed(0)
-    clock = time.process_time if args.threads == 1 else time.perf_counter
+    args, peak = parse()
     print(
         f"{build_info()['isa']}, {args.threads} thread(s), batch {args.batch}, {args.output}, "
         f"torch {torch.__version__}; us:"
     )
+    if peak is not None:
+        print(f"W8/peak: W8A8 in {args.threads} x {peak.gops:.0f} GOP/s of {peak.instructions}")
     rows: list[Row] = []
     for layer in MODELS[args.model]:
-        measured = measure(layer, args.batch, OUTPUTS[args.output], args.repeats, clock)
+        measured = measure(
+            layer,
+            args.batch,
+            OUTPUTS[args.output],
+            args.repeats,
+            clock_of(args.threads),
+            peak.gops * args.threads if peak is not None else None,
+        )
         if not rows:
             show_head(measured)
         show(measured)
         rows += measured
     if args.json:
-        machine = {"isa": build_info()["isa"], "processor": platform.processor(), "torch": torch.__version__}
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        result = {"machine": machine, "settings": settings, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(result, indent=1))
+        settings = {**vars(args), "peaks": asdict(peak) if peak is not None else None}
+        results_file.write(args.json, settings, map(asdict, rows))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,25 @@ def test_rates_and_ratios(kernels: ModuleType) -> None:
     assert rows[0].rate == pytest.approx(4e9 / 2e-6 / 1e12)
 
 
+def test_kernels_are_written_with_machine_and_settings(
+    kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(kernels, "MAPS", [])
+    monkeypatch.setattr(kernels, "LAYERS", {"tiny": ["layer"]})
+    row = kernels.Row("w", "W8A8", 2.0, 1.0, 3.0, "TOP/s")
+    monkeypatch.setattr(kernels, "layer_rows", lambda layer, rounds: [row])
+    path = tmp_path / "new" / "kernels.json"
+    monkeypatch.setattr("sys.argv", ["bench_gpu_kernels", "--json", str(path)])
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        kernels.main()
+    result = json.loads(path.read_text())
+    assert {"gpu", "commit", "torch"} <= set(result["machine"])
+    assert result["settings"] == {"models": ["tiny"], "rounds": 25, "device": "a card"}
+    assert [r["rate"] for r in result["rows"]] == [3.0]
+
+
 def test_costs_are_found_again(sweep: ModuleType) -> None:
     tile = sweep.Tile("mma", "a8w8", 64, 64, 3)
     tile_cycles, lone_cycles, block_cycles, sms, megahertz = 200, 320, 2200, 100, 1500.0
