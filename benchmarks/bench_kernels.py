@@ -2,7 +2,8 @@
 
 python benchmarks/bench_kernels.py --model fashion --batch 1 --threads 1 --json result.json --peaks peaks.json
 
-W8A8 and W4A8 are given codes; +quantize includes quantizing float32 activations. The kernels write --output.
+W8A8 and W4A8 are given codes; +quantize includes quantizing float32 activations. --output is of ours and of
+oneDNN.
 Where the CPU has no VNNI, oneDNN adds products in 16 bits, which weights of 8 bits saturate: it is made for
 weights of 7 bits there, and W7A8 of ours is timed as well.
 With one thread times are CPU times (other processes of the machine do not count), with more wall times.

@@ -311,7 +311,6 @@ TEST(Conv2d, EmptyBatchDoesNothing) {
     EXPECT_TRUE(run<float>(problem, level, FloatType::kFloat32, 0.0f).empty());
 }
 
-// Cuts every range into single elements and runs them backwards in new threads.
 TEST(Conv2d, WorkSplitDoesNotChangeResults) {
   Problem problem = random_problem({2, {64, 12}, {16, 16}, 96}, 8, 9);
   for (const IgemmLevel& level : igemm_levels()) {

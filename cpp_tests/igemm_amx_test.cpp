@@ -105,7 +105,6 @@ TEST(IgemmAmx, GivesThePortableBitsWhereTheInputIsCutIntoChunks) {
   expect_portable_bits(linear_layer(10001, {64}, 100, 4), 8);
 }
 
-// Cuts every range into single elements and runs them backwards in new threads.
 TEST(IgemmAmx, EveryThreadConfiguresItsOwnTiles) {
   Layer layer = conv_layer(128, {16, 16}, 160);
   layer.batch = 2;

@@ -207,8 +207,13 @@ def _usage(card: Card) -> str:
     )
 
 
+def _trainings(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of what this training went on from, the first one first, and its own."""
+    return [*(_trainings(record["before"]) if "before" in record else []), record]
+
+
 def _precision(record: dict[str, Any]) -> str:
-    """Records of before 2026-11-30 do not say it: there was one."""
+    """Records of before 2026-11-29 do not say it: there was one."""
     return "float32" if record.get("precision") == "float32" else "autocast to bfloat16"
 
 
@@ -234,9 +239,8 @@ def _training(card: Card) -> str:
     if record.get("min_snr"):
         words += f" Squared errors have min-SNR weights of gamma {record['min_snr']:g}; the curve has none."
     if "before" in record:
-        words += (
-            f" It went on from weights that had seen {record['before']['images']:,} images (commands below)."
-        )
+        seen = sum(part["images"] for part in _trainings(record)[:-1])
+        words += f" It went on from weights that had seen {seen:,} images (commands below)."
     if "autoencoder" in record:
         seen = record["autoencoder"]["images"]
         words += f" Its autoencoder has seen {seen:,} images before; its text encoder has random weights."
@@ -267,8 +271,8 @@ def _quality(card: Card) -> str:
 def _commands(card: Card) -> str:
     """Data, training and card, as a shell takes them."""
     trainings, record = [], card.model.record
-    parts = [record.get("autoencoder"), record.get("before"), record]
-    for part in [part for part in parts if part is not None]:
+    autoencoder = [record["autoencoder"]] if "autoencoder" in record else []
+    for part in [*autoencoder, *_trainings(record)]:
         for number, run in enumerate(part["commands"]):
             if run["from_images"]:
                 before = "" if number else "; what came before was not recorded"

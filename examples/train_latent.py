@@ -36,7 +36,16 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from training import Recipe, Trainer, argument_parser, parse, read_record, reduced_precision, train
+from training import (
+    Recipe,
+    Trainer,
+    argument_parser,
+    default_precision,
+    parse,
+    read_record,
+    reduced_precision,
+    train,
+)
 from training_data import CIFAR10
 from transformers import CLIPTextModel
 
@@ -67,8 +76,9 @@ class LatentTrainer(Trainer):
         self.tokenizer = make_tokenizer()
         if (args.out / "state.pt").exists():
             self._refuse_another_autoencoder(args)
-            text_encoder = CLIPTextModel.from_pretrained(args.out / "text_encoder")
-            self.text_encoder = text_encoder.float().eval().requires_grad_(False)
+            self.text_encoder = load_text_encoder(args.out)
+        elif args.init is not None and (args.init.parent / "text_encoder").is_dir():
+            self.text_encoder = load_text_encoder(args.init.parent)  # whose captions the weights know
         else:
             # As it is saved, so that the pipeline that comes out has the texts that were trained on.
             self.text_encoder = make_text_encoder(self.tokenizer, args.seed).half().float()
@@ -112,6 +122,12 @@ class LatentTrainer(Trainer):
             requires_safety_checker=False,
         )
         pipe.save_pretrained(self.out)
+
+
+def load_text_encoder(folder: Path) -> CLIPTextModel:
+    """The text encoder of a pipeline, in float32, not to be trained."""
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    return text_encoder.float().eval().requires_grad_(False)
 
 
 def load_latents(path: Path, autoencoder: Path, cache: Path, precision: str) -> tuple[Tensor, Tensor]:
@@ -163,7 +179,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.min_snr is not None and not args.min_snr > 0:
         parser.error(f"--min-snr must be greater than 0, got {args.min_snr:g}")
     cache = args.out / "latents.safetensors"
-    data = replace(CIFAR10, load=lambda path: load_latents(path, args.autoencoder, cache, args.precision))
+    precision = args.precision or default_precision(torch.device("cpu"))
+    data = replace(CIFAR10, load=lambda path: load_latents(path, args.autoencoder, cache, precision))
     recipe = Recipe(
         make_unet,
         "unet",

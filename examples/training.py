@@ -103,7 +103,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, args: argparse.Namespace) -> None:
         self.recipe, self.out, self.seed = recipe, args.out, args.seed
         self.device = torch.device(args.device)
-        self.precision: str = args.precision
+        self.precision: str = args.precision or default_precision(self.device)
         self.step, self.seen = 0, 0
         self.generator = torch.Generator().manual_seed(args.seed)
         torch.manual_seed(args.seed)
@@ -121,14 +121,14 @@ class Trainer:
         self.scheduler = DDPMScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, beta_schedule="linear")
         self.curve = LossCurve(self.device)
         if self.state_path.exists():
-            self._load()
+            self._load(args.precision)
         self.commands = self._commands(args)
 
     @property
     def state_path(self) -> Path:
         return self.out / "state.pt"
 
-    def _load(self) -> None:
+    def _load(self, precision: str | None) -> None:
         state = torch.load(self.state_path, map_location="cpu", weights_only=True)
         got = {name: value.shape for name, value in state["denoiser"].items()}
         if got != {name: value.shape for name, value in self.denoiser.state_dict().items()}:
@@ -143,7 +143,11 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.step, self.seen = state["step"], state["seen"]
-        self.before = (read_record(self.out) or {}).get("before")
+        record = read_record(self.out)
+        if record is not None:
+            self.before = record.get("before")
+            # Records of before 2026-11-29 do not say it: there was one.
+            self.precision = precision or record.get("precision", "bfloat16")
         if "curve" in state:  # states of before 2026-11-28 have none: their curve begins where they go on
             self.curve.load(state["curve"])
         print(f"continuing at {self.seen} images (step {self.step})", flush=True)
@@ -360,7 +364,8 @@ def argument_parser(description: str | None, data: ImageData) -> argparse.Argume
     parser.add_argument(
         "--precision",
         choices=("bfloat16", "float32"),
-        help="of products; the faster one by default: bfloat16 on a GPU and on CPUs that multiply it",
+        help="of products; by default that of the training so far, at its beginning the faster one: "
+        "bfloat16 on a GPU and on CPUs that multiply it",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser (needs g++)")
     return parser
@@ -379,7 +384,6 @@ def parse(parser: argparse.ArgumentParser, script: str, words: Sequence[str] | N
     check_device(parser, args.device)
     if args.save_every < 1:
         parser.error(f"--save-every must be at least 1, got {args.save_every}")
-    args.precision = args.precision or default_precision(torch.device(args.device))
     args.command = command_line(script, words)
     return args
 

@@ -172,6 +172,8 @@ def test_precision_is_what_it_is_told_or_the_faster_one(
     assert records == {"float32": "float32", "bfloat16": "bfloat16"}
     curves = [(tmp_path / name / "loss.csv").read_text() for name in records]
     assert curves[0] != curves[1]
+    run(script, data, tmp_path / "bfloat16", 4)  # goes on as it began, whatever is faster here
+    assert json.loads((tmp_path / "bfloat16" / "training.json").read_text())["precision"] == "bfloat16"
     for can, wanted in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: {"avx512_bf16": can})
         assert training.default_precision(torch.device("cpu")) == wanted

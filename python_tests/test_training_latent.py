@@ -209,13 +209,15 @@ def test_pipeline_resumes_to_the_same_bytes_and_samples_texts(
 
 def test_training_goes_on_from_a_shipped_pipeline(trained: Path, data: Path, tmp_path: Path) -> None:
     """Its weights, its autoencoder and what is known of both; weighted errors; also when it is resumed."""
-    options = ("--init", trained / "unet", "--autoencoder", trained / "vae", "--min-snr", "5")
+    options = ("--init", trained / "unet", "--autoencoder", trained / "vae", "--min-snr", "5", "--seed", "1")
     out = run(train_latent, data, tmp_path / "out", 1, *options)
     record, before = (json.loads((folder / "training.json").read_text()) for folder in (out, trained))
     assert record["before"] == before
     assert record["autoencoder"] == before["autoencoder"]
     assert (record["images"], record["min_snr"]) == (BATCH, 5)
     assert weights(out / "vae") == weights(trained / "vae")
+    texts = [folder / "text_encoder" / "model.safetensors" for folder in (out, trained)]
+    assert texts[0].read_bytes() == texts[1].read_bytes()
     got, start = (
         UNet2DConditionModel.from_pretrained(folder / "unet").state_dict() for folder in (out, trained)
     )

@@ -36,7 +36,7 @@ class FusionInfo:
 
     @property
     def label(self) -> str:
-        return f"{self.name} ({self.kind})"
+        return f"{self.name} ({self.kind})" if self.name else self.kind
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
