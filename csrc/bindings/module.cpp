@@ -21,8 +21,8 @@ namespace {
 namespace py = pybind11;
 
 // GNU's OpenMP does not survive a fork: a child whose parent had started threads would wait for them for
-// ever. Where kernels had started them, kernels run on one thread there; whether torch's operators had, nobody
-// tells.
+// ever. Where kernels had started them, kernels run on one thread there; whether torch's operators had,
+// nobody tells.
 std::atomic<bool> pool_started{false};
 std::atomic<bool> pool_lost{false};
 
