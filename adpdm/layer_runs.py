@@ -22,7 +22,7 @@ def recorded_coverage(record: Mapping[str, Any]) -> Coverage:
         record: as `QuantizationReport.to_dict`; without "fusion" it does not tell which layers are fused.
     """
     stored = record.get("fusion")
-    fusion = None if stored is None else [FusionInfo(**info) for info in stored]
+    fusion = None if stored is None else [FusionInfo.from_dict(info) for info in stored]
     shares = work_shares(record)
     return Coverage(
         record["coverage"]["macs"],

@@ -10,8 +10,6 @@ wall times. Numbers are medians; a ratio to ours fused is the median of the rati
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import results_file
 import torch
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
@@ -207,10 +206,7 @@ def main() -> None:
         print(f"{name:12} {', '.join(cells)}", flush=True)
         rows += found
     if args.json:
-        machine = {"kernels": kernels, "processor": platform.processor(), "torch": torch.__version__}
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        result = {"machine": machine, "settings": settings, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        results_file.write(args.json, vars(args), map(asdict, rows), args.device)
 
 
 if __name__ == "__main__":

@@ -106,3 +106,8 @@ def test_innermost_block_says_how_a_layer_runs() -> None:
     infos = [FusionInfo(name, "Block", True, "") for name in ("", "up.1", "up.1.resnets.0", "up.10")]
     wanted = {"up.1.resnets.0.conv1": "up.1.resnets.0", "up.1.conv": "up.1", "up.10.conv": "up.10", "out": ""}
     assert {layer: block_around(layer, infos).name for layer in wanted} == wanted
+
+
+def test_record_of_a_later_version_is_read() -> None:
+    info = FusionInfo("up.1", "Block", True, "")
+    assert FusionInfo.from_dict({**info.to_dict(), "told_later": 1}) == info
