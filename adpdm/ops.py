@@ -279,7 +279,8 @@ def adaptive_rows(embedding: Tensor, layer: torch.nn.Linear) -> tuple[Tensor, Te
 
 def _save_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, zero_point, group_index, *rest = inputs
-    ctx.save_for_backward(x, scale, zero_point, group_index)
+    # The next step writes another index into the same tensor, which autograd does not see.
+    ctx.save_for_backward(x, scale, zero_point, group_index.clone())
     ctx.rest = rest
 
 
@@ -302,6 +303,17 @@ torch.library.register_autograd(
     "adpdm::fake_quantize", _fake_quantize_grad, setup_context=_save_fake_quantize
 )
 torch.library.register_autograd("adpdm::fake_quantize_mixture", _mixture_grad, setup_context=_save_mixture)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "adpdm: wanted first derivatives of fake_quantize, got a gradient of its gradient "
+        "(create_graph=True), which it does not have"
+    )
+
+
+for _op in ("adpdm::fake_quantize_backward", "adpdm::fake_quantize_mixture_backward"):
+    torch.library.register_autograd(_op, _no_second_derivative)
 
 
 # ---- fake kernels: shapes, dtypes and strides only, for torch.compile and opcheck --------------------------

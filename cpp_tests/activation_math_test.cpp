@@ -109,6 +109,13 @@ TEST(ActivationMath, LargeValuesPassAndSmallOnesVanish) {
   EXPECT_TRUE(std::isnan(gelu(NAN)));
 }
 
+TEST(ActivationMath, InfinityStaysOne) {
+  EXPECT_EQ(silu(INFINITY), INFINITY);
+  EXPECT_EQ(gelu(INFINITY), INFINITY);
+  EXPECT_EQ(gelu_tanh(INFINITY), INFINITY);
+  EXPECT_EQ(gelu(-INFINITY), 0.0f);
+}
+
 // silu, a gelu, or value * gelu of values by the vector code: a linear layer whose only input is code 0 at
 // real 0.
 std::vector<float> by_linear(const std::vector<float>& values, Activation activation, cpu::Isa isa) {

@@ -127,17 +127,21 @@ def test_int8_attention_of_zeros(zeros: str) -> None:
         assert (codes == 3).all()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_int8_attention_takes_what_is_not_finite(value: float) -> None:
-    """No promise about the codes of that head, but none is lost elsewhere."""
-    query, key, v = normal(1, 9, 32), normal(1, 30, 32, seed=1), normal(1, 30, 32, seed=2)
-    wanted = ops.attention_quantize(query, key, v, quantizer(), 2, int8=True)
-    for tensor in (query, key, v):
-        broken = tensor.clone()
+@pytest.mark.parametrize(("int8", "value"), [(False, math.nan), (True, math.nan), (True, math.inf)])
+def test_what_is_not_finite_is_seen_in_the_codes_it_reaches(int8: bool, value: float) -> None:
+    """NaN gives quant_min; where codes are multiplied, infinity does as well."""
+    args = {"query": normal(1, 9, 32), "key": normal(1, 30, 32, seed=1), "value": normal(1, 30, 32, seed=2)}
+    wanted = ops.attention_quantize(**args, quantizer=quantizer(), heads=2, int8=int8)
+    reached = {"query": (4, slice(16, 32)), "key": (slice(None), slice(16, 32)), "value": (slice(None), 20)}
+    for name, (rows, channels) in reached.items():
+        broken = args[name].clone()
         broken[0, 4, 20] = value
-        args = [broken if x is tensor else x for x in (query, key, v)]
-        codes = ops.attention_quantize(*args, quantizer(), 2, int8=True)
-        assert torch.equal(codes[..., :16], wanted[..., :16])
+        codes = ops.attention_quantize(**{**args, name: broken}, quantizer=quantizer(), heads=2, int8=int8)
+        is_lost = torch.zeros(9, 32, dtype=torch.bool)
+        is_lost[rows, channels] = True
+        assert (codes[0][is_lost] == -128).all(), name
+        assert (codes[0][~is_lost].int() - wanted[0][~is_lost].int()).abs().max() <= 2, name
+        assert torch.equal(codes[..., :16], wanted[..., :16]), name
 
 
 @pytest.mark.parametrize("int8", [False, True])

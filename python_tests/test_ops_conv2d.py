@@ -201,6 +201,8 @@ def test_conv2d_opcheck(generator: torch.Generator) -> None:
         ({"kernel_size": (6, 3)}, "conv2d: kernel_size with dilation must fit the padded 4x4 input, got 6x3"),
         ({"stride": (0, 1)}, r"conv2d: stride must be 2 numbers of at least 1, got 0 and 1"),
         ({"padding": (-1, 0)}, r"conv2d: padding must be 2 numbers of at least 0, got -1 and 0"),
+        ({"stride": (1, 2**33)}, r"conv2d: stride must be 2 numbers below 65536, got 1 and 8589934592"),
+        ({"dilation": (2**62, 1)}, r"conv2d: dilation must be 2 numbers below 65536, got \d+ and 1"),
         ({"groups": 3}, "conv2d: groups must divide out_channels=8, got 3"),
         ({"groups": 4}, r"conv2d: groups must divide the 6 channels of input, got 4"),
         ({"out_channels": 16}, r"conv2d: weight_scale must have shape \[16\], got \[8\]"),

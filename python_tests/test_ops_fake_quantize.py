@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adpdm import ops, reference
+from adpdm.quantizers.activation import Importance
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 QUANT_MIN, QUANT_MAX = -8, 7
@@ -137,6 +138,46 @@ def test_autograd_calls_the_backward_operator(function: str, device: torch.devic
         grad, x.detach(), scale.detach(), zero_point.detach(), third.detach(), QUANT_MIN, QUANT_MAX, *extra
     )
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_gradients_are_of_the_group_that_was_current() -> None:
+    x = draw([4, 8, 2, 2], 0, torch.float32, False)
+    scale, zero_point = parameters(2, 0)
+    scale.requires_grad_()
+    index = torch.zeros(1, dtype=torch.int32)
+    total = torch.zeros(())
+    for group in range(2):
+        index.data.fill_(group)  # as the operators of the steps do, without telling autograd
+        total = total + ops.fake_quantize(x, scale, zero_point, index, QUANT_MIN, QUANT_MAX).square().sum()
+    (together,) = torch.autograd.grad(total, scale)
+    apart = torch.zeros(2)
+    for group in range(2):
+        index.data.fill_(group)
+        y = ops.fake_quantize(x, scale, zero_point, index, QUANT_MIN, QUANT_MAX)
+        apart += torch.autograd.grad(y.square().sum(), scale)[0]
+    assert (apart != 0).all()
+    torch.testing.assert_close(together, apart)
+
+
+def test_importance_has_the_gradient_of_its_step() -> None:
+    importance = Importance(torch.tensor([0, 1], dtype=torch.int32), 2, 3.0)
+    step = torch.zeros(1, dtype=torch.int32)
+    weight = importance.weights(step)[0]
+    step.data.fill_(1)
+    weight.backward()
+    assert importance.logits.grad is not None
+    assert importance.logits.grad[0].ne(0).all()
+    assert importance.logits.grad[1].eq(0).all()
+
+
+@pytest.mark.parametrize("function", ["fake_quantize", "fake_quantize_mixture"])
+def test_second_derivatives_are_refused(function: str) -> None:
+    x = draw([2, 3], 0, torch.float32, False).requires_grad_()
+    chosen = torch.tensor([0], dtype=torch.int32) if function == "fake_quantize" else torch.ones(3) / 3
+    y = getattr(ops, function)(x, *parameters(3, 0), chosen, QUANT_MIN, QUANT_MAX)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="wanted first derivatives of fake_quantize"):
+        grad.square().sum().backward()
 
 
 def test_mixture_gradient_of_importance_is_a_finite_difference() -> None:

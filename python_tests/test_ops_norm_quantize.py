@@ -149,6 +149,16 @@ def test_layer_norm_quantize_matches_reference(
     assert_codes(ops.layer_norm_quantize(*args), reference.layer_norm_quantize(*args))
 
 
+@pytest.mark.parametrize(("value", "eps"), [(2e4, 1e-6), (7e4, 1e-5)])
+@pytest.mark.parametrize("channels", [100, 320])
+def test_layer_norm_quantize_of_constant_rows(
+    value: float, eps: float, channels: int, generator: torch.Generator
+) -> None:
+    x = (value + torch.rand(64, 1, generator=generator)).expand(-1, channels)
+    codes = ops.layer_norm_quantize(x, None, None, None, quantizer(), eps)
+    assert (codes > -128).all()  # the code of NaN, as of the root of a variance below 0
+
+
 def test_group_norm_quantize_equals_quantized_group_norm(generator: torch.Generator) -> None:
     # torch's own GroupNorm and SiLU round elsewhere: codes agree but for ties.
     x = torch.randn(2, 64, 16, 16, generator=generator)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -241,6 +243,23 @@ def test_quantize_rejects_group_index_out_of_range_on_cpu(group: int) -> None:
     for channels_last in (False, True):
         with pytest.raises(IndexError, match=rf"group_index must be in \[0, num_groups=3\), got {group}"):
             ops.quantize(torch.zeros(1, 2, 3, 3), *qparams(3, group), 8, channels_last)
+
+
+def test_zero_points_are_codes_on_cpu() -> None:
+    scale, index = torch.ones(2), torch.tensor([1], dtype=torch.int32)
+    zero_point = torch.tensor([0, 32768], dtype=torch.int32)
+    codes = torch.zeros(2, 16, dtype=torch.int8)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "quantize": lambda: ops.quantize(torch.zeros(2, 32), scale, zero_point, index, 8),
+        "quantize_int4": lambda: ops.quantize_int4(torch.zeros(2, 32), scale, zero_point, index),
+        "dequantize": lambda: ops.dequantize(codes, scale, zero_point, index, torch.float32),
+        "dequantize_int4": lambda: ops.dequantize_int4(
+            codes.view(torch.uint8), scale, zero_point, index, 32, torch.float32
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"{name}: zero_point\[1\] must be a code in \[-128, 127\]"):
+            call()
 
 
 def test_int4_rejects_scalars_and_wrong_row_size() -> None:

@@ -36,7 +36,7 @@ class Importance(nn.Module):
 
     def weights(self, step_index: Tensor) -> Tensor:
         """Importance weights pi [G] of one step."""
-        return torch.softmax(self.logits.index_select(0, step_index)[0], 0)
+        return torch.softmax(self.logits.index_select(0, step_index.clone())[0], 0)
 
     def normalized_entropy(self, steps: Tensor | None = None) -> Tensor:
         """H(pi_k) / ln G per step, [T] or [len(steps)]; 0 when there is one group only."""

@@ -18,7 +18,8 @@ using at::Tensor;
 
 // A Backend is made once per call, from the input whose device and stream it selects while it lives. It has
 // the functions of core/quantize.h, core/fake_quantize.h and core/observe.h, with the arguments of the CPU's,
-// and run(function, arguments...).
+// check_values(op, "group_index", "zero_point", qparams), which checks what only it can about values, and
+// run(function, arguments...).
 
 template <typename Backend>
 Tensor quantize(const Tensor& x,            // [*] f32|bf16|f16
@@ -32,15 +33,17 @@ Tensor quantize(const Tensor& x,            // [*] f32|bf16|f16
   const GroupedQParams qparams = grouped_qparams("quantize", x, scale, zero_point, group_index);
   const at::MemoryFormat format = channels_last ? at::MemoryFormat::ChannelsLast : result_format(x);
   Tensor codes = at::empty(x.sizes(), x.options().dtype(at::kChar).memory_format(format));
+  const Backend backend(x);
+  backend.check_values("quantize", "group_index", "zero_point", qparams);
   if (channels_last && !has_channels_last(x)) {
     const Planes planes = planes_of("quantize", x);
-    Backend(x).run(Backend::quantize_channels_last, planes.view, qparams, static_cast<int>(num_bits),
-                   codes.mutable_data_ptr<int8_t>());
+    backend.run(Backend::quantize_channels_last, planes.view, qparams, static_cast<int>(num_bits),
+                codes.mutable_data_ptr<int8_t>());
     return codes;
   }
   const Rows rows = rows_in_result_order("quantize", x);
-  Backend(x).run(Backend::quantize, rows.view, qparams, static_cast<int>(num_bits),
-                 codes.mutable_data_ptr<int8_t>());
+  backend.run(Backend::quantize, rows.view, qparams, static_cast<int>(num_bits),
+              codes.mutable_data_ptr<int8_t>());
   return codes;
 }
 
@@ -50,7 +53,9 @@ Tensor quantize_int4(const Tensor& x,  // [*, K] f32|bf16|f16
   const GroupedQParams qparams = grouped_qparams("quantize_int4", x, scale, zero_point, group_index);
   const Rows rows = rows_of_last_dim("quantize_int4", x);
   Tensor packed = at::empty(with_last_dim(x, int4_row_bytes(x.size(-1))), x.options().dtype(at::kByte));
-  Backend(x).run(Backend::quantize_int4, rows.view, qparams, packed.mutable_data_ptr<uint8_t>());
+  const Backend backend(x);
+  backend.check_values("quantize_int4", "group_index", "zero_point", qparams);
+  backend.run(Backend::quantize_int4, rows.view, qparams, packed.mutable_data_ptr<uint8_t>());
   return packed;
 }
 
@@ -63,8 +68,10 @@ Tensor dequantize(const Tensor& codes,  // [*] i8
   const GroupedQParams qparams = grouped_qparams("dequantize", codes, scale, zero_point, group_index);
   const Tensor source = dense(codes);
   Tensor x = empty_like(codes, dtype);
-  Backend(codes).run(Backend::dequantize, source.const_data_ptr<int8_t>(), codes.numel(), qparams, type,
-                     x.mutable_data_ptr());
+  const Backend backend(codes);
+  backend.check_values("dequantize", "group_index", "zero_point", qparams);
+  backend.run(Backend::dequantize, source.const_data_ptr<int8_t>(), codes.numel(), qparams, type,
+              x.mutable_data_ptr());
   return x;
 }
 
@@ -77,8 +84,10 @@ Tensor dequantize_int4(const Tensor& packed,  // [*, ceil(K/32) * 16] u8
   const GroupedQParams qparams = grouped_qparams("dequantize_int4", packed, scale, zero_point, group_index);
   Tensor x = at::empty(with_last_dim(packed, num_columns), packed.options().dtype(dtype));
   const MatrixShape shape = matrix_shape("dequantize_int4", "packed", x);
-  Backend(packed).run(Backend::dequantize_int4, source.const_data_ptr<uint8_t>(), shape.rows, shape.columns,
-                      qparams, type, x.mutable_data_ptr());
+  const Backend backend(packed);
+  backend.check_values("dequantize_int4", "group_index", "zero_point", qparams);
+  backend.run(Backend::dequantize_int4, source.const_data_ptr<uint8_t>(), shape.rows, shape.columns, qparams,
+              type, x.mutable_data_ptr());
   return x;
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "bindings/prepare.h"
@@ -13,6 +14,9 @@ namespace {
 
 constexpr size_t kSegmentTensors = 7;
 constexpr size_t kGeometryNumbers = 13;
+// Of kernels, strides, padding and dilation: with fewer than 2^46 codes, no step between codes overflows.
+constexpr int64_t kMaxGeometry = int64_t{1} << 16;
+constexpr double kMaxCodes = 0x1p46;
 
 // The tensors of segment s, by name.
 struct SegmentTensors {
@@ -184,6 +188,8 @@ Conv2dArgs checked_geometry(at::IntArrayRef g) {
   const auto check_pair = [](OpName name, const Size2d& pair, int64_t minimum) {
     TORCH_CHECK_VALUE(pair.height >= minimum && pair.width >= minimum, "conv2d: ", name,
                       " must be 2 numbers of at least ", minimum, ", got ", pair.height, " and ", pair.width);
+    TORCH_CHECK_VALUE(std::max(pair.height, pair.width) < kMaxGeometry, "conv2d: ", name,
+                      " must be 2 numbers below ", kMaxGeometry, ", got ", pair.height, " and ", pair.width);
   };
   check_pair("kernel_size", args.kernel, 1);
   check_pair("stride", args.stride, 1);
@@ -225,6 +231,10 @@ void set_sizes(const ImageShape& image, Conv2dArgs& args) {
   args.input = image.size;
   const int64_t height = args.upsample * image.size.height + args.padding.height + args.padding_end.height;
   const int64_t width = args.upsample * image.size.width + args.padding.width + args.padding_end.width;
+  const double codes = static_cast<double>(image.batch) * static_cast<double>(image.channels) *
+                       static_cast<double>(height) * static_cast<double>(width);
+  TORCH_CHECK_VALUE(codes < kMaxCodes, "conv2d: the padded input must have fewer than 2^46 codes, got ",
+                    image.batch, " images of ", image.channels, " channels of ", height, "x", width);
   args.out = {conv_out_size(height, args.kernel.height, args.stride.height, args.dilation.height),
               conv_out_size(width, args.kernel.width, args.stride.width, args.dilation.width)};
   TORCH_CHECK_VALUE(args.out.height >= 1 && args.out.width >= 1,

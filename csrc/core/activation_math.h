@@ -75,7 +75,8 @@ ADPDM_HD T gelu(T x) {
   // x * (1 + erf(x / sqrt 2)) / 2: half of x times the tail on the negative side, its complement on the
   // other.
   const T half = x * T(0.5f);
-  return at_least(x, T(0.0f)) - at_least(half, T(0.0f) - half) * tail;
+  // Where the clamp counts the tail is below 1e-38; an infinity times 0 would be NaN.
+  return at_least(x, T(0.0f)) - at_most(at_least(half, T(0.0f) - half), T(64.0f)) * tail;
 }
 
 // x / 2 * (1 + tanh u) = x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3), the approximation of

@@ -87,7 +87,8 @@ void for_each_source(const GroupNorm& norm, int64_t image, int64_t chunk, Body&&
   }
 }
 
-// The values of the first pixel: sums of distances from them do not cancel however far the mean is from 0.
+// The values of the first pixel: sums of distances from them do not cancel however far the mean is from 0,
+// unless that pixel is an outlier.
 void set_origin(const GroupNorm& norm, int64_t image) {
   float* origin = norm.row(image, kOrigin);
   for_each_source(norm, image, 0, [&](int, int64_t channel, const NormBlock& block) {
