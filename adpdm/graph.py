@@ -241,9 +241,9 @@ class GraphedForward:
         with torch.inference_mode(False), torch.no_grad():
             own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             own_timestep = timestep.clone(memory_format=torch.contiguous_format)
-            given = _unflatten(own, spec)
             recorder = self._make_recorder(timestep.device)
-            result = recorder.record(lambda: self._forward(**given, timestep=own_timestep))
+            # Containers of its own for every call: diffusers takes residuals of adapters off their list.
+            result = recorder.record(lambda: self._forward(**_unflatten(own, spec), timestep=own_timestep))
         inputs = [own_timestep, *[x for x in own if isinstance(x, Tensor)]]
         return _Captured(recorder, inputs, pytree.tree_leaves(result), _rebuild(result))
 

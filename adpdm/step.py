@@ -71,6 +71,7 @@ class StepState(nn.Module):
         self.register_buffer("table", zeros(num_steps, num_slots))
         self.register_buffer("correction", None)
         self.take_record()
+        self.register_load_state_dict_post_hook(_take_loaded)
 
     def take_record(self) -> None:
         """Read what the buffers hold from now on, with the current step on their device."""
@@ -163,6 +164,12 @@ class StepState(nn.Module):
             self.correction = None if correction is None else correction.to(self.timesteps.device)
         self.take_record()
         return self
+
+
+def _take_loaded(state: nn.Module, incompatible_keys: object) -> None:
+    """After `load_state_dict`, which with `assign=True` puts other buffers in their place."""
+    assert isinstance(state, StepState)
+    state.take_record()
 
 
 def _demand(condition: Tensor, sentence: str, details: Callable[[], str]) -> None:

@@ -255,3 +255,16 @@ def test_is_captured_between_capture_and_release(denoiser: Denoiser) -> None:
     graph.release(denoiser)
     assert not graph.is_captured(denoiser)
     assert "forward" not in denoiser.__dict__
+
+
+def test_adapters_may_take_residuals_off_the_list_of_a_call() -> None:
+    class Adapted(Denoiser):
+        def forward(self, sample: Tensor, timestep: Tensor, residuals: list[Tensor]) -> Any:
+            return super().forward(sample, timestep, condition=residuals.pop(0))
+
+    adapted = Adapted()
+    graph.capture(adapted)
+    with torch.no_grad():
+        for residual in (3.0, 4.0):
+            result = adapted(torch.zeros(1, 1), 10, residuals=[torch.full((1, 1), residual)])["sample"]
+            assert float(result) == 10 + residual

@@ -162,6 +162,15 @@ class Denoiser(nn.Module):
         return int(self.get_submodule("adpdm_step").step_index)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_tables_are_those_that_steps_read(assign: bool) -> None:
+    state, other = make_state(), make_state()
+    other.table.copy_(1 - other.table.clamp(max=1))
+    state.load_state_dict(other.state_dict(), assign=assign)
+    state.set_timestep(900)
+    assert state.group_index.tolist() == other.table[0].tolist() == [1, 0]
+
+
 def test_hook_reads_positional_and_keyword_timesteps() -> None:
     denoiser = Denoiser()
     attach_step_hook(denoiser)
