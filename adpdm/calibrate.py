@@ -138,6 +138,8 @@ class Calibration:
         self._timed("bias correction", lambda: self._correct_bias_anew(replay))
         if self.config.grouping == "search" and self.config.num_groups > 1:
             self._timed("search", lambda: self._search(trajectory, replay))
+        elif self.config.grouping == "search":
+            self._warn("grouping 'search' wanted at least 2 groups, got num_groups=1: nothing was searched")
         self.trace.quantizers = [_describe(name, q) for name, q in self.quantizers.items()]
         for quantizer in self.quantizers.values():
             quantizer.counts = quantizer.extrema = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 
 from .budget import fit_budget
 from .conditioning import (
+    add_input_options,
     conditioning_of_prompts,
     decoder_of,
     guided,
-    read_call,
-    read_conditioning,
+    read_inputs,
     try_call,
 )
 from .config import QuantConfig
@@ -41,12 +42,20 @@ from .evaluate import (
     sample_set,
     set_distance,
 )
-from .evaluate.comparison import FRECHET_NAME, KERNEL_NAME
-from .evaluate.words import evaluation_rows, frechet_words, kernel_words
+from .evaluate.words import distance_rows, evaluation_rows
 from .files import filling
 from .info import gather_info, render_info
+from .layer_runs import read_record
 from .nn import summarize_fusion
-from .outputs import check_file, check_new_folder, checked_state, folder_of, remove_state, state_file
+from .outputs import (
+    check_file,
+    check_image,
+    check_new_folder,
+    checked_state,
+    folder_of,
+    remove_state,
+    state_file,
+)
 from .pipeline import (
     DENOISER_NAMES,
     QuantizationReport,
@@ -106,26 +115,33 @@ def _shared() -> Iterator[Processes]:
 def _quantize_shared(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
     out, is_first = Path(args.out), processes.rank == 0
     config = quant_config(args)
+    if args.budget is not None and args.resume:
+        raise ValueError(
+            "--budget times the machine anew, so it cannot continue a search: with --resume, give the "
+            "options that the interrupted run printed"
+        )
     state: Path | None = state_file(out)
     if is_first:
         check_new_folder(out)
-        state = checked_state(out, args.resume, _warn if config.grouping == "search" else None)
+        state = checked_state(out, config, args.resume, _warn)
     pipe = load_pipeline(args.model, local_files_only=args.offline)
-    sampler = calibration_sampler(pipe, config, prompts=args.prompt)
+    conditioning, call = read_inputs(args, find_denoiser(pipe))
+    sampler = calibration_sampler(pipe, config, conditioning=conditioning, call=call, prompts=args.prompt)
     if args.budget is not None:
         config = _within_budget(args, sampler, config, processes)
     try:
         with _progress() as progress:
             report = quantize_denoiser(sampler, config, progress, state, processes)
-    except KeyboardInterrupt:
+        values = {**report.to_dict(), "command": args.command}
+        if is_first:
+            with filling(out, last=DENOISER_NAMES) as folder:  # without a denoiser nothing loads
+                pipe.save_pretrained(folder)
+                (folder / REPORT_NAME).write_text(json.dumps(values, indent=1))
+    except (KeyboardInterrupt, OSError):
         if state is not None and state.exists():
             console.print(f"the search so far is in {escape(str(state))}; continue it with --resume")
         raise
-    values = {**report.to_dict(), "command": args.command}
     if is_first:
-        with filling(out, last=DENOISER_NAMES) as folder:  # without a denoiser nothing loads
-            pipe.save_pretrained(folder)
-            (folder / REPORT_NAME).write_text(json.dumps(values, indent=1))
         remove_state(state)
         _tell_quantized(report, out)
     return values
@@ -172,11 +188,6 @@ def _within_budget(
             f"--budget estimates what one process takes, got {processes.size} of them; run it with one, and "
             "give the options that it prints to all"
         )
-    if args.resume:
-        raise ValueError(
-            "--budget times the machine anew, so it cannot continue a search: with --resume, give the "
-            "options that the interrupted run printed"
-        )
     plan = fit_budget(sampler, config, args.budget)
     rows = {
         "an image and step": f"{plan.image_seconds:.3g} s",
@@ -190,7 +201,7 @@ def _within_budget(
 
 def _sample(args: argparse.Namespace) -> dict[str, Any]:
     out = Path(args.out)
-    check_file(out)
+    check_image(out)
     pipe = load_pipeline(args.model, local_files_only=True)
     asked = _asked(args, pipe)
     result = generate(
@@ -242,20 +253,7 @@ def _distance(args: argparse.Namespace) -> dict[str, Any]:
             inception=None if args.inception is None else Path(args.inception),
             progress=lambda done, total, what: progress(what, done, total),
         )
-    rows = {FRECHET_NAME: frechet_words(found.frechet)}
-    if found.kernel is not None:
-        rows[KERNEL_NAME] = kernel_words(found.kernel)
-    if found.fid is not None:
-        rows["FID"] = f"{found.fid:.3f}, {found.num_images[0]} and {found.num_images[1]} images"
-    if found.kid is not None:
-        rows["KID"] = kernel_words(found.kid)
-    if found.psnr_db is None:
-        rows["image by image"] = "not compared: noise, scheduler, conditions or call differ"
-    else:
-        rows["mean PSNR of images of one seed"] = f"{found.psnr_db:.2f} dB"
-    if found.lpips is not None:
-        rows["LPIPS (AlexNet)"] = f"{found.lpips:.4f}"
-    _table(f"{args.second} against {args.first}", rows)
+    _table(f"{args.second} against {args.first}", distance_rows(found))
     return found.to_dict()
 
 
@@ -279,14 +277,12 @@ def _asked(args: argparse.Namespace, pipe: Any, *others: Any) -> _Asked:
     for name, count in (("--images", args.images), ("--steps", args.steps)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+    if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
+        raise ValueError(f"--guidance-scale must be a finite number, got {args.guidance_scale}")
     bare = denoisers = [find_denoiser(each) for each in (pipe, *others)]
-    files = [None if name is None else Path(name) for name in (args.call, args.constants)]
-    call, given = read_call(files[0], files[1], denoisers[0]), Conditioning()
-    if args.conditioning is not None:
-        given = read_conditioning(Path(args.conditioning), denoisers[0])
+    conditions, call = read_inputs(args, denoisers[0])
+    given = conditions or Conditioning()
     if args.prompt:
-        if "encoder_hidden_states" in given:
-            raise ValueError("--prompt and --conditioning must not both give encoder_hidden_states, got both")
         given = {**given, **conditioning_of_prompts(pipe, args.prompt)}
     if args.guidance_scale is not None:
         denoisers = guided(pipe, denoisers, args.guidance_scale, given)
@@ -328,8 +324,8 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     stored = folder_of(args.quantized) / REPORT_NAME
     if not stored.is_file():
         raise ValueError(f"{stored} is missing; `adpdm quantize` writes it beside the model")
+    values = read_record(stored)
     scheduler, asked, result = _compare(args)
-    values = json.loads(stored.read_text())
     rows = asked.rows(args.images)
     original, quantized = asked.bare
     probes = probe_layers(original, quantized, scheduler, args.seed, conditioning=rows, call=asked.call)
@@ -380,6 +376,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="folder or hub name of a diffusers pipeline")
     sub.add_argument("--out", required=True, help="folder to write, must be new or empty")
     add_quantize_options(sub)
+    add_input_options(sub)
 
     _add_sampling_commands(command)
 
@@ -447,19 +444,7 @@ def _add_conditioning_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--prompt", action="append", help="text for the pipeline's encoder; several are taken in turn"
     )
-    sub.add_argument(
-        "--conditioning",
-        metavar="FILE.safetensors",
-        help="tensors by argument of the denoiser (a dot makes a dict), one row per image, repeated in turn",
-    )
-    sub.add_argument(
-        "--call",
-        metavar="FILE.json",
-        help="how the denoiser is called: sample_shape, timestep_factor, schedule, constants (DenoiserCall)",
-    )
-    sub.add_argument(
-        "--constants", metavar="FILE.safetensors", help="tensors that every call is given as they are"
-    )
+    add_input_options(sub)
     sub.add_argument(
         "--guidance-scale", type=float, help="of classifier-free guidance, 1 is the condition alone"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 from collections.abc import Sequence
@@ -51,6 +52,39 @@ def conditioning_of_prompts(pipe: Any, prompts: Sequence[str]) -> Conditioning:
         TypeError: for a pipeline that cannot encode texts in the way of Stable Diffusion 1 and 2.
     """
     return {"encoder_hidden_states": encode_texts("--prompt", pipe, prompts)}
+
+
+def add_input_options(sub: argparse.ArgumentParser) -> None:
+    """Options that name the files of `read_inputs`."""
+    sub.add_argument(
+        "--conditioning",
+        metavar="FILE.safetensors",
+        help="tensors by argument of the denoiser (a dot makes a dict), one row per image, repeated in turn",
+    )
+    sub.add_argument(
+        "--call",
+        metavar="FILE.json",
+        help="how the denoiser is called: sample_shape, timestep_factor, schedule, constants (DenoiserCall)",
+    )
+    sub.add_argument(
+        "--constants", metavar="FILE.safetensors", help="tensors that every call is given as they are"
+    )
+
+
+def read_inputs(
+    args: argparse.Namespace, denoiser: nn.Module
+) -> tuple[Conditioning | None, DenoiserCall | None]:
+    """What the files of `add_input_options` hold: conditions of images in turn, how the denoiser is called.
+
+    Raises:
+        ValueError: as `read_conditioning` and `read_call`, and for texts given twice.
+    """
+    files = [None if name is None else Path(name) for name in (args.conditioning, args.call, args.constants)]
+    call = read_call(files[1], files[2], denoiser)
+    given = None if files[0] is None else read_conditioning(files[0], denoiser)
+    if args.prompt and "encoder_hidden_states" in (given or {}):
+        raise ValueError("--prompt and --conditioning must not both give encoder_hidden_states, got both")
+    return given, call
 
 
 class LatentDecoder(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,7 @@ Objective = Literal["teacher", "noise"]
 MIN_BITS, MAX_BITS = 2, 8
 MAX_GROUPS = 256  # more than any use was found for
 MAX_GUIDANCE = 100.0  # more than any image was found to bear
+MAX_SEED = 2**39 - 1  # times the largest stride between streams, 15 485 863, it leaves room in 63 bits
 MAX_LOGIT = 80.0  # exp of the difference of two such still is a float32
 
 
@@ -108,7 +110,7 @@ class QuantConfig:
         correct_prediction: take out of every prediction the part of the quantization error that is a fixed
             combination of prediction and sample at its step (correction.py).
         timestep_policy: for timesteps that were not calibrated: the group of the `nearest`, or an `error`.
-        seed: of every random draw.
+        seed: of every random draw, 0 to 2^39 - 1.
     """
 
     weight_bits: int = 8
@@ -153,6 +155,7 @@ class QuantConfig:
         for name in ("num_inference_steps", "calibration_images", "round_size", "histogram_images"):
             _at_least(name, getattr(self, name), 1)
         _within("raised_layers", self.raised_layers, 0.0, 1.0)
+        _within("seed", self.seed, 0, MAX_SEED)
         _within("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
         _within("exclude_first", self.exclude_first, 0.0, 0.9)
         _one_of("grouping", self.grouping, get_args(Grouping))
@@ -162,12 +165,26 @@ class QuantConfig:
         _one_of("attention", self.attention, get_args(AttentionProducts))
         _one_of("selection", self.selection, get_args(Selection))
         _one_of("timestep_policy", self.timestep_policy, get_args(TimestepPolicy))
+        if self.input_output_bits is not None:
+            _integer("input_output_bits", self.input_output_bits)
         _one_of("input_output_bits", self.input_output_bits, (8, None))
-        if self.num_groups > self.num_inference_steps:
+        if self.grouping not in ("shared", "per_step") and self.num_groups > self.num_inference_steps:
             raise ValueError(
                 f"num_groups must be at most num_inference_steps={self.num_inference_steps}, "
                 f"got {self.num_groups}"
             )
+
+    @property
+    def quant_method(self) -> str:
+        """Diffusers asks for it where `from_pretrained` is given settings of a calibration.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "from_pretrained: quantization_config must be an adpdm.AdpdmConfig, got QuantConfig; "
+            "QuantConfig is for adpdm.quantize(pipe, config)"
+        )
 
     def groups_per_layer(self, num_steps: int) -> int:
         """G for T = `num_steps` after the grouping has had its say: 1 for `shared`, T for `per_step`.
@@ -231,7 +248,7 @@ def _check_known(kind: type, values: dict[str, Any]) -> None:
 
 def _integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be an integer, got {value}")
+        raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
 def _number(name: str, value: object) -> None:
@@ -254,6 +271,8 @@ def _at_least(name: str, value: float, low: float) -> None:
     _number(name, value)
     if not value >= low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
+    if value == math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

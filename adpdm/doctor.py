@@ -5,7 +5,6 @@ Reads what the extension, torch, Linux and a saved model say; runs nothing and m
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from torch import nn
 from . import _native
 from .config import QuantConfig
 from .info import gather_info
-from .layer_runs import work_shares
+from .layer_runs import read_record, work_shares
 from .nn import FusionInfo, LoadedLayer, QuantLayer, block_around, describe_fusion, summarize_fusion, swap
 from .pipeline import find_denoiser, load_pipeline
 
@@ -285,7 +284,7 @@ def model_state(folder: Path) -> ModelState:
     denoiser = find_denoiser(load_pipeline(folder, local_files_only=True))
     fusion = describe_fusion(denoiser)
     stored = folder / REPORT_NAME
-    work = work_shares(json.loads(stored.read_text())) if stored.is_file() else {}
+    work = work_shares(read_record(stored)) if stored.is_file() else {}
     layers = [
         _layer_state(name, module, fusion, denoiser, work.get(name))
         for name, module in denoiser.named_modules()

@@ -5,20 +5,31 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name of its own beside `path`, for the block to write to; it becomes `path` at the end.
 
-    After an error or interrupt it is removed, and `path` is what it was. Processes may do this at once.
+    After an error or interrupt it is removed, and `path` is what it was. Processes may do this at once. Who
+    may read the file is what the umask says, whatever wrote it.
+
+    Raises:
+        OSError: it cannot be written, by safetensors either.
     """
     temporary = path.with_name(_own_name(path))
     try:
-        yield temporary
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        with _writing(path):
+            yield temporary
+        _allow(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -30,8 +41,8 @@ def filling(folder: Path, last: Collection[str] = ()) -> Iterator[Path]:
     """An empty folder for the block to write to; what it wrote is in `folder`, new or empty, at the end.
 
     A folder that exists stays the same one, as a mount point or the target of a link must: what was written
-    moves into it entry by entry. After an error or interrupt nothing is left, but if only that last move
-    fails, what was written is kept, and the error says where.
+    moves into it entry by entry. Who may read the files is what the umask says. After an error or interrupt
+    nothing is left, but if only that last move fails, what was written is kept, and the error says where.
 
     Args:
         last: names of entries that move after all others, so that no part passes for the whole.
@@ -44,7 +55,12 @@ def filling(folder: Path, last: Collection[str] = ()) -> Iterator[Path]:
     temporary = (folder if is_there else folder.parent) / _own_name(folder)
     try:
         temporary.mkdir(parents=True)  # not by mkdtemp, which keeps everyone else out of what it makes
-        yield temporary
+        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
+        with _writing(folder):
+            yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                _allow(file, mode)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -61,6 +77,22 @@ def filling(folder: Path, last: Collection[str] = ()) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says of a full disk under safetensors what it says under everything else: OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def _allow(file: Path, mode: int) -> None:
+    """Add rights to those of a file: safetensors keeps what it writes for its owner alone."""
+    present = stat.S_IMODE(file.stat().st_mode)
+    if present | mode != present:
+        file.chmod(present | mode)
 
 
 def _move_up(folder: Path, last: Collection[str]) -> None:

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .nn import FusionInfo, block_around
 from .report import Coverage, LayerRun
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """The record in a file, a `QuantizationReport.to_dict`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    wanted = f"{file} must be the record that `adpdm quantize` writes"
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:  # of JSON, and of bytes that are no text
+        raise ValueError(f"{wanted}, got no JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{wanted}, got {record!r:.40}")
+    if missing := {"config", "layers", "coverage", "trace"} - set(record):
+        raise ValueError(f"{wanted}, got one without {', '.join(sorted(missing))}")
+    return record
 
 
 def work_shares(record: Mapping[str, Any]) -> dict[str, float]:

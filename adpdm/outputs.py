@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from .config import QuantConfig
 from .files import check_writable
 
 STATE_NAME = "adpdm_search.safetensors"
@@ -41,23 +42,46 @@ def check_file(file: Path) -> None:
     check_writable(file.parent)
 
 
+def check_image(file: Path) -> None:
+    """See that --out can become a PNG file.
+
+    Raises:
+        ValueError: it is a folder, or named as another kind of file.
+        OSError: it cannot be written.
+    """
+    if file.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"--out {file} must end in .png, which is what is written, got {file.suffix}")
+    check_file(file)
+
+
 def state_file(out: Path) -> Path:
     """Where the search for a model in `out` saves itself: beside the folder, whatever that is called."""
     named = Path(os.path.abspath(out))  # "." and ".." have no name to put anything beside
     return named.with_name(named.name + ".partial") / STATE_NAME
 
 
-def checked_state(out: Path, is_resumed: bool, warn: Callable[[str], None] | None = None) -> Path | None:
+def checked_state(
+    out: Path, config: QuantConfig, is_resumed: bool, warn: Callable[[str], None]
+) -> Path | None:
     """`state_file`; None where it cannot be written, as beside a mount, for the model still can.
 
     Args:
-        warn: is told why there is none.
+        warn: is told why a search has none.
 
     Raises:
-        ValueError: a search is there that nobody wants to resume.
+        ValueError: a search is there that nobody wants to resume, or none where one is to be resumed.
         OSError: a search is there that cannot be written.
     """
-    state = state_file(out)
+    state, searches = state_file(out), config.grouping == "search" and config.num_groups > 1
+    if is_resumed and not searches:
+        raise ValueError(
+            "--resume continues a search: wanted --grouping search and --groups of at least 2, got "
+            f"--grouping {config.grouping} --groups {config.num_groups}"
+        )
+    if is_resumed and not state.exists():
+        raise ValueError(
+            f"--resume wanted an unfinished search in {state}, got nothing there; leave it out to start anew"
+        )
     if state.exists() and not is_resumed:
         raise ValueError(f"{state} is an unfinished search; continue it with --resume, or remove its folder")
     try:
@@ -65,7 +89,7 @@ def checked_state(out: Path, is_resumed: bool, warn: Callable[[str], None] | Non
     except OSError as error:
         if state.exists():
             raise
-        if warn is not None:
+        if searches:
             warn(f"the search is not saved, so it cannot be continued after an interrupt: {error}")
         return None
     return state

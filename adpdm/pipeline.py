@@ -24,7 +24,6 @@ from .equalize import Equalization, equalize, is_wanted
 from .facts import asked_for, depends_on, state_tensors
 from .fingerprint import fingerprint_of
 from .nn import (
-    CodedLayer,
     Coverage,
     FusionInfo,
     LayerInfo,
@@ -32,9 +31,17 @@ from .nn import (
     describe_layers,
     fuse_blocks,
     quant_layers,
-    refuse_adapters,
     swap_layers,
     unfuse_blocks,
+)
+from .pipeline_checks import (
+    check_conditioning,
+    check_denoiser,
+    check_kinds,
+    check_objective,
+    check_rows,
+    find_scheduler,
+    trace_forward,
 )
 from .processes import Processes, joined
 from .quantizers.activation import Mode
@@ -43,7 +50,6 @@ from .step import StepState, attach_step_hook, detach_step_hook
 from .trajectory import Conditioning, DenoiserCall, Guidance, Sampler
 
 DENOISER_NAMES = ("unet", "transformer")
-CALIBRATION_DEVICES = ("cpu", "cuda")
 
 
 @dataclass
@@ -124,7 +130,7 @@ def quantize(
             interrupt the model is put back as it was.
         OtherProcessFailed: a RuntimeError, with what another process failed with.
     """
-    config = config or QuantConfig()
+    config = QuantConfig() if config is None else config
     with joined() as processes:
         sampler = calibration_sampler(
             pipe_or_denoiser,
@@ -149,9 +155,10 @@ def calibration_sampler(
     null_conditioning: Conditioning | None = None,
 ) -> Sampler:
     """What `quantize` calibrates with, its arguments checked; nothing is changed or run but text encoders."""
+    check_kinds(config, call, conditioning, null_conditioning, scheduler)
     denoiser = find_denoiser(pipe_or_denoiser)
-    _check_denoiser(denoiser)
-    scheduler = _find_scheduler(pipe_or_denoiser, scheduler)
+    check_denoiser(denoiser)
+    scheduler = find_scheduler(pipe_or_denoiser, scheduler)
     if prompts is not None:
         text, empty = _encoded(pipe_or_denoiser, prompts)
         if config.guidance_scale == 1:
@@ -160,8 +167,9 @@ def calibration_sampler(
             null_conditioning = {"encoder_hidden_states": empty}
         conditioning = {**(conditioning or {}), "encoder_hidden_states": text}
     conditioning, null_conditioning = _with_gradients(conditioning), _with_gradients(null_conditioning)
-    _check_conditioning(denoiser, conditioning)
-    _check_objective(scheduler, config)
+    check_conditioning(denoiser, conditioning)
+    check_rows(denoiser, "null_conditioning", null_conditioning or {})
+    check_objective(scheduler, config)
     guidance = _guidance(denoiser, config.guidance_scale, conditioning or {}, null_conditioning)
     shape = call.sample_shape if call and call.sample_shape else _sample_shape(denoiser)
     return Sampler(denoiser, scheduler, shape, config.num_inference_steps, conditioning, call, guidance)
@@ -201,7 +209,7 @@ def _quantize(
     denoiser.eval().requires_grad_(False)
     path = None if state_file is None else Path(state_file)
     fingerprint = "" if path is None else json.dumps(asked_for(sampler, config))  # before anything is changed
-    layers = describe_layers(denoiser, config, lambda: _trace_forward(sampler))
+    layers = describe_layers(denoiser, config, lambda: trace_forward(sampler))
     equalized = _equalize(sampler, layers, config, progress)
     num_groups = config.groups_per_layer(len(sampler.timesteps))
 
@@ -253,7 +261,7 @@ def _equalize(
     if not is_wanted(config):
         return Equalization()
     chosen = {layer.name for layer in layers if layer.bits is not None}
-    return equalize(sampler, chosen, config, lambda: _trace_forward(sampler), progress)
+    return equalize(sampler, chosen, config, lambda: trace_forward(sampler), progress)
 
 
 class _Before:
@@ -296,48 +304,6 @@ def freeze(denoiser: nn.Module, attention: AttentionProducts = "auto") -> None:
         for quantizer in layer.quantizers:
             quantizer.mode = Mode.FLOAT
     fuse_blocks(denoiser, attention)
-
-
-def _check_denoiser(denoiser: nn.Module) -> None:
-    if any(isinstance(m, CodedLayer) for m in denoiser.modules()):
-        raise ValueError(f"quantize: {type(denoiser).__name__} is quantized already; load the original again")
-    if getattr(denoiser.__dict__.get("forward"), "is_capture", False):  # of graph.py, which imports this file
-        name = type(denoiser).__name__
-        raise ValueError(f"quantize: {name} is captured; call adpdm.graph.release() on it first")
-    if not isinstance(denoiser, ModelMixin):
-        raise TypeError(f"quantize: wanted a diffusers model, got {type(denoiser).__name__}")
-    refuse_adapters("quantize", denoiser)
-    device = next(denoiser.parameters()).device
-    for name, parameter in denoiser.named_parameters():
-        if parameter.is_inference():
-            raise ValueError(
-                "quantize: wanted parameters that were made outside of torch.inference_mode, got "
-                f"{name}; load the model outside of it"
-            )
-        if parameter.dtype != torch.float32 or parameter.device.type not in CALIBRATION_DEVICES:
-            raise ValueError(
-                f"quantize: wanted float32 parameters on the CPU or on CUDA to calibrate, got {name} as "
-                f"{parameter.dtype} on {parameter.device}; load with torch_dtype=torch.float32"
-            )
-        if parameter.device != device:
-            raise ValueError(
-                f"quantize: wanted all parameters on one device to calibrate, got {device} and {name} on "
-                f"{parameter.device}; load without device_map"
-            )
-
-
-def _find_scheduler(pipe_or_denoiser: Any, scheduler: Any) -> Any:
-    found = scheduler if scheduler is not None else getattr(pipe_or_denoiser, "scheduler", None)
-    if found is None:
-        raise ValueError(
-            "quantize: a bare denoiser needs scheduler=..., the sampler it will be used with; got None"
-        )
-    for name in ("set_timesteps", "step"):
-        if not hasattr(found, name):
-            raise TypeError(
-                f"quantize: wanted a diffusers scheduler with {name}(), got {type(found).__name__}"
-            )
-    return found
 
 
 def _sample_shape(denoiser: nn.Module) -> tuple[int, int, int]:
@@ -424,43 +390,6 @@ def _with_gradients(conditioning: Conditioning | None) -> Conditioning | None:
             Tensor, lambda x: x.clone() if x.is_inference() else x, conditioning
         )
     return copied
-
-
-def _check_conditioning(denoiser: nn.Module, conditioning: Conditioning | None) -> None:
-    config: Any = denoiser.config
-    wants_text = getattr(config, "cross_attention_dim", None) is not None
-    given = set(conditioning or {})
-    if wants_text and "encoder_hidden_states" not in given:
-        raise ValueError(
-            f"quantize: {type(denoiser).__name__} needs conditioning={{'encoder_hidden_states': [N, L, D]}} "
-            f"or prompts=[...], got {sorted(given) or 'neither'}"
-        )
-
-
-def _check_objective(scheduler: Any, config: QuantConfig) -> None:
-    prediction = getattr(scheduler.config, "prediction_type", "velocity of a flow")
-    if config.search.objective == "noise" and prediction != "epsilon":
-        raise ValueError(
-            "quantize: search.objective 'noise' needs a denoiser that predicts the noise; that of "
-            f"{type(scheduler).__name__} predicts: {prediction}; use 'teacher'"
-        )
-
-
-def _trace_forward(sampler: Sampler) -> None:
-    """One forward pass on zeros at the first timestep.
-
-    Raises:
-        ValueError: for a prediction of another shape than the sample, which no scheduler could go on from.
-    """
-    sample = torch.zeros(1, *sampler.sample_shape, device=sampler.device)
-    prediction = sampler.predict(sample, sampler.calls[0], sampler.conditions(0, 1))
-    learned = prediction.shape[1] == 2 * sample.shape[1]
-    if prediction.shape != sample.shape and not learned:
-        raise ValueError(
-            f"quantize: {type(sampler.denoiser).__name__} must predict what it is given, got "
-            f"{tuple(prediction.shape)} for samples {tuple(sample.shape)}; denoisers that take more channels "
-            "than they predict, as those made for inpainting, cannot be calibrated"
-        )
 
 
 def load_pipeline(path: Path | str, **kwargs: Any) -> Any:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,16 +38,28 @@ class SearchState:
     losses: list[float]
 
     def save(self, file: Path, fingerprint: str) -> None:
-        """Replace the file in one go; `fingerprint` says what the state belongs to."""
+        """Replace the file in one go; `fingerprint` says what the state belongs to.
+
+        A search does not need the file, so that it cannot be written is a warning.
+        """
         header = {
             "version": str(STATE_VERSION),
             "fingerprint": fingerprint,
             "progress": json.dumps([self.rounds_done, self.steps_done]),
             "trace": json.dumps([self.rounds, self.visits, self.losses]),
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            save_file(self.tensors, temporary, metadata=header)
+        is_new = not file.parent.exists()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as temporary:
+                save_file(self.tensors, temporary, metadata=header)
+        except OSError as error:
+            sentence = f"the search could not be saved, so an interrupt loses what it did since: {error}"
+            warnings.warn(sentence, stacklevel=2)
+        finally:
+            if is_new:
+                with suppress(OSError):  # it holds the file
+                    file.parent.rmdir()
 
     @classmethod
     def read(cls, file: Path, fingerprint: str) -> SearchState:
@@ -59,9 +74,34 @@ class SearchState:
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{file} is no search state ({error}); remove it to start anew") from None
-        if header.get("version") != str(STATE_VERSION) or header.get("fingerprint") != fingerprint:
+        others = _differences(header, {"version": str(STATE_VERSION), "fingerprint": fingerprint})
+        if others:
             raise ValueError(
-                f"{file} belongs to another model, configuration or version; "
+                f"{file} belongs to another model, configuration or version ({'; '.join(others)}); "
                 "quantize into another folder, or remove the file to start anew"
             )
         return cls(tensors, *json.loads(header["progress"]), *json.loads(header["trace"]))
+
+
+def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """In what the header of a state is not the wanted one, in words."""
+    if found.get("version") != wanted["version"]:
+        return [f"wanted version {wanted['version']}, got {found.get('version')}"]
+    if found.get("fingerprint") == wanted["fingerprint"]:
+        return []
+    got, want = (_facts(header.get("fingerprint", "")) for header in (found, wanted))
+    words = []
+    for name in sorted(name for name in {**got, **want} if got.get(name) != want.get(name)):
+        setting = name.removeprefix("setting ")
+        values = f"wanted {want.get(name)!s:.80}, got {got.get(name)!s:.80}"
+        words.append(f"other {name}" if setting == name else f"{setting}: {values}")
+    return words or ["other fingerprint"]
+
+
+def _facts(fingerprint: str) -> dict[str, Any]:
+    """What a fingerprint of `adpdm.facts` says, by name; empty for another."""
+    try:
+        facts = json.loads(fingerprint)
+    except json.JSONDecodeError:
+        return {}
+    return facts if isinstance(facts, dict) else {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from .diffusers_config import AdpdmConfig
 from .diffusers_quantizer import attach_config, build_frozen, start_calibrated
+from .files import replacing
 from .nn import CodedLayer, QuantLayer, refuse_adapters
 from .pipeline import find_denoiser
 from .qparams import weight_codes
@@ -41,8 +41,10 @@ def save_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
     Raises:
         ValueError: for any other model, with adapters among them, beside the layers or fused. Weights that
             "gptq" rounded depend on calibration images, so the float model alone does not give them again.
+        OSError: the file cannot be written there.
     """
     model: Any = find_denoiser(pipe_or_denoiser)
+    path = _checked_path(path)
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if not isinstance(config, AdpdmConfig) or not config.is_calibrated:
         raise ValueError(
@@ -72,11 +74,9 @@ def save_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
         "sha256": _digest(state),
     }
     tables = {key: state[key].contiguous() for key in _table_keys(state, config)}
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    # One entry: safetensors writes several in no fixed order, and equal tables shall be equal files.
-    save_file(tables, temporary, {METADATA: json.dumps(about, sort_keys=True)})
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        # One entry: safetensors writes several in no fixed order, and equal tables shall be equal files.
+        save_file(tables, temporary, {METADATA: json.dumps(about, sort_keys=True)})
 
 
 def load_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
@@ -112,6 +112,16 @@ def load_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
     model.load_state_dict(quantized, strict=True, assign=True)
     start_calibrated(model, config)
     attach_config(model, config)
+
+
+def _checked_path(path: Path | str) -> Path:
+    """Where tables can become a file."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"save_tables: wanted a file to write, got the folder {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save_tables: wanted a file in a folder that exists, got {path}")
+    return path
 
 
 def _demand_own_layers(model: Any, names: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,6 +60,20 @@ class DenoiserCall:
     timestep_factor: float = 1.0
     schedule: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        shape, factor = self.sample_shape, self.timestep_factor
+        if shape is not None:
+            sizes = isinstance(shape, list | tuple) and all(type(n) is int and n > 0 for n in shape)
+            if not sizes or not shape:
+                raise ValueError(
+                    f"DenoiserCall: sample_shape must be positive integers, as (C, H, W), got {shape!r}"
+                )
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+            raise ValueError(f"DenoiserCall: timestep_factor must be a positive number, got {factor!r}")
+        for name in ("constants", "schedule"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"DenoiserCall: {name} must be a dict, got {getattr(self, name)!r:.60}")
+
     def given_timestep(self, timestep: Tensor) -> Tensor:
         """What the denoiser is given for a timestep of the scheduler."""
         return timestep if self.timestep_factor == 1.0 else timestep * self.timestep_factor
@@ -93,7 +108,9 @@ def call_denoiser(
         conditioning: tensors [B, ...] by argument name, or dicts of them.
     """
     given = call.given_timestep(timestep).to(sample.device).expand(sample.shape[0])
-    output = denoiser(sample, timestep=given, **conditioning, **call.constants)
+    # Lists and dicts are copied: diffusers' U-Net takes residuals of adapters out of the list it is given.
+    more: list[dict[str, Any]] = tree_map(lambda x: x, [conditioning, call.constants])
+    output = denoiser(sample, timestep=given, **more[0], **more[1])
     if isinstance(output, tuple):
         output = output[0]
     prediction: Tensor = output if isinstance(output, Tensor) else output.sample
@@ -103,6 +120,18 @@ def call_denoiser(
 def pick(conditioning: Conditioning, images: Tensor | slice) -> Conditioning:
     """Rows `images` of every tensor."""
     return tree_map(lambda value: value[images], conditioning)  # type: ignore[no-any-return]
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: int) -> Tensor:
+    """The guided prediction [B, *]; what is predicted beyond `channels`, variances, is that of the condition.
+
+    Source: the pipelines of diffusers, such as DiTPipeline.
+    """
+    rest = conditional[:, channels:]
+    if rest.shape[1] == 0:
+        return unconditional + scale * (conditional - unconditional)
+    noise = unconditional[:, :channels]
+    return torch.cat([noise + scale * (conditional[:, :channels] - noise), rest], 1)
 
 
 @dataclass(frozen=True)
@@ -132,10 +161,9 @@ class Guidance:
 
         return tree_map(pairs, conditioning, self.null)  # type: ignore[no-any-return]
 
-    def combined(self, predictions: Tensor) -> Tensor:
-        """The guided prediction [B, *] of pairs [2 B, *]."""
-        conditional, unconditional = predictions[0::2], predictions[1::2]
-        return unconditional + self.scale * (conditional - unconditional)
+    def combined(self, predictions: Tensor, channels: int) -> Tensor:
+        """The guided prediction [B, *] of pairs [2 B, *] for samples of `channels`."""
+        return guide(predictions[0::2], predictions[1::2], self.scale, channels)
 
 
 class Sampler:
@@ -242,7 +270,7 @@ class Sampler:
             seen = model_input(scheduler, sample, timestep)
             samples.append(seen if guidance is None else guidance.paired(seen))
             preds.append(self.predict(samples[-1], timestep, conditioning))
-            pred = preds[-1] if guidance is None else guidance.combined(preds[-1])
+            pred = preds[-1] if guidance is None else guidance.combined(preds[-1], seen.shape[1])
             probe = self._probe(scheduler, pred, timestep, sample, generators)
             sample = scheduler.step(pred, timestep, sample, **extra).prev_sample
             sensitivity.append(float((probe - sample).double().square().mean()) / PROBE_SIZE**2)
@@ -281,9 +309,10 @@ class Sampler:
 
     @staticmethod
     def _step_arguments(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
-        """Stochastic schedulers take the generators of the images."""
+        """Stochastic schedulers take the generators of the images, and an eta of 0 as from pipelines."""
+        values = {"generator": generators, "eta": 0.0}
         accepted = inspect.signature(scheduler.step).parameters
-        return {"generator": generators} if "generator" in accepted else {}
+        return {name: value for name, value in values.items() if name in accepted}
 
 
 def run_in_units(

@@ -186,6 +186,8 @@ def test_one_group_needs_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(monkeypatch, config(num_groups=1))
     assert recorded.batches == []
     assert recorded.report.trace.outcome is None
+    (warning,) = recorded.report.trace.warnings
+    assert warning == "grouping 'search' wanted at least 2 groups, got num_groups=1: nothing was searched"
 
 
 @pytest.mark.parametrize(

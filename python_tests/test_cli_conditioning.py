@@ -1,4 +1,4 @@
-"""`adpdm evaluate` of conditional pipelines: a tiny DiT under classes, and what is refused before work."""
+"""`adpdm quantize` and `evaluate` of conditional pipelines: a tiny DiT under classes, and what is refused."""
 
 from __future__ import annotations
 
@@ -143,6 +143,31 @@ def test_evaluate_encodes_texts_in_turn(
     )
     assert got["psnr_per_image_db"] == wanted.psnr_per_image_db.tolist()
     assert len(set(got["psnr_per_image_db"])) == 4
+
+
+CALIBRATION = ["--grouping", "shared", "--steps", "2", "--images", "2", "--histogram-images", "1"]
+
+
+def test_quantize_takes_conditioning_in_turn(folder: Path, tmp_path: Path) -> None:
+    command = ["quantize", str(folder / "float"), *CALIBRATION]
+    labels = ["--conditioning", str(folder / "labels.safetensors")]
+    assert cli.main([*command, *labels, "--out", str(tmp_path / "a")]) == 0
+    pipe = adpdm.load_pipeline(folder / "float")
+    settings = adpdm.QuantConfig(
+        grouping="shared", num_inference_steps=2, calibration_images=2, histogram_images=1
+    )
+    adpdm.quantize(pipe, settings, conditioning={"class_labels": LABELS})
+    wanted, got = pipe.transformer.state_dict(), adpdm.load_pipeline(tmp_path / "a").transformer.state_dict()
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_quantize_without_the_classes_of_a_denoiser_says_what_is_missing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["quantize", str(folder / "float"), *CALIBRATION, "--out", str(tmp_path / "b")]) == 1
+    assert "class_labels" in error_of(capsys)
+    assert not (tmp_path / "b").exists()
 
 
 def test_evaluate_guides_away_from_no_class(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from diffusers.quantizers.auto import DiffusersAutoQuantizer
 
 from adpdm import QuantConfig, SearchConfig
 
@@ -40,6 +41,10 @@ from adpdm import QuantConfig, SearchConfig
         ({"shared_groups": "false"}, "shared_groups must be one of True, False; got 'false'"),
         ({"split_skip_connections": 2}, "split_skip_connections must be one of True, False; got 2"),
         ({"correct_bias": "yes"}, "correct_bias must be one of True, False; got 'yes'"),
+        ({"weight_bits": "8"}, "weight_bits must be an integer, got '8'"),
+        ({"input_output_bits": 8.0}, "input_output_bits must be an integer, got 8.0"),
+        ({"seed": -1}, "seed must be in [0, 549755813887], got -1"),
+        ({"seed": 2**39}, "seed must be in [0, 549755813887], got 549755813888"),
         ({"correct_prediction": 1.5}, "correct_prediction must be one of True, False; got 1.5"),
     ],
 )
@@ -57,6 +62,9 @@ def test_config_refuses_with_wanted_and_got(settings: dict[str, Any], message: s
         ({"replay": 1.5}, "search.replay must be in [0.0, 1.0], got 1.5"),
         ({"entropy_weight": -0.1}, "search.entropy_weight must be at least 0.0, got -0.1"),
         ({"entropy_weight": float("nan")}, "search.entropy_weight must be at least 0.0, got nan"),
+        ({"entropy_weight": float("inf")}, "search.entropy_weight must be finite, got inf"),
+        ({"learning_rate": float("inf")}, "search.learning_rate must be finite, got inf"),
+        ({"logits_learning_rate": float("inf")}, "search.logits_learning_rate must be finite, got inf"),
         ({"objective": "mse"}, "search.objective must be one of teacher, noise; got 'mse'"),
     ],
 )
@@ -67,6 +75,18 @@ def test_search_config_refuses_with_wanted_and_got(settings: dict[str, Any], mes
 
 def test_config_accepts_as_many_groups_as_steps() -> None:
     assert QuantConfig(num_groups=5, num_inference_steps=5).groups_per_layer(5) == 5
+
+
+@pytest.mark.parametrize(("grouping", "groups"), [("shared", 1), ("per_step", 4)])
+def test_groupings_without_a_number_of_groups_take_any_number_of_steps(grouping: Any, groups: int) -> None:
+    config = QuantConfig(grouping=grouping, num_inference_steps=4)
+    assert config.num_groups > 4
+    assert config.groups_per_layer(4) == groups
+
+
+def test_config_is_no_config_of_diffusers() -> None:
+    with pytest.raises(TypeError, match=r"must be an adpdm.AdpdmConfig, got QuantConfig"):
+        DiffusersAutoQuantizer.from_config(QuantConfig())
 
 
 def test_config_refuses_more_groups_than_the_scheduler_visits_timesteps() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 import adpdm
@@ -93,6 +94,37 @@ def test_guided_transformer_samples_and_is_compared_when_quantized() -> None:
     plain = generate(original, scheduler, 3, 4, conditioning=labels).samples
     guided = generate(pair[0], scheduler, 3, 4, conditioning=labels).samples
     assert (guided - plain).abs().max() > 0.01
+
+
+class WithVariance(Labelled):
+    """Labelled, with channels of a variance that is the label."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> object:
+        labels = class_labels.view(-1, 1, 1, 1).expand_as(sample)
+        return (torch.cat([0.1 * sample * labels, 0.1 * labels], 1),)
+
+
+def test_variance_is_that_of_the_condition() -> None:
+    """As in DiTPipeline, which guides the channels of the latents only."""
+    sample, labels, timestep = torch.ones(2, 1, 2, 2), torch.tensor([1, 4]), torch.tensor([7, 7])
+    (result,) = GuidedDenoiser(WithVariance(True), 3.0, NULL)(sample, timestep, labels)
+    assert result[:, 0, 0, 0].tolist() == pytest.approx([-1.7, -0.8])
+    assert result[:, 1, 0, 0].tolist() == pytest.approx([0.1, 0.4])
+    pairs = WithVariance(True)(sample.repeat(2, 1, 1, 1), timestep, torch.tensor([1, NULL, 4, NULL]))
+    combined = Guidance(3.0, {}).combined(pairs[0], 1)  # type: ignore[index]
+    assert torch.allclose(combined, result)
+
+
+def test_trajectories_step_by_the_variance_of_the_condition() -> None:
+    labels, scheduler = {"class_labels": torch.tensor([1, 4])}, DDPMScheduler(variance_type="learned_range")
+    denoiser = WithVariance(True)
+    denoiser.register_parameter("here", nn.Parameter(torch.zeros(1)))
+    guided = GuidedDenoiser(denoiser, 3.0, NULL)
+    guidance = Guidance(3.0, {"class_labels": torch.tensor([NULL])})
+    made = Sampler(denoiser, scheduler, (1, 2, 2), 5, labels, guidance=guidance).run(5, 0, 2)
+    wanted = Sampler(guided, scheduler, (1, 2, 2), 5, labels).run(5, 0, 2)
+    assert made.noise_preds.shape == (5, 4, 2, 2, 2)
+    assert torch.allclose(made.final[0::2], wanted.final, atol=1e-5)
 
 
 # ---- calibration -------------------------------------------------------------------------------------------

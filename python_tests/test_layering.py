@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"search", "replay", "evaluate", "facts", "layer_runs"},
     {"rounding", "precision", "bias", "correction", "equalize"},
     {"budget", "quantize_options"},
-    {"calibrate"},
+    {"calibrate", "pipeline_checks"},
     {"diffusers_config"},
     {"diffusers_quantizer"},
     {"pipeline"},
@@ -35,7 +35,14 @@ LAYERS: list[set[str]] = [
     {"__init__", "__main__"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
-MAY_IMPORT_DIFFUSERS = {"pipeline", "diffusers_config", "diffusers_quantizer", "testing", "model_folder"}
+MAY_IMPORT_DIFFUSERS = {
+    "pipeline",
+    "pipeline_checks",
+    "diffusers_config",
+    "diffusers_quantizer",
+    "testing",
+    "model_folder",
+}
 
 # A C++ folder may include these folders, the standard library, and of other headers what the pattern names.
 CPP_FOLDERS: dict[str, tuple[set[str], str]] = {

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from adpdm import cli, load_pipeline
 from adpdm.demo import save_image_grid
-from adpdm.files import filling
+from adpdm.files import filling, replacing
+from adpdm.layer_runs import read_record
 from adpdm.outputs import STATE_NAME, folder_of
 from adpdm.testing import ONE_BLOCK, tiny_pipeline
 
@@ -340,3 +343,61 @@ def test_what_was_quantized_from_a_hub_name_is_evaluated_and_reported_under_it(
 def test_folder_of_names_what_is_neither_folder_nor_cached(name: str) -> None:
     with pytest.raises(ValueError, match=f"wanted the folder of a model or .* a cached one, got {name}"):
         folder_of(name)
+
+
+# ---- rights, full disks, --resume --------------------------------------------------------------------------
+
+
+def test_weights_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+    with filling(tmp_path / "out") as folder:
+        save_file({"a": torch.zeros(2)}, folder / "a.safetensors")
+    with replacing(tmp_path / "b") as file:
+        save_file({"a": torch.zeros(2)}, file)
+    (tmp_path / "other").touch()
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("out/a.safetensors", "b", "other")}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("writer", [filling, replacing])
+def test_full_disk_under_safetensors_is_an_os_error(tmp_path: Path, writer: Any) -> None:
+    with pytest.raises(OSError, match="out cannot be written: no space"), writer(tmp_path / "out"):
+        raise SafetensorError("no space")
+    assert names_in(tmp_path) == set()
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--grouping", "dp"], "--resume continues a search: wanted --grouping search"),
+        (["--groups", "1"], "at least 2, got --grouping search --groups 1"),
+    ],
+)
+def test_resume_without_a_search_is_refused_and_keeps_the_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    state = tmp_path / "q.partial" / STATE_NAME
+    state.parent.mkdir()
+    state.touch()
+    assert cli.main(["quantize", "m", "--out", str(tmp_path / "q"), "--resume", *SEARCH, *options]) == 1
+    assert message in error_of(capsys)
+    assert state.exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_resume_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["quantize", "m", "--out", str(tmp_path / "q"), "--resume", *SEARCH]) == 1
+    assert f"--resume wanted an unfinished search in {tmp_path}/q.partial/{STATE_NAME}" in error_of(capsys)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_sample_refuses_what_is_no_png(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sample", "m", "--out", "s.jpg"]) == 1
+    assert "--out s.jpg must end in .png, which is what is written, got .jpg" in error_of(capsys)
+
+
+@pytest.mark.parametrize("text", ["{}", "junk", "[]"])
+def test_record_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ValueError, match=r"r.json must be the record that `adpdm quantize` writes, got"):
+        read_record(tmp_path / "r.json")

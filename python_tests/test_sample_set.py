@@ -375,3 +375,19 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "KID" not in text  # which is Inception's
     words = ["--images", "18", "--steps", "3", "--batch", "9"]
     assert main(["dataset", str(tmp_path / "model"), "--out", str(tmp_path / "a"), *words]) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"junk"])
+def test_damaged_files_are_made_again(tmp_path: Path, content: bytes) -> None:
+    make(tmp_path / "set")
+    before = contents(tmp_path / "set")
+    (tmp_path / "set" / "images-000001.npy").write_bytes(content)
+    assert SampleSet.open(str(tmp_path / "set")).missing() == [1]
+    sample_set(tiny_unet(**ONE_BLOCK), ddim_scheduler(), str(tmp_path / "set"), SETTINGS)
+    assert contents(tmp_path / "set") == before
+
+
+def test_file_that_is_no_array_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.npy").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="x.npy must hold images .* got no array of numbers"):
+        set_distance(str(tmp_path / "x.npy"), str(tmp_path / "x.npy"))

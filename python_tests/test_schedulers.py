@@ -130,6 +130,18 @@ def test_calls_of_one_timestep_share_a_histogram() -> None:
     assert not torch.equal(run.samples[1], run.samples[2])  # the corrector sees another sample
 
 
+def test_stochasticity_is_that_of_pipelines() -> None:
+    """Pipelines pass an eta of 0; the step of TCD has 0.3 otherwise, which adds noise."""
+    scheduler, denoiser = make_scheduler("TCDScheduler", {}), tiny_unet(**ONE_BLOCK)
+    sampler = Sampler(denoiser, scheduler, (1, 8, 8), STEPS)
+    run = sampler.run(0, 0, 2)
+    path = copy.deepcopy(sampler.scheduler)
+    sample = run.samples[0]
+    for timestep, prediction in zip(sampler.calls, run.noise_preds, strict=True):
+        sample = path.step(prediction, timestep, sample, eta=0.0).prev_sample
+    assert torch.allclose(run.final, sample, atol=1e-5)
+
+
 def test_more_groups_than_visited_timesteps_are_refused() -> None:
     denoiser = tiny_unet(**ONE_BLOCK)
     # Four training timesteps for five steps: 3, 2, 2, 1, 1.

@@ -251,3 +251,16 @@ def test_model_in_16_bits_is_refused(saved: tuple[Any, Path], tmp_path: Path) ->
     model = UNet2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="save_tables: wanted float32.* got .* as torch.bfloat16"):
         adpdm.save_tables(model, tmp_path / "tables")
+
+
+def test_neighbours_of_the_file_stay_and_other_paths_are_refused(
+    saved: tuple[Any, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "t.tmp").write_text("mine")
+    adpdm.save_tables(saved[0], tmp_path / "t")
+    assert {file.name for file in tmp_path.iterdir()} == {"t", "t.tmp"}
+    assert (tmp_path / "t.tmp").read_text() == "mine"
+    with pytest.raises(IsADirectoryError, match="wanted a file to write, got the folder"):
+        adpdm.save_tables(saved[0], tmp_path)
+    with pytest.raises(FileNotFoundError, match="wanted a file in a folder that exists, got"):
+        adpdm.save_tables(saved[0], tmp_path / "no" / "t")

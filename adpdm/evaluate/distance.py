@@ -48,8 +48,8 @@ class SetDistance:
 
 
 def set_distance(
-    first: Path,
-    second: Path,
+    first: Path | str,
+    second: Path | str,
     *,
     dimensions: int = 32,
     resamples: int = 200,
@@ -69,6 +69,7 @@ def set_distance(
         ValueError: for other files, for images of different shapes and for too few.
         ImportError: without EfficientNet-Lite0.
     """
+    first, second = Path(first), Path(second)
     a, b = _images(first), _images(second)
     if a.shape[1:] != b.shape[1:] or min(len(a), len(b)) < MIN_IMAGES:
         raise ValueError(
@@ -132,7 +133,10 @@ def _images(path: Path) -> np.ndarray:
         return SampleSet.open(path).images()
     if path.suffix != ".npy" or not path.is_file():
         raise ValueError(f"wanted a folder of `adpdm dataset` or a file .npy of images, got {path}")
-    images: np.ndarray = np.load(path, allow_pickle=False)
+    try:
+        images: np.ndarray = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):
+        raise ValueError(f"{path} must hold images [N, H, W, C] u8, got no array of numbers") from None
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(f"{path} must hold images [N, H, W, C] u8, got {images.shape} {images.dtype}")
     return images

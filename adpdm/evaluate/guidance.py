@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adpdm.trajectory import guide
+
 
 class GuidedDenoiser(nn.Module):
     """A class- or text-conditional denoiser under classifier-free guidance: one call with twice the batch.
@@ -59,7 +61,7 @@ class GuidedDenoiser(nn.Module):
         )
         both: Tensor = output[0] if isinstance(output, tuple) else output.sample
         conditional, unconditional = both.chunk(2)
-        return (unconditional + self.scale * (conditional - unconditional),)
+        return (guide(conditional, unconditional, self.scale, sample.shape[1]),)
 
     def _with_none(self, labels: Tensor | None, text: Tensor | None) -> dict[str, Tensor]:
         """The condition of every image, then what stands for none of it."""

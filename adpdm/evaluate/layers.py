@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adpdm.evaluate.metrics import energies, sqnr_db
 from adpdm.nn import loaded_layers, quant_layers
+from adpdm.trajectory import pick
 
 
 @torch.no_grad()
@@ -41,8 +42,8 @@ def layer_sqnr(
     handles += [quantized.get_submodule(name).register_forward_hook(judge(name)) for name in names]
     try:
         for sample, timestep, conditioning in inputs:
-            reference(sample, timestep, **conditioning)
-            quantized(sample, timestep, **conditioning)
+            for denoiser in (reference, quantized):  # each its own lists, of which diffusers takes parts
+                denoiser(sample, timestep, **pick(conditioning, slice(None)))
     finally:
         for handle in handles:
             handle.remove()

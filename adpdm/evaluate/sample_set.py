@@ -64,12 +64,13 @@ class SampleSet:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: Path) -> SampleSet:
+    def open(cls, folder: Path | str) -> SampleSet:
         """The set in a folder, complete or not.
 
         Raises:
             ValueError: for a folder without a manifest of this format.
         """
+        folder = Path(folder)
         file = folder / MANIFEST_NAME
         try:
             manifest = json.loads(file.read_text())
@@ -92,12 +93,18 @@ class SampleSet:
         return [min(size, self.num_images - first) for first in range(0, self.num_images, size)]
 
     def missing(self) -> list[int]:
-        """Chunks that are not there, or hold too few images, as the last one of a set that grew."""
+        """Chunks that are absent, damaged, or hold too few images, as the last one of a set that grew."""
         return [n for n, size in enumerate(self.sizes()) if not self._holds(n, size)]
 
     def _holds(self, number: int, size: int) -> bool:
         file = self.chunk(number)
-        return file.is_file() and len(np.load(file, mmap_mode="r")) >= size
+        if not file.is_file():
+            return False
+        try:
+            images: np.ndarray = np.load(file, mmap_mode="r")
+        except (ValueError, EOFError):  # empty, cut off, or something else
+            return False
+        return images.ndim == 4 and len(images) >= size
 
     def images(self) -> np.ndarray:
         """All images, [N, H, W, C] u8.
@@ -109,7 +116,7 @@ class SampleSet:
         if missing:
             raise ValueError(
                 f"{self.folder} must hold {self.num_images} images, {len(missing)} of its "
-                f"{len(self.sizes())} files are missing; the command that began it goes on where it was"
+                f"{len(self.sizes())} files are missing or damaged; the command that began it makes them"
             )
         return np.concatenate([np.load(self.chunk(n))[:size] for n, size in enumerate(self.sizes())])
 
@@ -117,7 +124,7 @@ class SampleSet:
 def sample_set(
     denoiser: nn.Module,
     scheduler: Any,
-    folder: Path,
+    folder: Path | str,
     settings: SampleSettings,
     *,
     conditioning: Conditioning | None = None,
@@ -148,7 +155,7 @@ def sample_set(
     if decode is None:
         demand_images("sample_set", shape_of_call(call) or sample_shape(denoiser))
     conditions = _conditions(denoiser, scheduler, conditioning or {}, call or DenoiserCall())
-    result = _begin(folder, settings, _fingerprint(denoiser, decode, conditions), conditions)
+    result = _begin(Path(folder), settings, _fingerprint(denoiser, decode, conditions), conditions)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     mine = [n for n in result.missing() if n % world == rank]
     sizes = result.sizes()

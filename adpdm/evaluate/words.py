@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adpdm.evaluate.comparison import FRECHET_NAME, KERNEL_NAME, EvaluationResult
+from adpdm.evaluate.distance import SetDistance
 from adpdm.evaluate.frechet import FrechetResult
 from adpdm.evaluate.kernel import KernelResult
 
@@ -29,6 +30,24 @@ def evaluation_rows(result: EvaluationResult) -> dict[str, str]:
     for sentence in result.missing:
         rows.setdefault("not measured", "")
         rows["not measured"] += sentence + " "
+    return rows
+
+
+def distance_rows(found: SetDistance) -> dict[str, str]:
+    """What a person wants to know of two sets of images, label to text."""
+    rows = {FRECHET_NAME: frechet_words(found.frechet)}
+    if found.kernel is not None:
+        rows[KERNEL_NAME] = kernel_words(found.kernel)
+    if found.fid is not None:
+        rows["FID"] = f"{found.fid:.3f}, {found.num_images[0]} and {found.num_images[1]} images"
+    if found.kid is not None:
+        rows["KID"] = kernel_words(found.kid)
+    if found.psnr_db is None:
+        rows["image by image"] = "not compared: noise, scheduler, conditions or call differ"
+    else:
+        rows["mean PSNR of images of one seed"] = f"{found.psnr_db:.2f} dB"
+    if found.lpips is not None:
+        rows["LPIPS (AlexNet)"] = f"{found.lpips:.4f}"
     return rows
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
+from adpdm.files import replacing
 from adpdm.report.data import (
     ComparisonRow,
     Coverage,
@@ -52,13 +51,6 @@ def write_report(path: Path | str, data: ReportData) -> Path:
     """
     target, document = Path(path), render(data).encode("utf-8")
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(document)
-        os.chmod(name, 0o644)  # mkstemp gives 0600
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with replacing(target) as temporary:
+        temporary.write_bytes(document)
     return target
