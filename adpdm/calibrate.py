@@ -17,6 +17,7 @@ from torch import Tensor
 from .bias import correct_bias
 from .config import QuantConfig
 from .correction import corrected
+from .files import check_writable
 from .nn import QuantLayer
 from .partition import partition
 from .precision import RAISED_BITS, measure_sensitivity, raise_bits
@@ -114,7 +115,10 @@ class Calibration:
     def run(self) -> CalibrationTrace:
         """Observe, partition, search; leaves every quantizer with its ranges and tables, in fake mode."""
         if self.config.grouping == "search":
-            self.processes.first(self._saved)  # one that cannot be resumed is refused before any work
+            # Before any work: a state that cannot be resumed, or that could never be written, is refused.
+            self.processes.first(self._saved)
+            if self.state_file is not None and self.processes.rank == 0:
+                check_writable(self.state_file.parent)
         self.trajectory = trajectory = self._timed("trajectories", self._observe)
         self.call_weights = step_weights(trajectory.sensitivity)
         if not self.config.weigh_steps:
@@ -402,7 +406,10 @@ class Calibration:
         if self.state_file is not None and self.processes.rank == 0:
             trace = (selector.trace, selector.visits, self.trace.losses)
             state = SearchState(search.state(), rounds_done, search.steps_done, *trace)
-            state.save(self.state_file, self.fingerprint)
+            try:
+                state.save(self.state_file, self.fingerprint)
+            except OSError as error:  # the search itself does not need it
+                self._warn(f"the search could not be saved, so an interrupt loses what it did since: {error}")
 
     def _saved(self) -> SearchState | None:
         if self.state_file is None or not self.state_file.exists():

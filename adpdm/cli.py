@@ -64,6 +64,7 @@ from .pipeline import (
     load_pipeline,
     quantize_denoiser,
 )
+from .pipeline_checks import trace_forward
 from .processes import ALONE, OtherProcessFailed, Processes, joined, launched
 from .quantize_options import add_quantize_options, quant_config
 from .trajectory import Conditioning, DenoiserCall, Sampler
@@ -188,6 +189,7 @@ def _within_budget(
             f"--budget estimates what one process takes, got {processes.size} of them; run it with one, and "
             "give the options that it prints to all"
         )
+    trace_forward(sampler)  # a call that fails says why
     plan = fit_budget(sampler, config, args.budget)
     rows = {
         "an image and step": f"{plan.image_seconds:.3g} s",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 Grouping = Literal["shared", "uniform", "per_step", "dp", "search"]
 Selection = Literal["srm", "uniform", "normal", "random"]
@@ -18,7 +18,6 @@ Objective = Literal["teacher", "noise"]
 MIN_BITS, MAX_BITS = 2, 8
 MAX_GROUPS = 256  # more than any use was found for
 MAX_GUIDANCE = 100.0  # more than any image was found to bear
-MAX_SEED = 2**39 - 1  # times the largest stride between streams, 15 485 863, it leaves room in 63 bits
 MAX_LOGIT = 80.0  # exp of the difference of two such still is a float32
 
 
@@ -110,7 +109,7 @@ class QuantConfig:
         correct_prediction: take out of every prediction the part of the quantization error that is a fixed
             combination of prediction and sample at its step (correction.py).
         timestep_policy: for timesteps that were not calibrated: the group of the `nearest`, or an `error`.
-        seed: of every random draw, 0 to 2^39 - 1.
+        seed: of every random draw, 0 to 2^39 - 1 to calibrate with.
     """
 
     weight_bits: int = 8
@@ -155,7 +154,6 @@ class QuantConfig:
         for name in ("num_inference_steps", "calibration_images", "round_size", "histogram_images"):
             _at_least(name, getattr(self, name), 1)
         _within("raised_layers", self.raised_layers, 0.0, 1.0)
-        _within("seed", self.seed, 0, MAX_SEED)
         _within("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
         _within("exclude_first", self.exclude_first, 0.0, 0.9)
         _one_of("grouping", self.grouping, get_args(Grouping))
@@ -174,17 +172,16 @@ class QuantConfig:
                 f"got {self.num_groups}"
             )
 
-    @property
-    def quant_method(self) -> str:
-        """Diffusers asks for it where `from_pretrained` is given settings of a calibration.
+    if not TYPE_CHECKING:
 
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError(
-            "from_pretrained: quantization_config must be an adpdm.AdpdmConfig, got QuantConfig; "
-            "QuantConfig is for adpdm.quantize(pipe, config)"
-        )
+        def __getattr__(self, name: str) -> Any:
+            """Says to diffusers, which asks for `quant_method`, what `from_pretrained` was given."""
+            if name == "quant_method":
+                raise AttributeError(
+                    "from_pretrained: quantization_config must be an adpdm.AdpdmConfig, got QuantConfig; "
+                    "QuantConfig is for adpdm.quantize(pipe, config)"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def groups_per_layer(self, num_steps: int) -> int:
         """G for T = `num_steps` after the grouping has had its say: 1 for `shared`, T for `per_step`.

@@ -7,7 +7,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,6 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
+        temporary.unlink()
         with _writing(path):
             yield temporary
         _allow(temporary, mode)
@@ -92,7 +93,8 @@ def _allow(file: Path, mode: int) -> None:
     """Add rights to those of a file: safetensors keeps what it writes for its owner alone."""
     present = stat.S_IMODE(file.stat().st_mode)
     if present | mode != present:
-        file.chmod(present | mode)
+        with suppress(OSError):  # of a file system without rights; the file is worth more
+            file.chmod(present | mode)
 
 
 def _move_up(folder: Path, last: Collection[str]) -> None:

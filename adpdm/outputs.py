@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from .config import QuantConfig
 from .files import check_writable
 
+OTHER_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".tif", ".tiff", ".webp")
 STATE_NAME = "adpdm_search.safetensors"
 
 
@@ -49,7 +50,7 @@ def check_image(file: Path) -> None:
         ValueError: it is a folder, or named as another kind of file.
         OSError: it cannot be written.
     """
-    if file.suffix.lower() not in ("", ".png"):
+    if file.suffix.lower() in OTHER_IMAGES:
         raise ValueError(f"--out {file} must end in .png, which is what is written, got {file.suffix}")
     check_file(file)
 
@@ -66,10 +67,10 @@ def checked_state(
     """`state_file`; None where it cannot be written, as beside a mount, for the model still can.
 
     Args:
-        warn: is told why a search has none.
+        warn: is told why a search has none, and that there is nothing to resume.
 
     Raises:
-        ValueError: a search is there that nobody wants to resume, or none where one is to be resumed.
+        ValueError: a search is there that nobody wants to resume, or the settings do not search.
         OSError: a search is there that cannot be written.
     """
     state, searches = state_file(out), config.grouping == "search" and config.num_groups > 1
@@ -79,9 +80,7 @@ def checked_state(
             f"--grouping {config.grouping} --groups {config.num_groups}"
         )
     if is_resumed and not state.exists():
-        raise ValueError(
-            f"--resume wanted an unfinished search in {state}, got nothing there; leave it out to start anew"
-        )
+        warn(f"--resume wanted an unfinished search in {state}, got nothing there: all work starts anew")
     if state.exists() and not is_resumed:
         raise ValueError(f"{state} is an unfinished search; continue it with --resume, or remove its folder")
     try:

@@ -161,7 +161,7 @@ def calibration_sampler(
     scheduler = find_scheduler(pipe_or_denoiser, scheduler)
     if prompts is not None:
         text, empty = _encoded(pipe_or_denoiser, prompts)
-        if config.guidance_scale == 1:
+        if config.guidance_scale == 1 and not conditioning:
             text = torch.cat([empty, text])  # guidance will ask for it
         elif not conditioning and null_conditioning is None:
             null_conditioning = {"encoder_hidden_states": empty}

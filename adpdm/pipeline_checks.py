@@ -15,15 +15,17 @@ from .nn import CodedLayer, refuse_adapters
 from .trajectory import Conditioning, DenoiserCall, Sampler
 
 CALIBRATION_DEVICES = ("cpu", "cuda")
+MAX_SEED = 2**39 - 1  # times the largest stride between streams, 15 485 863, it leaves room in 63 bits
 
 
 def check_kinds(
     config: object, call: object, conditioning: object, null_conditioning: object, scheduler: object
 ) -> None:
-    """Refuse arguments of another class.
+    """Refuse arguments of another class, and seeds that others cannot be made of.
 
     Raises:
         TypeError: names the class that is wanted, and what came.
+        ValueError: for such seeds.
     """
     if not isinstance(config, QuantConfig):
         hint = {
@@ -31,6 +33,8 @@ def check_kinds(
             "dict": "; make one by QuantConfig.from_dict",
         }.get(type(config).__name__, "")
         raise TypeError(f"quantize: config must be a QuantConfig, got {_kind(config)}{hint}")
+    if not 0 <= config.seed <= MAX_SEED:
+        raise ValueError(f"quantize: seed must be in [0, {MAX_SEED}], got {config.seed}")
     if call is not None and not isinstance(call, DenoiserCall):
         raise TypeError(f"quantize: call must be a DenoiserCall, got {_kind(call)}")
     for name, given in (("conditioning", conditioning), ("null_conditioning", null_conditioning)):
@@ -144,7 +148,7 @@ def check_rows(denoiser: nn.Module, name: str, conditioning: Conditioning) -> No
             "in call=DenoiserCall(constants=...)"
         )
     classes, labels = _num_classes(denoiser), conditioning.get("class_labels")
-    if classes is None or labels is None or labels.is_floating_point():
+    if classes is None or not isinstance(labels, Tensor) or labels.is_floating_point():
         return
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
@@ -183,7 +187,7 @@ def trace_forward(sampler: Sampler) -> None:
             f"quantize: {kind.__name__} must work on samples {tuple(sampler.sample_shape)} with "
             f"{_described({**conditioning, **sampler.call.constants}) or 'nothing else'}, got "
             f"{type(error).__name__}: {error}; its arguments are {known}, which are given by conditioning= "
-            "and call=DenoiserCall(constants=...)"
+            "(--conditioning) and call=DenoiserCall(constants=...) (--call, --constants)"
         ) from error
     learned = prediction.shape[1] == 2 * sample.shape[1]
     if prediction.shape != sample.shape and not learned:
@@ -198,7 +202,9 @@ _GIVEN_ANYWAY = ("timestep", "return_dict")
 
 
 def _described(given: Conditioning) -> str:
-    """Arguments of a call in words: shapes and dtypes of tensors."""
-    leaves = tree_flatten_with_path(given)[0]
-    tensors = [(keystr(path)[1:-1], x) for path, x in leaves if isinstance(x, Tensor)]
-    return ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in tensors)
+    """Arguments of a call in words: shapes and dtypes of tensors, other values as they are."""
+    leaves = [(keystr(path)[1:-1], x) for path, x in tree_flatten_with_path(given)[0]]
+    return ", ".join(
+        f"{name} {tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else f"{name} {x!r}"
+        for name, x in leaves
+    )

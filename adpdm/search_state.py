@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from torch import Tensor
 
 from .files import replacing
 
-STATE_VERSION = 3  # 1 generated images in batches of another size, 2 belonged to less than it depends on
+# 1 generated images in batches of another size, 2 belonged to less than it depends on, 3 guided variances and
+# left TCD its eta.
+STATE_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class SearchState:
     def save(self, file: Path, fingerprint: str) -> None:
         """Replace the file in one go; `fingerprint` says what the state belongs to.
 
-        A search does not need the file, so that it cannot be written is a warning.
+        Raises:
+            OSError: it cannot be written.
         """
         header = {
             "version": str(STATE_VERSION),
@@ -53,9 +55,6 @@ class SearchState:
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as temporary:
                 save_file(self.tensors, temporary, metadata=header)
-        except OSError as error:
-            sentence = f"the search could not be saved, so an interrupt loses what it did since: {error}"
-            warnings.warn(sentence, stacklevel=2)
         finally:
             if is_new:
                 with suppress(OSError):  # it holds the file
@@ -93,8 +92,9 @@ def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[st
     words = []
     for name in sorted(name for name in {**got, **want} if got.get(name) != want.get(name)):
         setting = name.removeprefix("setting ")
-        values = f"wanted {want.get(name)!s:.80}, got {got.get(name)!s:.80}"
-        words.append(f"other {name}" if setting == name else f"{setting}: {values}")
+        shown = [f"{facts.get(name)!s:.80}" for facts in (want, got)]
+        is_told = setting != name and shown[0] != shown[1]
+        words.append(f"{setting}: wanted {shown[0]}, got {shown[1]}" if is_told else f"other {setting}")
     return words or ["other fingerprint"]
 
 

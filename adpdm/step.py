@@ -169,7 +169,8 @@ class StepState(nn.Module):
 def _take_loaded(state: nn.Module, incompatible_keys: object) -> None:
     """After `load_state_dict`, which with `assign=True` puts other buffers in their place."""
     assert isinstance(state, StepState)
-    state.take_record()
+    if state.record.table.data_ptr() != state.table.data_ptr():
+        state.take_record()
 
 
 def _demand(condition: Tensor, sentence: str, details: Callable[[], str]) -> None:

@@ -108,13 +108,16 @@ def call_denoiser(
         conditioning: tensors [B, ...] by argument name, or dicts of them.
     """
     given = call.given_timestep(timestep).to(sample.device).expand(sample.shape[0])
-    # Lists and dicts are copied: diffusers' U-Net takes residuals of adapters out of the list it is given.
-    more: list[dict[str, Any]] = tree_map(lambda x: x, [conditioning, call.constants])
-    output = denoiser(sample, timestep=given, **more[0], **more[1])
+    output = denoiser(sample, timestep=given, **own_containers({**conditioning, **call.constants}))
     if isinstance(output, tuple):
         output = output[0]
     prediction: Tensor = output if isinstance(output, Tensor) else output.sample
     return used_output(scheduler, prediction, sample.shape[1])
+
+
+def own_containers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same values in lists and dicts of their own: diffusers takes residuals of adapters off theirs."""
+    return tree_map(lambda value: value, arguments)  # type: ignore[no-any-return]
 
 
 def pick(conditioning: Conditioning, images: Tensor | slice) -> Conditioning:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import adpdm
-from adpdm import QuantConfig, SearchConfig, bias, calibrate, pipeline, precision, rounding
+from adpdm import QuantConfig, SearchConfig, bias, calibrate, pipeline_checks, precision, rounding
 from adpdm.nn import quant_layers
 from adpdm.testing import CROSS_ATTENTION_DIM, ONE_BLOCK, tiny_conditional_unet, tiny_unet
 from adpdm.trajectory import DenoiserCall, Sampler
@@ -201,7 +201,7 @@ def test_calibration_does_not_mix_devices(monkeypatch: pytest.MonkeyPatch) -> No
     settings = config("noise", weight_bits=4, raised_layers=0.3)
     here, there = tiny_unet(**ONE_BLOCK), tiny_unet(**ONE_BLOCK)
     expected = adpdm.quantize(here, settings, scheduler=DDIMScheduler())
-    monkeypatch.setattr(pipeline, "CALIBRATION_DEVICES", ("meta",))
+    monkeypatch.setattr(pipeline_checks, "CALIBRATION_DEVICES", ("meta",))
     move_elsewhere(there)
     with pretended():
         report = adpdm.quantize(there, settings, scheduler=DDIMScheduler())

@@ -128,7 +128,10 @@ def test_int8_attention_of_zeros(zeros: str) -> None:
 
 
 @pytest.mark.parametrize(("int8", "value"), [(False, math.nan), (True, math.nan), (True, math.inf)])
-def test_what_is_not_finite_is_seen_in_the_codes_it_reaches(int8: bool, value: float) -> None:
+@pytest.mark.parametrize("bits", [None, -1])
+def test_what_is_not_finite_is_seen_in_the_codes_it_reaches(
+    int8: bool, value: float, bits: int | None
+) -> None:
     """NaN gives quant_min; where codes are multiplied, infinity does as well."""
     args = {"query": normal(1, 9, 32), "key": normal(1, 30, 32, seed=1), "value": normal(1, 30, 32, seed=2)}
     wanted = ops.attention_quantize(**args, quantizer=quantizer(), heads=2, int8=int8)
@@ -136,6 +139,8 @@ def test_what_is_not_finite_is_seen_in_the_codes_it_reaches(int8: bool, value: f
     for name, (rows, channels) in reached.items():
         broken = args[name].clone()
         broken[0, 4, 20] = value
+        if bits is not None:  # a NaN that processors do not make themselves
+            broken.view(torch.int32)[0, 4, 20] = bits
         codes = ops.attention_quantize(**{**args, name: broken}, quantizer=quantizer(), heads=2, int8=int8)
         is_lost = torch.zeros(9, 32, dtype=torch.bool)
         is_lost[rows, channels] = True

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from adpdm import cli, load_pipeline
+from adpdm import QuantConfig, cli, load_pipeline
 from adpdm.demo import save_image_grid
 from adpdm.files import filling, replacing
 from adpdm.layer_runs import read_record
-from adpdm.outputs import STATE_NAME, folder_of
+from adpdm.outputs import STATE_NAME, checked_state, folder_of, state_file
 from adpdm.testing import ONE_BLOCK, tiny_pipeline
 
 FAST = ["--grouping", "shared", "--steps", "8", "--images", "8"]
@@ -384,10 +384,12 @@ def test_resume_without_a_search_is_refused_and_keeps_the_state(
     assert state.exists()
 
 
-@pytest.mark.usefixtures("no_model")
-def test_resume_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["quantize", "m", "--out", str(tmp_path / "q"), "--resume", *SEARCH]) == 1
-    assert f"--resume wanted an unfinished search in {tmp_path}/q.partial/{STATE_NAME}" in error_of(capsys)
+def test_resume_of_nothing_starts_anew_and_says_so(tmp_path: Path) -> None:
+    told: list[str] = []
+    state = state_file(tmp_path / "q")
+    assert checked_state(tmp_path / "q", QuantConfig(), True, told.append) == state
+    (sentence,) = told
+    assert sentence.startswith(f"--resume wanted an unfinished search in {state}, got nothing there")
 
 
 @pytest.mark.usefixtures("no_model")

@@ -93,9 +93,13 @@ def test_fused_projections_are_refused() -> None:
     refused(unet, ValueError, message, scheduler=ddim_scheduler(), conditioning=given)
     unet.unfuse_qkv_projections()  # leaves the fused layers where they are
     refused(unet, ValueError, message, scheduler=ddim_scheduler(), conditioning=given)
-    attention = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
-    attention.unfuse_projections = None  # newer attention has one that takes them out
-    refused(unet, ValueError, r"call unfuse_qkv_projections\(\) first", scheduler=ddim_scheduler())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**39, 2**70])
+def test_seeds_that_others_cannot_be_made_of_are_refused(seed: int) -> None:
+    message = rf"seed must be in \[0, 549755813887\], got {seed}"
+    with pytest.raises(ValueError, match=message):
+        adpdm.quantize(tiny_unet(), adpdm.QuantConfig(seed=seed), scheduler=ddim_scheduler())
 
 
 # ---- kinds of arguments ------------------------------------------------------------------------------------

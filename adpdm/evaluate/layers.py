@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adpdm.evaluate.metrics import energies, sqnr_db
 from adpdm.nn import loaded_layers, quant_layers
-from adpdm.trajectory import pick
+from adpdm.trajectory import own_containers
 
 
 @torch.no_grad()
@@ -42,8 +42,8 @@ def layer_sqnr(
     handles += [quantized.get_submodule(name).register_forward_hook(judge(name)) for name in names]
     try:
         for sample, timestep, conditioning in inputs:
-            for denoiser in (reference, quantized):  # each its own lists, of which diffusers takes parts
-                denoiser(sample, timestep, **pick(conditioning, slice(None)))
+            for denoiser in (reference, quantized):
+                denoiser(sample, timestep, **own_containers(conditioning))
     finally:
         for handle in handles:
             handle.remove()

@@ -238,7 +238,7 @@ TEST(CudaConv2d, LargestReductionDoesNotOverflow) {
     const auto check = [&] {
       EXPECT_EQ(DeviceCase(host).conv2d({{{64, 64}, 1}}), std::vector<uint32_t>{float_to_bits(sum)});
     };
-    // Codes of 8 bits go one way on every device; tens of seconds each under the sanitizers.
+    // With this tile codes of 8 bits go one way on every device; tens of seconds each under the sanitizers.
     packed ? on_devices(check) : check();
   }
 }
