@@ -67,7 +67,8 @@ def test_state_file_is_replaced_in_one_go(tmp_path: Path, monkeypatch: pytest.Mo
             tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state
         )
     told = [warning for warning in report.trace.warnings if "the search could not be saved" in warning]
-    assert told and all("disk full" in warning for warning in told)
+    assert told
+    assert all("disk full" in warning for warning in told)
     assert list(tmp_path.iterdir()) == []
     adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler(), state_file=state)
     before = state.read_bytes()
