@@ -231,19 +231,12 @@ def _call_settings(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or set(values) - set(CALL_KEYS):
         got = sorted(values) if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"--call {path} must hold an object with keys of {CALL_KEYS}, got {got}")
-    shape = values.get("sample_shape")
-    if shape is not None:
-        if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
-            raise ValueError(
-                f"--call {path}: sample_shape must be a list of positive integers, got {shape!r}"
-            )
-        values["sample_shape"] = tuple(shape)
-    factor = values.get("timestep_factor", 1.0)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
-        raise ValueError(f"--call {path}: timestep_factor must be a positive number, got {factor!r}")
-    for key in ("constants", "schedule"):
-        if not isinstance(values.get(key, {}), dict):
-            raise ValueError(f"--call {path}: {key} must be an object, got {values[key]!r}")
+    if isinstance(values.get("sample_shape"), list):
+        values["sample_shape"] = tuple(values["sample_shape"])
+    try:
+        DenoiserCall(**values)
+    except ValueError as error:
+        raise ValueError(f"--call {path}: {error}") from None
     return values
 
 

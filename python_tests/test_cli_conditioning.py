@@ -327,9 +327,13 @@ def test_call_settings_are_read(tmp_path: Path) -> None:
         ("[1]", "must hold an object with keys of .* got list"),
         ("{", "must be a JSON file"),
         ('{"shape": [4]}', r"got \['shape'\]"),
-        ('{"sample_shape": [4, 0]}', "sample_shape must be a list of positive integers"),
+        ('{"sample_shape": [4, 0]}', r"--call .*: DenoiserCall: sample_shape must be positive integers"),
         ('{"timestep_factor": true}', "timestep_factor must be a positive number, got True"),
-        ('{"schedule": 3}', "schedule must be an object, got 3"),
+        (
+            '{"timestep_factor": Infinity}',
+            "--call .*: DenoiserCall: timestep_factor must be a positive number",
+        ),
+        ('{"schedule": 3}', "schedule must be a dict, got 3"),
         ('{"constants": {"ids": 1}}', r"names must be arguments of UNet2DConditionModel.* got \['ids'\]"),
     ],
 )
