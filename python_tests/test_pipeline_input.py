@@ -10,10 +10,12 @@ import torch
 from diffusers import DDIMScheduler
 from test_pipeline import config, noise, refused
 from torch import Tensor
+from transformer_cases import flux
 
 import adpdm
 from adpdm import AdpdmConfig, DenoiserCall, SearchConfig, graph
 from adpdm.evaluate import generate
+from adpdm.pipeline_checks import check_denoiser
 from adpdm.testing import (
     CROSS_ATTENTION_DIM,
     ddim_scheduler,
@@ -93,6 +95,15 @@ def test_fused_projections_are_refused() -> None:
     refused(unet, ValueError, message, scheduler=ddim_scheduler(), conditioning=given)
     unet.unfuse_qkv_projections()  # leaves the fused layers where they are
     refused(unet, ValueError, message, scheduler=ddim_scheduler(), conditioning=given)
+
+
+def test_projections_that_can_be_taken_apart_are_accepted_afterwards() -> None:
+    denoiser = flux().denoiser
+    denoiser.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"call unfuse_qkv_projections\(\) first"):
+        check_denoiser(denoiser)
+    denoiser.unfuse_qkv_projections()
+    check_denoiser(denoiser)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**39, 2**70])
