@@ -4,7 +4,6 @@
 #pragma once
 
 #include <array>
-#include <csetjmp>
 #include <cstdint>
 #include <deque>
 #include <exception>
@@ -69,6 +68,8 @@ struct alignas(16) Message {
 };
 using Messages = std::array<Message, kWarpSize>;
 
+using JumpBuffer = void* [5];  // of __builtin_setjmp
+
 // A device thread: a stack to run on and what the thread is waiting for.
 struct Fiber {
   enum class State { kReady, kInWarp, kAtBarrier, kDone };
@@ -76,7 +77,7 @@ struct Fiber {
   int index = 0;  // thread in its block
   State state = State::kDone;
   bool created = false;  // whether `context` can be jumped to
-  std::jmp_buf context;
+  JumpBuffer context;
   std::unique_ptr<unsigned char[]> stack;
   void* asan_stack = nullptr;  // AddressSanitizer's handle while the fiber is switched out
   const char* waits_for = "";  // name of the collective
@@ -208,7 +209,7 @@ class Executor {
   bool cancelled_ = false;  // every suspended thread unwinds when resumed
   std::exception_ptr error_;
 
-  std::jmp_buf scheduler_;
+  JumpBuffer scheduler_;
   void* scheduler_asan_stack_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
