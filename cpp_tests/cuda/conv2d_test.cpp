@@ -293,6 +293,22 @@ TEST(CudaConv2d, RefusesWhatNoKernelTakes) {
   EXPECT_EQ(error_of(odd, geglu), "conv2d: geglu needs an even number of outputs per group, got 3");
 }
 
+TEST(CudaConv2d, RefusesImagesWithMorePixelsThanItsIndicesCount) {
+  ADPDM_REQUIRE_GPU();
+  const HostCase host = random_case(make_layer({16}, {3, 3}, 8), {}, 1300);
+  DeviceCase device(host);
+  Conv2dArgs args = device.args();
+  args.input = {50'000, 50'000};  // never read
+  args.stride = {1000, 1000};
+  args.out = {50, 50};
+  try {
+    cuda::plan_conv2d(args);
+    ADD_FAILURE() << "wanted an error";
+  } catch (const std::invalid_argument& error) {
+    EXPECT_STREQ(error.what(), "conv2d: wanted at most 2147483391 input pixels in an image, got 2500000000");
+  }
+}
+
 #ifdef ADPDM_SIMT
 TEST(CudaConv2d, NamesTheArchitecturesThatWereBuilt) {
   cuda::set_emulated_device({75, 40, 64 * 1024});

@@ -87,6 +87,16 @@ ADPDM_KERNEL(1024, 1) store_kernel(int32_t* x, int32_t value) {
   if (block_x() == 0 && thread_index() == 0) store(x, value);
 }
 
+// Swizzles and descriptors of wgmma take an address that is a multiple of 1024 for granted.
+ADPDM_KERNEL(32, 1) alignment_kernel(int32_t* remainder) {
+#ifdef ADPDM_SIMT
+  const auto address = reinterpret_cast<uintptr_t>(shared_memory());
+#else
+  const uint32_t address = detail::shared_address(shared_memory());
+#endif
+  if (thread_index() == 0) store(remainder, static_cast<int32_t>(address % 1024));
+}
+
 }  // namespace
 
 void convert_to_float(const uint16_t* x, float* y, int64_t size, FloatType type) {
@@ -116,6 +126,10 @@ void multiply_tile(const int8_t* a, const int8_t* b, int32_t* c) {
 
 void launch_anything(int32_t* x, int32_t value, int64_t blocks, int threads, int64_t shared_bytes) {
   launch(store_kernel, {blocks, 1, 1, threads, shared_bytes, nullptr, "device_test"}, x, value);
+}
+
+void find_shared_alignment(int32_t* remainder) {
+  launch(alignment_kernel, {1, 1, 1, 32, 96 * 1024, nullptr, "device_test"}, remainder);
 }
 
 void set_bytes(uint8_t* x, int value, int64_t bytes) {

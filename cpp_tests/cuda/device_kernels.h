@@ -36,6 +36,9 @@ void multiply_tile(const int8_t* a, const int8_t* b, int32_t* c);
 // A launch of `blocks` blocks that writes value to x[0], with that much shared memory and that many threads.
 void launch_anything(int32_t* x, int32_t value, int64_t blocks, int threads, int64_t shared_bytes);
 
+// remainder[0] = the address of a block's shared memory modulo 1024.
+void find_shared_alignment(int32_t* remainder);
+
 // memset_async on the default stream.
 void set_bytes(uint8_t* x, int value, int64_t bytes);
 

@@ -165,6 +165,13 @@ TEST(Launch, RunsWithMoreSharedMemoryThanIsGrantedUnasked) {
   EXPECT_EQ(x.host(), std::vector<int32_t>{7});
 }
 
+TEST(Launch, SharedMemoryBeginsAtAMultipleOf1024) {
+  ADPDM_REQUIRE_GPU();
+  DeviceBuffer<int32_t> remainder(1);
+  find_shared_alignment(remainder.data());
+  EXPECT_EQ(remainder.host(), std::vector<int32_t>{0});
+}
+
 TEST(Launch, OfNoBlocksDoesNothing) {
   ADPDM_REQUIRE_GPU();
   DeviceBuffer<int32_t> x(std::vector<int32_t>{1});

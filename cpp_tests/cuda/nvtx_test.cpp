@@ -9,7 +9,7 @@
 #include "core/quantize.h"
 #include "cuda/device_memory.h"
 
-#ifndef ADPDM_SIMT
+#ifdef ADPDM_NVTX
 
 namespace {
 
@@ -69,7 +69,7 @@ TEST(Nvtx, RangesAreNestedInTheDomainAdpdm) {
 }  // namespace
 }  // namespace adpdm::cuda
 
-#else
+#elif defined(ADPDM_SIMT)
 
 namespace adpdm::cuda {
 namespace {

@@ -34,6 +34,11 @@ void check(const char* op, const Conv2dArgs& args) {
     throw std::invalid_argument(std::string(op) + ": wanted at most " + std::to_string(most) +
                                 " output pixels in a batch, got " + std::to_string(num_rows(args)));
   }
+  const int64_t pixels = args.input.height * args.input.width * args.upsample * args.upsample;
+  if (pixels > most) {
+    throw std::invalid_argument(std::string(op) + ": wanted at most " + std::to_string(most) +
+                                " input pixels in an image, got " + std::to_string(pixels));
+  }
   if (args.num_segments == 2 && args.segments[0].packed != args.segments[1].packed) {
     throw std::invalid_argument(std::string(op) + ": wanted both segments packed or none, got one");
   }

@@ -106,10 +106,11 @@ bool built_for(const std::string& name) {
 void require_built_arch(const char* op) {
   const int arch = current_device_info().arch;
   if (archs_cover(ADPDM_BUILT_ARCHS, arch)) return;
+  const char* real = arch == 90 ? "a-real" : "-real";  // sm_90a has wgmma
   throw CudaError(std::string(op) + ": the CUDA kernels were built for " + ADPDM_BUILT_ARCHS +
                   ", which the current device (sm_" + std::to_string(arch) +
-                  ") cannot run; build adpdm again with ADPDM_CUDA_ARCHS=" + std::to_string(arch) +
-                  "-real (sm_80 is the oldest architecture supported)");
+                  ") cannot run; build adpdm again with ADPDM_CUDA_ARCHS=" + std::to_string(arch) + real +
+                  " (sm_80 is the oldest architecture supported)");
 }
 
 }  // namespace adpdm::cuda

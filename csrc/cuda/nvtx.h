@@ -8,8 +8,12 @@
 
 #ifdef ADPDM_SIMT
 #include <vector>
-#else
+#elif __has_include(<nvtx3/nvToolsExt.h>)
 #include <nvtx3/nvToolsExt.h>
+#define ADPDM_NVTX
+#else
+#pragma message( \
+    "adpdm: nvtx3/nvToolsExt.h was not found (Debian: nvidia-cuda-toolkit; conda: cuda-nvtx): no NVTX ranges")
 #endif
 
 namespace adpdm::cuda {
@@ -40,7 +44,7 @@ class Range {
   }
 };
 
-#else
+#elif defined(ADPDM_NVTX)
 
 // Null unless a profiler is attached.
 inline nvtxDomainHandle_t nvtx_domain() {
@@ -72,6 +76,14 @@ class Range {
 
  private:
   bool is_open_ = false;
+};
+
+#else
+
+class Range {
+ public:
+  template <typename Describe>
+  explicit Range(Describe&&) {}
 };
 
 #endif
