@@ -4,21 +4,28 @@ python benchmarks/bench_gpu_kernels.py --models sd15 sdxl --json kernels.json
 
 Integer layers are given codes and write bfloat16; weights stay in L2 where they fit, as they do in a U-Net
 that runs step after step. Figures are medians of --rounds replays, ratios medians of the ratios of a round.
+
+--peaks reads what gpu_peaks.py --json wrote on the same card. W8A8, W4A8 and torch._int_mm then have their
+share of the largest int8 rate that the card has: of wgmma on compute capability 9.0, else of mma.sync.
+
+The JSON file is written after every piece of work, layers first. A contestant that raises is named, there as
+well, and the others are timed; the exit code then is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import results_file
 import torch
 import torch.nn.functional as F
 from gpu_layers import LAYERS, MAPS, Conv, Layer, Linear
-from gpu_timing import Call, Timing, compare
+from gpu_timing import Call, Failed, Timing, compare
 from torch import Tensor
 
 from adpdm import ops
@@ -27,6 +34,20 @@ from adpdm.ops import Activation, ConvGeometry, Epilogue, OutputQuantizer, Segme
 NUM_GROUPS = 8
 DEVICE = "cuda"
 BF16 = torch.bfloat16
+PEAKS = Path(__file__).parents[1] / "build" / "gpu" / "peaks.json"  # `make gpu` writes it
+
+# The int8 rates of gpu_peaks.py, null for what a card lacks.
+INT8_RATES = {"wgmma_s8_TOPS": "wgmma", "mma_s8_TOPS": "mma.sync"}
+# They multiply in int8 on every card, W4A4 only where int4 products are emulated.
+INT8_CONTESTANTS = ("W8A8", "W4A8", "torch._int_mm")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that tensor cores do with int8."""
+
+    instruction: str
+    tops: float
 
 
 @dataclass(frozen=True)
@@ -36,9 +57,40 @@ class Row:
     work: str
     contestant: str
     microseconds: float
-    ratio: float  # its time divided by that of the first contestant
+    ratio: float | None  # its time divided by that of the first contestant; None where that one failed
     rate: float  # TOP/s of layers, GB/s of the rest
     unit: str
+    share_of_peak: float | None = None  # of int8 products, where the peak is known
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A contestant that could not be timed on a piece of work."""
+
+    work: str
+    contestant: str
+    failed: str  # the reason
+
+
+Rows = list[Row | Failure]
+
+
+def read_peak(path: Path, device: str) -> Peak:
+    """The largest int8 rate in a file of gpu_peaks.py.
+
+    Raises:
+        ValueError: where it is of another card than `device`, or was written before there were all rates.
+    """
+    measured = json.loads(path.read_text())
+    if measured["device"] != device:
+        raise ValueError(f"--peaks: wanted rates of {device}, got those of {measured['device']} in {path}")
+    if missing := [name for name in INT8_RATES if name not in measured]:
+        raise ValueError(
+            f"--peaks: wanted {', '.join(missing)}, found none in {path}: run gpu_peaks.py again"
+        )
+    rates = {name: measured[name] for name in INT8_RATES if measured[name] is not None}
+    largest = max(rates, key=lambda name: rates[name])
+    return Peak(INT8_RATES[largest], rates[largest])
 
 
 def random_codes(shape: tuple[int, ...], bits: int) -> Tensor:
@@ -174,62 +226,107 @@ def map_calls(batch: int, channels: int, size: int) -> dict[str, tuple[dict[str,
     }
 
 
-def layer_rows(layer: Layer, rounds: int) -> list[Row]:
+def layer_rows(layer: Layer, rounds: int, peak: Peak | None) -> Rows:
     """Time one layer."""
     calls = conv_calls(layer) if isinstance(layer, Conv) else linear_calls(layer)
-    return rows_of(layer.name, compare(calls, rounds), 1e-6 * layer.operations, "TOP/s")
+    rows = rows_of(layer.name, compare(calls, rounds), 1e-6 * layer.operations, "TOP/s")
+    if peak is None or (isinstance(layer, Conv) and layer.groups > 1):  # which tensor cores have no part in
+        return rows
+    return [with_share(row, peak) for row in rows]
 
 
-def map_rows(shape: tuple[int, int, int], rounds: int) -> Iterator[list[Row]]:
+def with_share(row: Row | Failure, peak: Peak) -> Row | Failure:
+    """The row of a layer, with its share of the peak where it multiplies in int8."""
+    if isinstance(row, Failure) or row.contestant not in INT8_CONTESTANTS:
+        return row
+    return replace(row, share_of_peak=row.rate / peak.tops)
+
+
+def map_rows(shape: tuple[int, int, int], rounds: int) -> Iterator[Rows]:
     """Time the element-wise work on one map."""
     for work, (calls, num_bytes) in map_calls(*shape).items():
         name = f"{work} {shape[0]}x{shape[1]}@{shape[2]}"
         yield rows_of(name, compare(calls, rounds), 1e-3 * num_bytes, "GB/s")
 
 
-def rows_of(work: str, timings: dict[str, Timing], amount: float, unit: str) -> list[Row]:
+def measure(models: Sequence[str], rounds: int, peak: Peak | None) -> Iterator[Rows]:
+    """Time one piece of work after the other: layers first, which a step spends most of its time in."""
+    for layer in [layer for model in models for layer in LAYERS[model]]:
+        yield layer_rows(layer, rounds, peak)
+    for shape in MAPS:
+        yield from map_rows(shape, rounds)
+
+
+def rows_of(work: str, timings: Mapping[str, Timing | Failed], amount: float, unit: str) -> Rows:
     """Rows with the rate `amount / microseconds`: TOP/s for 1e-6 operations, GB/s for 1e-3 bytes."""
     return [
-        Row(work, name, t.microseconds, t.ratio, amount / t.microseconds, unit) for name, t in timings.items()
+        Failure(work, name, t.reason)
+        if isinstance(t, Failed)
+        else Row(work, name, t.microseconds, t.ratio, amount / t.microseconds, unit)
+        for name, t in timings.items()
     ]
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: Rows) -> None:
     """One line per contestant."""
     for row in rows:
+        if isinstance(row, Failure):
+            print(f"{row.work:34} {row.contestant:22} failed: {row.failed}", flush=True)
+            continue
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
+        share = "" if row.share_of_peak is None else f" {row.share_of_peak:6.1%}"
         print(
             f"{row.work:34} {row.contestant:22} {row.microseconds:9.2f} us {row.rate:9.1f} {row.unit} "
-            f"{row.ratio:6.2f}x",
+            f"{ratio:>7}{share}",
             flush=True,
         )
 
 
-def main() -> None:
-    """Print a table; write it as JSON where asked."""
+def parse() -> tuple[argparse.Namespace, Peak | None]:
+    """Options, and the peak to compare with where there is one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=list(LAYERS), default=list(LAYERS))
     parser.add_argument("--rounds", type=int, default=25, help="timed replays, at least 20")
+    parser.add_argument("--peaks", type=Path, help="default: build/gpu/peaks.json, where that exists")
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
     if args.rounds < 20:
         parser.error(f"--rounds must be at least 20, got {args.rounds}")
     if not torch.cuda.is_available():
         sys.exit("bench_gpu_kernels: wanted a CUDA device, found none")
+    path = args.peaks or (PEAKS if PEAKS.exists() else None)
+    if path is None:
+        return args, None
+    try:
+        return args, read_peak(path, torch.cuda.get_device_name())
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def main() -> None:
+    """Print a table; write it as JSON where asked."""
+    args, peak = parse()
+    if peak is None:
+        print(f"no shares of the peak: wanted --peaks or {PEAKS}, found neither")
+    else:
+        print(f"last column: share of {peak.tops:.1f} TOP/s, the int8 rate of {peak.instruction}")
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    rows: list[Row] = []
-    for shape in MAPS:
-        for group in map_rows(shape, args.rounds):
-            rows += group
-            show(group)
-    for layer in [layer for model in args.models for layer in LAYERS[model]]:
-        rows += (group := layer_rows(layer, args.rounds))
+    settings = {
+        **vars(args),
+        "peaks": asdict(peak) if peak is not None else None,
+        "device": torch.cuda.get_device_name(),
+    }
+    rows: Rows = []
+    for group in measure(args.models, args.rounds, peak):
+        rows += group
         show(group)
-    if args.json:
-        settings = {**vars(args), "device": torch.cuda.get_device_name()}
-        results_file.write(args.json, settings, map(asdict, rows), "cuda")
+        if args.json:
+            results_file.write(args.json, settings, map(asdict, rows), "cuda")
+    if failed := [f"{row.contestant} on {row.work}" for row in rows if isinstance(row, Failure)]:
+        sys.exit(f"bench_gpu_kernels: failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Ceilings of this GPU: copies and integer tensor cores (adpdm_gpu_peaks), cuBLAS and cuDNN in bfloat16.
 
-python benchmarks/gpu_peaks.py build/gpu/cmake/adpdm_gpu_peaks --json peaks.json
+python benchmarks/gpu_peaks.py build/core/adpdm_gpu_peaks --json peaks.json
+
+mma_s8_TOPS and wgmma_s8_TOPS are the rates of int8 products by mma.sync, which our kernels use everywhere,
+and by wgmma, which they use on compute capability 9.0; mma_s4_TOPS that of int4. What the card lacks is null,
+and ..._obstacle says why.
 """
 
 from __future__ import annotations

@@ -1,25 +1,55 @@
-"""Timing on a GPU: a CUDA graph of several calls between two events, contestants in turns."""
+"""Timing on a GPU: between two events, in CUDA graphs or called from Python, contestants in turns."""
 
 from __future__ import annotations
 
 import statistics
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 
 WARMUP = 3
 CALLS_PER_GRAPH = 10  # a replay must last long against the 2 us that an event resolves
+SAMPLE_MICROSECONDS = 10_000.0  # that calls from Python last together, for the same reason
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians of one contestant over all rounds."""
+    """One contestant over all rounds: median time, and its time divided by that of the first contestant."""
 
     microseconds: float
-    ratio: float  # its time divided by that of the first contestant, median over rounds
+    ratio: float | None  # median of the ratios within a round; None where the first contestant failed
+    quartiles: tuple[float, float] | None  # of these ratios
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A contestant that raised before it could be timed."""
+
+    reason: str
+
+
+class Clock(Protocol):
+    """A contestant that is ready to be timed."""
+
+    def microseconds(self) -> float:
+        """Of one call, from one sample."""
+
+
+def elapsed_microseconds(call: Call, calls: int = 1) -> float:
+    """Of several calls in a row, altogether."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return 1e3 * begin.elapsed_time(end)
 
 
 class Timed:
@@ -40,30 +70,57 @@ class Timed:
 
     def microseconds(self) -> float:
         """Per call, of one replay."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        self._graph.replay()
-        end.record()
-        end.synchronize()
-        return 1e3 * begin.elapsed_time(end) / self._calls
+        return elapsed_microseconds(self._graph.replay) / self._calls
 
 
-def compare(contestants: Mapping[str, Call], rounds: int) -> dict[str, Timing]:
-    """Time all contestants in turns, so that a clock that drifts drifts for all."""
-    timed = {name: Timed(call) for name, call in contestants.items()}
-    for one in timed.values():
-        one.microseconds()
-    samples = [{name: one.microseconds() for name, one in timed.items()} for _ in range(rounds)]
-    return summarize(samples)
+class Called:
+    """One contestant, called from Python as often as fills a sample; what waits for Python counts."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        for _ in range(WARMUP):
+            call()
+        self._calls = max(1, round(SAMPLE_MICROSECONDS / elapsed_microseconds(call)))
+
+    def microseconds(self) -> float:
+        """Per call, of one sample."""
+        return elapsed_microseconds(self._call, self._calls) / self._calls
 
 
-def summarize(samples: list[dict[str, float]]) -> dict[str, Timing]:
-    """Medians of times, and of the ratios to the first contestant within a round."""
-    first = next(iter(samples[0]))
-    return {
-        name: Timing(
-            statistics.median(s[name] for s in samples),
-            statistics.median(s[name] / s[first] for s in samples),
-        )
-        for name in samples[0]
-    }
+def compare(contestants: Mapping[str, Call], rounds: int) -> dict[str, Timing | Failed]:
+    """Time calls in CUDA graphs, as `race` does."""
+    return race({name: partial(Timed, call) for name, call in contestants.items()}, rounds)
+
+
+def race(makers: Mapping[str, Callable[[], Clock]], rounds: int) -> dict[str, Timing | Failed]:
+    """Time all contestants in turns, so that a clock that drifts drifts for all.
+
+    One that raises while it is made or in its first sample is left out with its reason, such as what this
+    torch or card lacks, and its traceback goes to standard error; the others are timed.
+    """
+    clocks: dict[str, Clock] = {}
+    failed: dict[str, Failed] = {}
+    for name, make in makers.items():
+        try:
+            clock = make()
+            clock.microseconds()
+            clocks[name] = clock
+        except Exception as error:  # of whatever library; scripts name it and exit with 1
+            traceback.print_exc()
+            failed[name] = Failed(": ".join([type(error).__name__, *str(error).splitlines()[:1]]))
+    samples = [{name: clock.microseconds() for name, clock in clocks.items()} for _ in range(rounds)]
+    timings = summarize(samples, next(iter(makers)))
+    return {name: failed[name] if name in failed else timings[name] for name in makers}
+
+
+def summarize(samples: list[dict[str, float]], first: str) -> dict[str, Timing]:
+    """Medians of times, and of the ratios to the contestant `first` within a round."""
+    timings = {}
+    for name in samples[0]:
+        ratio = quartiles = None
+        if first in samples[0]:
+            ratios = [s[name] / s[first] for s in samples]
+            low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            quartiles = (low, high)
+        timings[name] = Timing(statistics.median(s[name] for s in samples), ratio, quartiles)
+    return timings

@@ -5,7 +5,8 @@ python benchmarks/sweep_tiles.py --json tiles.json --table tools/tile_table.json
 Costs are in the units of tools/tile_table.json (csrc/cuda/planner.cu explains them). --table replaces the
 measured architecture's rows there; tools/make_tile_table.py then makes the planner's table of them. The
 second part times every tile and number of splits on real layers and reports what the planner's choice costs
-over the best one.
+over the best one, and whose results are not bit for bit the planner's; the exit code then is 1. --json is
+written after every piece.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ import torch
 from bench_gpu_kernels import conv_calls, linear_calls, packed, random_codes, segment
 from gpu_layers import LAYERS, Conv, Layer
 from gpu_timing import Call, Timed
+from unet_results import write_whole
 
 from adpdm import ops
 from adpdm.ops import Epilogue
 
 TABLE = Path(__file__).resolve().parents[1] / "tools" / "tile_table.json"
 ROUNDS = 20
+CHECKS = 3  # results of every choice that are compared: a race need not show at the first call
 SPLITS = (1, 2, 4, 8)
 SHORT, LONG = 16, 80  # k tiles of the two reductions between which a slope is taken
 WAVES = 4  # of a full device
@@ -124,10 +127,11 @@ def measure_costs(tile: Tile, num_sms: int, megahertz: float, time: MatrixTimer 
 def tiles_of(architecture: dict[str, Any]) -> list[Tile]:
     """All tiles of all cores that the architecture has."""
     return [
-        Tile(core, mode, *map(int, name.split("x")), costs[0])  # type: ignore[arg-type]
+        Tile(core, mode, rows, outputs, costs[0])
         for core in CORES
         for mode, tiles in architecture.get(core, {}).items()
         for name, costs in tiles.items()
+        for rows, outputs in [map(int, name.split("x"))]
     ]
 
 
@@ -150,22 +154,36 @@ class Choice:
     microseconds: float  # as planned
     best: float
     best_choice: str
+    wrong: list[str]  # choices with other results than the planner's
 
     @property
     def loss(self) -> float:
         return self.microseconds / self.best - 1
 
+    def __str__(self) -> str:
+        wrong = f", other results than planned: {', '.join(self.wrong)}" if self.wrong else ""
+        return (
+            f"{self.layer:34} {self.mode:14} planned {self.microseconds:8.2f} us, best {self.best:8.2f} us "
+            f"({self.best_choice}), loss {self.loss:6.1%}{wrong}"
+        )
+
 
 def judge_planner(layer: Layer, mode: str, tiles: list[Tile], time: Callable[[Call], float]) -> Choice:
-    """Time every tile and number of splits on a layer, and what the planner makes of it."""
-    call = (conv_calls(layer) if isinstance(layer, Conv) else linear_calls(layer))[CONTESTANTS[mode]]
-    times = {}
+    """Time every tile and number of splits on a layer, and what the planner makes of it.
+
+    All of them add the same integers, so their results are the same bits.
+    """
+    calls = conv_calls(layer) if isinstance(layer, Conv) else linear_calls(layer)
+    call = calls[CONTESTANTS[mode]]
+    times, wrong, expected = {}, [], call()
     for tile, splits in itertools.product([t for t in tiles if t.mode == mode], SPLITS):
         name = f"{tile.choice}/{splits}"
         with chosen(name):
+            if not all(torch.equal(call(), expected) for _ in range(CHECKS)):
+                wrong.append(name)
             times[name] = time(call)
     best = min(times, key=lambda name: times[name])
-    return Choice(layer.name, mode, time(call), times[best], best)
+    return Choice(layer.name, mode, time(call), times[best], best, wrong)
 
 
 def replace_rows(table: dict[str, Any], arch: int, rows: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -181,6 +199,39 @@ def clock_megahertz() -> float:
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     text = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     return float(text.splitlines()[0])
+
+
+@dataclass
+class Sweep:
+    """What has been measured on one card, saved after every piece: one that is stopped loses no other."""
+
+    arch: int
+    origin: str
+    path: Path | None  # of the JSON file
+    rows: dict[str, dict[str, dict[str, list[int]]]] = field(default_factory=dict)  # by core, mode and tile
+    choices: list[Choice] = field(default_factory=list)
+
+    def measure_tiles(self, tiles: list[Tile], num_sms: int, megahertz: float) -> None:
+        """Fill the rows."""
+        for tile in tiles:
+            costs = measure_costs(tile, num_sms, megahertz)
+            self.rows.setdefault(tile.core, {}).setdefault(tile.mode, {})[tile.name] = costs
+            print(f"{tile.core:5} {tile.mode:14} {tile.name:8} {costs}", flush=True)
+            self.save()
+
+    def judge_layers(self, layers: list[Layer], tiles: list[Tile]) -> None:
+        """Fill the choices."""
+        for layer, mode in itertools.product(layers, self.rows["mma"]):
+            self.choices.append(judge_planner(layer, mode, tiles, median_microseconds))
+            print(self.choices[-1], flush=True)
+            self.save()
+
+    def save(self) -> None:
+        """Write the JSON file, where there is to be one."""
+        if self.path is not None:
+            choices = [asdict(choice) for choice in self.choices]
+            content = {"arch": self.arch, "origin": self.origin, **self.rows, "choices": choices}
+            write_whole(self.path, content)
 
 
 SWEPT = [name for name, layers in LAYERS.items() if all(getattr(x, "groups", 1) == 1 for x in layers)]
@@ -202,31 +253,17 @@ def main() -> None:
     major, minor = torch.cuda.get_device_capability()
     arch = 10 * major + minor
     properties = torch.cuda.get_device_properties(0)
-    table = json.loads(TABLE.read_text())
-    tiles = tiles_of(architecture_of(table, arch))
+    tiles = tiles_of(architecture_of(json.loads(TABLE.read_text()), arch))
     megahertz = clock_megahertz()
-    rows: dict[str, dict[str, dict[str, list[int]]]] = {}  # by core, mode and tile
-    for tile in tiles:
-        costs = measure_costs(tile, properties.multi_processor_count, megahertz)
-        rows.setdefault(tile.core, {}).setdefault(tile.mode, {})[tile.name] = costs
-        print(f"{tile.core:5} {tile.mode:14} {tile.name:8} {costs}", flush=True)
-    choices = []
-    for layer, mode in itertools.product([x for m in args.models for x in LAYERS[m]], rows["mma"]):
-        choice = judge_planner(layer, mode, tiles, median_microseconds)
-        choices.append(choice)
-        print(
-            f"{choice.layer:34} {mode:14} planned {choice.microseconds:8.2f} us, best {choice.best:8.2f} us "
-            f"({choice.best_choice}), loss {choice.loss:6.1%}",
-            flush=True,
-        )
-    print(f"median loss of the planner {statistics.median(c.loss for c in choices):.1%}")
-    origin = f"measured on {properties.name} at up to {megahertz:.0f} MHz"
-    if args.json:
-        result = {"arch": arch, "origin": origin, **rows, "choices": [asdict(c) for c in choices]}
-        args.json.write_text(json.dumps(result, indent=1))
+    sweep = Sweep(arch, f"measured on {properties.name} at up to {megahertz:.0f} MHz", args.json)
+    sweep.measure_tiles(tiles, properties.multi_processor_count, megahertz)
+    sweep.judge_layers([layer for model in args.models for layer in LAYERS[model]], tiles)
+    print(f"median loss of the planner {statistics.median(c.loss for c in sweep.choices):.1%}")
     if args.table:
-        new = replace_rows(json.loads(args.table.read_text()), arch, rows, origin)
+        new = replace_rows(json.loads(args.table.read_text()), arch, sweep.rows, sweep.origin)
         args.table.write_text(json.dumps(new, indent=2) + "\n")
+    if wrong := [f"{c.layer} {c.mode} {', '.join(c.wrong)}" for c in sweep.choices if c.wrong]:
+        sys.exit(f"sweep_tiles: other results than planned: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":

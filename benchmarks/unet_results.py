@@ -194,8 +194,13 @@ def machine_state(device: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, result: dict[str, Any], cases: list[Case], is_partial: bool) -> None:
-    """Write all cases at once or not at all; a reader never sees half a file."""
+    """Write all cases."""
     content = {"format": FORMAT_VERSION, "partial": is_partial, **result, "cases": [asdict(c) for c in cases]}
+    write_whole(path, content)
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file at once or not at all; a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

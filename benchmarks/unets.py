@@ -186,23 +186,24 @@ def class_of(name: str) -> Any:
     return _class_of(find(name).kind)
 
 
-def build(name: str, dtype: torch.dtype | None = None) -> Any:
-    """A denoiser on the CPU in eval mode without gradients; random weights are the same in every process.
+def build(name: str, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """A denoiser in eval mode without gradients; random weights are the same in every process.
 
     Args:
         dtype: of its parameters, float32 when None; lower ones are rounded from the same float32 values.
+        device: where it is made; each kind of device has random weights of its own.
     """
     unet, dtype = find(name), dtype or torch.float32
     model_class = _class_of(unet.kind)
     if unet.folder is not None:
         part = next(part for part in ("unet", "transformer") if (unet.folder / part).is_dir())
-        model = model_class.from_pretrained(unet.folder / part, torch_dtype=dtype)
+        model = model_class.from_pretrained(unet.folder / part, torch_dtype=dtype).to(device)
     else:
         with torch.device("meta"):  # diffusers' own initialisation of SDXL takes minutes
             model = model_class(**settings_of(unet))
-        model = torch.nn.Module.to(model, dtype).to_empty(device="cpu")  # diffusers' own warns of nothing
+        model = torch.nn.Module.to(model, dtype).to_empty(device=device)  # diffusers' own warns of nothing
         with torch.no_grad():
-            _fill(model)
+            _fill(model, device)
     return model.eval().requires_grad_(False)
 
 
@@ -212,11 +213,11 @@ def settings_of(unet: UNet) -> dict[str, Any]:
     return {"in_channels": channels, "out_channels": channels, "sample_size": size, **unet.settings}
 
 
-def _fill(model: Any) -> None:
+def _fill(model: Any, device: str) -> None:
     """Weights of variance 1 / fan-in, norms of gain 1: no layer changes the variance by much."""
     if list(model.buffers()):
         raise ValueError(f"{type(model).__name__} must hold no buffers to be filled, got some")
-    generator = torch.Generator().manual_seed(WEIGHT_SEED)
+    generator = torch.Generator(device).manual_seed(WEIGHT_SEED)
     for name, parameter in model.named_parameters():
         kind = name.rpartition(".")[2]
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -224,7 +225,7 @@ def _fill(model: Any) -> None:
             parameter.fill_(1.0 if kind == "weight" else 0.0)
         elif kind in ("weight", "bias"):
             std = BIAS_STD if kind == "bias" else parameter[0].numel() ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device=device) * std)
         else:
             raise ValueError(f"no rule how to fill parameter {name} of {type(owner).__name__}")
 

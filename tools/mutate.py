@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tools" / "mutants.txt"
 SOURCE = ROOT / "build/mutants/source"
 BUILD = ROOT / "build/mutants/build"
-FOLDERS = ("csrc", "cpp_tests", "benchmarks/cpu")  # what CMake builds
+FOLDERS = ("csrc", "cpp_tests", "benchmarks/cpu", "benchmarks/cuda")  # what CMake builds
 # A fault may make a kernel loop for ever; the whole suite takes a fraction of this.
 TIMEOUT_SECONDS = 600
 

@@ -1,46 +1,73 @@
 // Measures the ceilings of a GPU that kernels are judged by: copy bandwidth and integer tensor-core rates.
-// Prints one JSON object; needs no Python. Every figure is the median of kRounds launches timed by events.
+// Prints one JSON object; needs no Python. Every figure is the median of kRounds launches timed by events;
+// null stands where the device has no such instruction, with the reason beside it.
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <chrono>
+#include <cstdint>
 #include <cstdio>
-#include <cstdlib>
+#include <exception>
+#include <random>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
-#include "cuda/device.cuh"
+#include "cuda/peak_kernels.h"
 
 namespace {
 
 using namespace adpdm::cuda;
 
 constexpr int kRounds = 25;
-constexpr int kWarmup = 3;
+constexpr double kWarmupSeconds = 0.5;   // of the same work: clock and power reach what a long run has
+constexpr double kLaunchSeconds = 2e-3;  // of products, at least: long against the microseconds of a start
+constexpr uint32_t kSeed = 1;
 
 void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::fprintf(stderr, "peaks: %s failed: %s\n", what, cudaGetErrorString(status));
-  std::exit(1);
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(status));
 }
 
-// Median seconds of one call of `work`, which enqueues on the default stream.
+// Two events around work.
+class Timer {
+ public:
+  Timer() {
+    check(cudaEventCreate(&begin_), "cudaEventCreate");
+    check(cudaEventCreate(&end_), "cudaEventCreate");
+  }
+  ~Timer() {
+    cudaEventDestroy(begin_);
+    cudaEventDestroy(end_);
+  }
+  Timer(const Timer&) = delete;
+  Timer& operator=(const Timer&) = delete;
+
+  // Of one call of `work`, which enqueues on the default stream.
+  template <typename Work>
+  double seconds(const Work& work) const {
+    check(cudaEventRecord(begin_), "cudaEventRecord");
+    work();
+    check(cudaEventRecord(end_), "cudaEventRecord");
+    check(cudaEventSynchronize(end_), "cudaEventSynchronize");
+    float milliseconds = 0.0f;
+    check(cudaEventElapsedTime(&milliseconds, begin_, end_), "cudaEventElapsedTime");
+    return 1e-3 * milliseconds;
+  }
+
+ private:
+  cudaEvent_t begin_ = nullptr;
+  cudaEvent_t end_ = nullptr;
+};
+
 template <typename Work>
 double median_seconds(const Work& work) {
-  cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin), "cudaEventCreate");
-  check(cudaEventCreate(&end), "cudaEventCreate");
+  using Clock = std::chrono::steady_clock;
+  const Timer timer;
+  const std::chrono::duration<double> warmup(kWarmupSeconds);
+  for (const auto start = Clock::now(); Clock::now() - start < warmup;) timer.seconds(work);
   std::vector<double> seconds;
-  for (int round = -kWarmup; round < kRounds; ++round) {
-    check(cudaEventRecord(begin), "cudaEventRecord");
-    work();
-    check(cudaGetLastError(), "launch");
-    check(cudaEventRecord(end), "cudaEventRecord");
-    check(cudaEventSynchronize(end), "cudaEventSynchronize");
-    float milliseconds = 0.0f;
-    check(cudaEventElapsedTime(&milliseconds, begin, end), "cudaEventElapsedTime");
-    if (round >= 0) seconds.push_back(1e-3 * milliseconds);
-  }
-  check(cudaEventDestroy(begin), "cudaEventDestroy");
-  check(cudaEventDestroy(end), "cudaEventDestroy");
+  for (int round = 0; round < kRounds; ++round) seconds.push_back(timer.seconds(work));
   std::nth_element(seconds.begin(), seconds.begin() + kRounds / 2, seconds.end());
   return seconds[kRounds / 2];
 }
@@ -61,79 +88,63 @@ double copy_bandwidth(int64_t bytes) {
   return 2.0 * static_cast<double>(bytes) / seconds;
 }
 
-constexpr int kThreads = 256;
-constexpr int kChains = 8;  // independent accumulators of a warp: covers the latency of the tensor core
-constexpr int kSteps = 4096;
-
-// Nothing but mma.sync on registers. The operands come from memory so that no product is known to be zero.
-template <bool kNibbles>
-ADPDM_KERNEL(kThreads, 2)
-mma_peak(const uint32_t* operands,  // [6] u32
-         int32_t* sums) {           // [blocks * threads] i32
-  uint32_t a[4], b[2];
-  for (int i = 0; i < 4; ++i) a[i] = load(operands + i);
-  for (int i = 0; i < 2; ++i) b[i] = load(operands + 4 + i);
-  int32_t c[kChains][4] = {};
-#pragma unroll 1
-  for (int step = 0; step < kSteps; ++step) {
-    ADPDM_UNROLL
-    for (int chain = 0; chain < kChains; ++chain) {
-      if constexpr (kNibbles) {
-        mma_s4(c[chain], a, b);
-      } else {
-        mma_s8(c[chain], a, b);
-      }
-    }
-  }
-  int32_t sum = 0;
-  for (int chain = 0; chain < kChains; ++chain) {
-    for (int i = 0; i < 4; ++i) sum += c[chain][i];
-  }
-  store(sums + block_x() * kThreads + thread_index(), sum);
-}
-
-// Multiply-adds count twice.
-template <bool kNibbles>
-double mma_operations_per_second(int num_sms) {
-  const int blocks = 2 * num_sms;
-  const uint32_t host[6] = {0x01020304u, 0x11121314u, 0x21222324u, 0x31323334u, 0x01010101u, 0x02020202u};
-  uint32_t* operands = nullptr;
+// Multiply-adds count twice. Random operands, and launches that fill the device once.
+double operations_per_second(const PeakKernel& kernel, int num_sms) {
+  std::vector<uint32_t> random(static_cast<size_t>(kernel.operand_bytes) / sizeof(uint32_t));
+  std::generate(random.begin(), random.end(), std::mt19937(kSeed));
+  const int64_t blocks = int64_t{kernel.blocks_per_sm} * num_sms;
+  void* operands = nullptr;
   int32_t* sums = nullptr;
-  check(cudaMalloc(&operands, sizeof host), "cudaMalloc");
-  check(cudaMalloc(&sums, sizeof(int32_t) * static_cast<size_t>(blocks) * kThreads), "cudaMalloc");
-  check(cudaMemcpy(operands, host, sizeof host, cudaMemcpyHostToDevice), "cudaMemcpy");
-  void* arguments[] = {&operands, &sums};
-  const auto* kernel = reinterpret_cast<const void*>(&mma_peak<kNibbles>);
-  const double seconds = median_seconds([&] {
-    check(
-        cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments, 0, nullptr),
-        "cudaLaunchKernel");
-  });
+  check(cudaMalloc(&operands, static_cast<size_t>(kernel.operand_bytes)), "cudaMalloc");
+  check(cudaMalloc(&sums, sizeof(int32_t) * static_cast<size_t>(blocks * kernel.threads)), "cudaMalloc");
+  check(
+      cudaMemcpy(operands, random.data(), static_cast<size_t>(kernel.operand_bytes), cudaMemcpyHostToDevice),
+      "cudaMemcpy");
+  int32_t steps = 64;
+  const auto work = [&] { kernel.launch(operands, steps, blocks, sums); };
+  const Timer timer;
+  // Of two: the first launch of all loads the kernel.
+  while (std::min(timer.seconds(work), timer.seconds(work)) < kLaunchSeconds) steps *= 2;
+  const double seconds = median_seconds(work);
   check(cudaFree(operands), "cudaFree");
   check(cudaFree(sums), "cudaFree");
-  const double per_mma = 2.0 * 16 * 8 * (kNibbles ? 64 : 32);
-  return per_mma * kChains * kSteps * (kThreads / 32) * blocks / seconds;
+  return kernel.operations * steps * static_cast<double>(blocks) / seconds;
 }
 
-}  // namespace
+// A number where the device has such products, else null and why.
+void print_rate(const PeakKernel& kernel, int num_sms) {
+  if (kernel.obstacle.empty()) {
+    std::printf(",\n  \"%s_TOPS\": %.1f", kernel.name, 1e-12 * operations_per_second(kernel, num_sms));
+  } else {
+    std::printf(",\n  \"%s_TOPS\": null,\n  \"%s_obstacle\": \"%s\"", kernel.name, kernel.name,
+                kernel.obstacle.c_str());
+  }
+}
 
-int main() {
+void run() {
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
   const int arch = 10 * properties.major + properties.minor;
-  std::printf("{\n  \"device\": \"%s\",\n  \"arch\": %d,\n  \"num_sms\": %d,\n", properties.name, arch,
+  std::printf("{\n  \"device\": \"%s\",\n  \"arch\": %d,\n  \"num_sms\": %d", properties.name, arch,
               properties.multiProcessorCount);
   for (const int64_t mebibytes : {1, 8, 64, 1024}) {
-    std::printf("  \"copy_%lldMiB_GBps\": %.1f,\n", static_cast<long long>(mebibytes),
+    std::printf(",\n  \"copy_%lldMiB_GBps\": %.1f", static_cast<long long>(mebibytes),
                 1e-9 * copy_bandwidth(mebibytes << 20));
   }
-  if (arch < 90) {  // later ones only emulate it
-    std::printf("  \"mma_s4_TOPS\": %.1f,\n",
-                1e-12 * mma_operations_per_second<true>(properties.multiProcessorCount));
+  for (const PeakKernel& kernel : peak_kernels(arch)) print_rate(kernel, properties.multiProcessorCount);
+  std::printf("\n}\n");
+}
+
+}  // namespace
+
+int main() {
+  try {
+    run();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "peaks: %s\n", error.what());
+    return 1;
   }
-  std::printf("  \"mma_s8_TOPS\": %.1f\n}\n",
-              1e-12 * mma_operations_per_second<false>(properties.multiProcessorCount));
   return 0;
 }
