@@ -6,10 +6,13 @@ import importlib.util
 import json
 import re
 import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gpu_stages
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -58,17 +61,20 @@ def test_sanitizer_runs_tests_that_are_there_and_launch_kernels(gpu_run: ModuleT
         for text in sources.values()
         for suite, name in re.findall(r"^TEST(?:_[FP])?\((\w+), (\w+)\)", text, re.MULTILINE)
     }
-    assert set(gpu_run.SANITIZED) <= found
-    assert not any(name.startswith("Planner") for name in gpu_run.SANITIZED)
+    assert set(gpu_stages.SANITIZED) <= found
+    assert not any(name.startswith("Planner") for name in gpu_stages.SANITIZED)
     kinds = ("Conv2d", "Wgmma", "Linear", "Norm", "Quantize.", "FakeQuantize", "Observe", "PackWeight")
-    assert all(any(kind in name for name in gpu_run.SANITIZED) for kind in kinds)
+    assert all(any(kind in name for name in gpu_stages.SANITIZED) for kind in kinds)
     commands = gpu_run.make_stages("python", "90a", 2)["sanitize"].commands
-    assert all(command[-1] == f"--gtest_filter={':'.join(gpu_run.SANITIZED)}" for command in commands)
+    assert [command[2] for command in commands] == ["memcheck", "racecheck", "synccheck"]
+    assert all(command[-1] == f"--gtest_filter={':'.join(gpu_stages.SANITIZED)}" for command in commands)
 
 
-def test_googletest_may_lie_beside_the_state(gpu_run: ModuleType, tmp_path: Path) -> None:
+def test_googletest_may_lie_beside_the_state(
+    gpu_run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "googletest").mkdir()
-    gpu_run.GOOGLETEST = tmp_path / "googletest"
+    monkeypatch.setattr(gpu_stages, "GOOGLETEST", tmp_path / "googletest")
     configure = gpu_run.make_stages("python", "90a", 2)["build"].commands[0]
     assert configure[-1] == f"-DADPDM_GOOGLETEST={tmp_path / 'googletest'}"
 
@@ -82,7 +88,7 @@ def test_run_continues_where_the_last_call_ended(gpu_run: ModuleType, tmp_path: 
         "after": stage((python("pass"),), 1, ("broken",)),
     }
     state = gpu_run.State("sources", "card")
-    assert not gpu_run.run_all(stages, state, 60, {})
+    assert not gpu_run.StageRunner(state, 60, {}).run(stages)
     assert statuses(state) == {"quick": "passed", "long": "skipped", "broken": "failed", "after": "skipped"}
     assert "call again" in state.outcomes["long"].reason
     assert "exit code 1" in state.outcomes["broken"].reason
@@ -95,7 +101,7 @@ def test_run_continues_where_the_last_call_ended(gpu_run: ModuleType, tmp_path: 
         return gpu_run.Outcome("passed", 0.0)
 
     again = gpu_run.State.load(tmp_path / "state.json", "sources", "card")
-    assert gpu_run.run_all(stages, again, 2000, {}, runner)
+    assert gpu_run.StageRunner(again, 2000, {}, runner).run(stages)
     assert calls == ["long", "broken", "after"]
 
 
@@ -125,12 +131,90 @@ def test_stage_is_stopped_at_its_limit(gpu_run: ModuleType) -> None:
     assert outcome.seconds < 30
 
 
+def test_what_a_stopped_command_has_started_is_stopped_too(gpu_run: ModuleType, tmp_path: Path) -> None:
+    sleeper = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; "
+    sleeper += "time.sleep(60)']); print(p.pid, flush=True); time.sleep(60)"
+    outcome = gpu_run.run_stage("s", gpu_run.Stage((python(sleeper),), 1, limit=2), {}, 60)
+    assert "stopped after its time" in outcome.reason
+    grandchild = int((tmp_path / "s.log").read_text().splitlines()[1])
+    deadline = time.monotonic() + 10
+    while is_running(grandchild) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(grandchild)
+
+
+def is_running(process: int) -> bool:
+    """Whether a process lives; one that nobody waited for has ended all the same."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_interrupt_stops_what_runs(gpu_run: ModuleType) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    stages = {
+        "long": gpu_run.Stage((python("import time; time.sleep(60)"),), 1, beside=True),
+        "short": gpu_run.Stage((python("pass"),), 1),
+    }
+    state = gpu_run.State("sources", "card")
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        gpu_run.StageRunner(state, 100, {}, after=interrupt).run(stages)
+    assert time.monotonic() - started < 30
+    assert not gpu_run.RUNNING
+
+
+def test_commands_that_run_together_are_all_waited_for(gpu_run: ModuleType, tmp_path: Path) -> None:
+    commands = (python("raise SystemExit('first')"), python("print('second')"), ("no-such-program",))
+    outcome = gpu_run.run_stage("s", gpu_run.Stage(commands, 1, together=True), {}, 60)
+    assert "exit code 1" in outcome.reason
+    assert "wanted the program no-such-program, found none" in outcome.reason
+    log = (tmp_path / "s.log").read_text()
+    assert "first\n" in log
+    assert "second\n" in log
+
+
+def test_stage_beside_others_is_met_by_who_needs_it(gpu_run: ModuleType) -> None:
+    order: list[str] = []
+    is_built = threading.Event()
+
+    def runner(name: str, *rest: Any) -> Any:
+        if name == "build":
+            is_built.wait(30)
+        order.append(name)
+        if name == "tests":
+            is_built.set()
+        return gpu_run.Outcome("passed", 0.0)
+
+    stages = {
+        "build": gpu_run.Stage((), 1, beside=True),
+        "tests": gpu_run.Stage((), 1),
+        "kernels": gpu_run.Stage((), 1, ("build",)),
+    }
+    assert gpu_run.StageRunner(gpu_run.State("sources", "card"), 100, {}, runner).run(stages)
+    assert order == ["tests", "build", "kernels"]
+
+
+def test_results_are_no_sources(gpu_run: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for name in ("CMakeLists.txt", "setup.py", "benchmarks/a.py"):
+        (tmp_path / name).write_text("")
+    before = gpu_run.hash_sources(tmp_path)
+    (tmp_path / "benchmarks" / "results" / "card.json").write_text("{}")
+    assert gpu_run.hash_sources(tmp_path) == before
+    (tmp_path / "benchmarks" / "b.py").write_text("")
+    assert gpu_run.hash_sources(tmp_path) != before
+
+
 def test_missing_program_is_named(gpu_run: ModuleType) -> None:
     outcome = gpu_run.run_stage("s", gpu_run.Stage((("no-such-program",),), 1), {}, 60)
     assert outcome.reason == "wanted the program no-such-program, found none"
 
 
-def test_results_hold_only_stages_that_passed(gpu_run: ModuleType, tmp_path: Path) -> None:
+def test_results_tell_stages_that_passed_from_others(gpu_run: ModuleType, tmp_path: Path) -> None:
     stages = {name: gpu_run.Stage((), 1, (), f"{name}.json") for name in ("good", "bad")}
     for name in stages:
         (tmp_path / f"{name}.json").write_text(json.dumps({"TOPS": 1}))
@@ -139,7 +223,8 @@ def test_results_hold_only_stages_that_passed(gpu_run: ModuleType, tmp_path: Pat
     path = gpu_run.write_results(stages, state, tmp_path / "results", {"date": "2026-01-02"})
     assert path.name == "nvidia-h200-80gb-2026-01-02.json"
     written = json.loads(path.read_text())
-    assert written["measured"] == {"good": {"TOPS": 1}}
+    assert (written["measured"], written["partial"]) == ({"good": {"TOPS": 1}}, {"bad": {"TOPS": 1}})
+    assert path.with_name(f"{path.stem}-logs.tar.gz").is_file()
     assert written["outcomes"]["bad"]["reason"] == "why"
 
 

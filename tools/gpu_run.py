@@ -3,50 +3,47 @@
     python tools/gpu_run.py                      # what `make gpu` runs
     python tools/gpu_run.py --stages sweep unets --seconds 300
 
-Nothing is downloaded: the Python that runs this must have torch (a CUDA build), diffusers, pytest, hypothesis
-and numpy, and the machine nvcc, cmake, ninja, compute-sanitizer, and googletest or its sources in
-build/gpu/googletest (Debian has them in /usr/src/googletest). State and logs lie in build/gpu; a stage that
-passed for these sources on this card is not run again. Results go to --results as <card>-<date>.json.
+Nothing is downloaded: the Python that runs this must have torch (a CUDA build), diffusers, pytest,
+pytest-xdist, hypothesis and numpy, and the machine nvcc, cmake, ninja, compute-sanitizer, and googletest or
+its sources in build/gpu/googletest (Debian has them in /usr/src/googletest). What is missing is told first;
+programs of the tests that were built elsewhere may lie in build/gpu/prebuilt. State and logs lie in
+build/gpu; a stage that passed for these sources on this card is not run again. Results go to --results as
+<card>-<date>.json, with all logs beside it, after every stage, also of stages that were stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
+import importlib.util
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-STATE = ROOT / "build" / "gpu"
-GOOGLETEST = STATE / "googletest"  # its sources, where the machine has no package of it
+from gpu_stages import ROOT, STATE, Stage, make_stages
+
 SOURCE_SUFFIXES = {".cpp", ".h", ".inc", ".cu", ".cuh", ".py", ".txt", ".json"}
 DEFAULT_SECONDS = 560  # leaves 40 of ten minutes for starting and copying back
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One part of the run.
-
-    Args:
-        commands: run in order from the root; the first that fails ends the stage.
-        estimate: seconds on an H100 with 16 cores; a stage that no longer fits is left for the next call.
-        needs: stages that must have passed.
-        result: JSON file, relative to the state folder, that the commands write.
-    """
-
-    commands: tuple[tuple[str, ...], ...]
-    estimate: float
-    needs: tuple[str, ...] = ()
-    result: str | None = None
+PATIENCE = 5  # seconds between asking a process to end and ending it
+UNKNOWN = "unknown"
+RUNNING: list[subprocess.Popen[bytes]] = []  # to be stopped where this script is
+PACKAGES = ("diffusers", "hypothesis", "pytest", "safetensors", "xdist")
+PROGRAMS = ("cmake", "compute-sanitizer", "g++", "ninja", "nvcc", "nvidia-smi")
 
 
 @dataclass
@@ -82,30 +79,6 @@ class State:
         return name in self.outcomes and self.outcomes[name].status == "passed"
 
 
-# Tests that launch kernels of every kind, for compute-sanitizer, under which all would take too long.
-SANITIZED = (
-    "CudaConv2d.MatchesDefinitionForEveryModeAndTile",
-    "CudaConv2d.GathersChannelsThatAreNoWholeChunks",
-    "CudaConv2d.SplitReductionsGiveTheSameBits",
-    "CudaConv2dWgmma.MatchesDefinitionOnEverySchedule",
-    "CudaConv2dWgmma.ReductionMayBeShorterThanThePipeline",
-    "CudaConv2dWgmma.SplitsTwoSegments",
-    "CudaDepthwise.MatchesDefinitionForEveryNumberOfChannels",
-    "CudaDepthwise.MatchesDefinitionForOddGeometry",
-    "CudaLinear.TwoSegmentsAndSplitReductions",
-    "CudaIgemmEpilogue.UnalignedOperandsGoOneByOne",
-    "CudaGroupNormQuantize.ConstantsGiveTheBias",
-    "CudaLayerNormQuantize.LargeMeansDoNotCancel",
-    "CudaQuantize.ExtremeZeroPointsAndScales",
-    "CudaQuantizeChannelsLast.CodesAreThoseOfTheCpuTransposed",
-    "CudaPackInt4.BytesAndCodesEqualTheCpus",
-    "CudaFakeQuantizeBackward.SumsAreAddedInTheOrderOfTheCpu",
-    "CudaFakeQuantizeMixtureBackward.GradientsEqualTheCpusBitForBit",
-    "CudaObserve.BlocksTakeSeveralShares",
-    "CudaPackWeight.GroupsFollowOneAnother",
-)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write through a temporary name, so that an interrupt leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,155 +87,159 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def make_stages(python: str, arch: str, jobs: int) -> dict[str, Stage]:
-    """All stages in order, for a card of compute capability `arch`, e.g. "90a"."""
-    build = "build/core"  # which setup.py builds in as well: CUDA is compiled once
-    tests = f"{build}/adpdm_gpu_tests"
-    bench = (python, "-u")
-    chosen = f"--gtest_filter={':'.join(SANITIZED)}"
-
-    def sanitizer(tool: str, *flags: str) -> tuple[str, ...]:
-        return ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *flags, tests, chosen)
-
-    return {
-        "build": Stage(
-            (
-                (
-                    *("cmake", "-G", "Ninja", "-S", ".", "-B", build, "-DADPDM_TESTS=ON", "-DADPDM_CUDA=1"),
-                    f"-DADPDM_CUDA_ARCHS={arch}-real",
-                    *([f"-DADPDM_GOOGLETEST={GOOGLETEST}"] if GOOGLETEST.is_dir() else []),
-                ),
-                (
-                    "cmake",
-                    "--build",
-                    build,
-                    "-j",
-                    str(jobs),
-                    "--target",
-                    "adpdm_gpu_tests",
-                    "adpdm_gpu_peaks",
-                ),
-                (python, "setup.py", "-q", "build_ext", "--inplace"),
-            ),
-            estimate=150,
-        ),
-        "test-cpp": Stage(((tests, "--gtest_brief=1"),), 30, ("build",)),
-        "test-python": Stage(
-            ((python, "-m", "pytest", "-q", "-x", "--maxfail=20", "-k", "cuda", "python_tests"),),
-            60,
-            ("build",),
-        ),
-        "sanitize": Stage(
-            (
-                sanitizer("memcheck", "--leak-check", "full"),
-                sanitizer("racecheck"),
-                sanitizer("initcheck"),
-                sanitizer("synccheck"),
-            ),
-            90,
-            ("build",),
-        ),
-        "peaks": Stage(
-            (
-                (
-                    *bench,
-                    "benchmarks/gpu_peaks.py",
-                    f"{build}/adpdm_gpu_peaks",
-                    "--json",
-                    "build/gpu/peaks.json",
-                ),
-            ),
-            15,
-            ("build",),
-            "peaks.json",
-        ),
-        "kernels": Stage(
-            ((*bench, "benchmarks/bench_gpu_kernels.py", "--json", "build/gpu/kernels.json"),),
-            90,
-            ("build", "test-cpp"),
-            "kernels.json",
-        ),
-        "sweep": Stage(
-            ((*bench, "benchmarks/sweep_tiles.py", "--json", "build/gpu/tiles.json"),),
-            120,
-            ("build", "test-cpp"),
-            "tiles.json",
-        ),
-        "unets": Stage(
-            (
-                (*bench, "benchmarks/bench_unet.py", "--device", "cuda")
-                + ("--models", "cifar10", "sd15", "sdxl", "--batch", "1", "2", "8")
-                + ("--output", "build/gpu/unets.json"),
-            ),
-            200,
-            ("build", "test-cpp"),
-            "unets.json",
-        ),
-    }
-
-
 def run_stage(name: str, stage: Stage, environment: dict[str, str], limit: float) -> Outcome:
-    """Run the commands of a stage into its log; the last lines are shown when one fails."""
+    """Run the commands of a stage into its log, for at most `limit` seconds."""
     start = time.monotonic()
-    log_path = STATE / f"{name}.log"
+    deadline = start + min(limit, stage.limit)
     if stage.result is not None:
         (STATE / stage.result).unlink(missing_ok=True)  # a stale result would pass for a new one
-    with log_path.open("w") as log:
-        for command in stage.commands:
-            log.write(f"$ {' '.join(command)}\n")
-            log.flush()
-            left = limit - (time.monotonic() - start)
-            reason = run_command(command, environment, log, left)
-            if reason:
-                return Outcome("failed", time.monotonic() - start, reason)
-    if stage.result is not None and not (STATE / stage.result).exists():
-        return Outcome("failed", time.monotonic() - start, f"wanted the result {stage.result}, found none")
-    return Outcome("passed", time.monotonic() - start)
+    with (STATE / f"{name}.log").open("w") as log:
+        run = run_together if stage.together else run_in_order
+        reason = run(stage.commands, environment, log, deadline)
+    if not reason and stage.result is not None and not (STATE / stage.result).exists():
+        reason = f"wanted the result {stage.result}, found none"
+    return Outcome("failed" if reason else "passed", time.monotonic() - start, reason)
 
 
-def run_command(command: Sequence[str], environment: dict[str, str], log: Any, left: float) -> str:
-    """Run one command; return why it failed, or nothing."""
+def run_in_order(
+    commands: Sequence[tuple[str, ...]], environment: dict[str, str], log: IO[str], deadline: float
+) -> str:
+    """Run commands until one fails; return why, or nothing."""
+    for command in commands:
+        log.write(f"$ {' '.join(command)}\n")
+        log.flush()
+        if reason := end(command, start_command(command, environment, log), deadline):
+            return reason
+    return ""
+
+
+def run_together(
+    commands: Sequence[tuple[str, ...]], environment: dict[str, str], log: IO[str], deadline: float
+) -> str:
+    """Run commands at once and gather what they print; return why some failed, or nothing."""
+    reasons = []
+    with contextlib.ExitStack() as stack:
+        parts = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in commands]
+        started = [start_command(c, environment, part) for c, part in zip(commands, parts, strict=True)]
+        for command, process, part in zip(commands, started, parts, strict=True):
+            reasons.append(end(command, process, deadline))
+            part.seek(0)
+            log.write(f"$ {' '.join(command)}\n{part.read()}\n")
+    return "; ".join(reason for reason in reasons if reason)
+
+
+def start_command(
+    command: tuple[str, ...], environment: dict[str, str], log: IO[str]
+) -> subprocess.Popen[bytes] | None:
+    """A process in a group of its own, with which compilers and workers end; None without the program."""
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=max(left, 1)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         )
     except FileNotFoundError:
+        return None
+    RUNNING.append(process)
+    return process
+
+
+def end(command: tuple[str, ...], process: subprocess.Popen[bytes] | None, deadline: float) -> str:
+    """Wait for a command, and stop it and what it has started at the deadline; return why it failed."""
+    if process is None:
         return f"wanted the program {command[0]}, found none"
+    reason = f"stopped after its time at: {' '.join(command)}"
+    try:
+        code = process.wait(max(deadline - time.monotonic(), 1))
+        reason = "" if code == 0 else f"exit code {code} of: {' '.join(command)}"
     except subprocess.TimeoutExpired:
-        return f"stopped after its time at: {' '.join(command)}"
-    return "" if done.returncode == 0 else f"exit code {done.returncode} of: {' '.join(command)}"
+        signal_group(process, signal.SIGTERM)  # at which benchmarks write what they have
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+    finally:
+        signal_group(process, signal.SIGKILL)
+        process.wait()
+        RUNNING.remove(process)
+    return reason
 
 
-def run_all(
-    stages: dict[str, Stage],
-    state: State,
-    seconds: float,
-    environment: dict[str, str],
-    runner: Callable[[str, Stage, dict[str, str], float], Outcome] = run_stage,
-) -> bool:
-    """Run what has not passed yet and fits; return whether everything has passed by now."""
-    deadline = time.monotonic() + seconds
-    for name, stage in stages.items():
-        if state.passed(name):
-            print(f"{name:12} passed before", flush=True)
-            continue
-        missing = [need for need in stage.needs if not state.passed(need)]
-        left = deadline - time.monotonic()
-        if missing:
-            outcome = Outcome("skipped", 0, f"needs {', '.join(missing)}")
-        elif left < stage.estimate:
-            outcome = Outcome(
-                "skipped", 0, f"{left:.0f} s left, about {stage.estimate:.0f} s wanted: call again"
-            )
-        else:
-            print(f"{name:12} running, about {stage.estimate:.0f} s of {left:.0f} s left", flush=True)
-            outcome = runner(name, stage, environment, left)
-        state.outcomes[name] = outcome
-        state.save(STATE / "state.json")
+def signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to a process and all that it has started, where any of them is left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+@contextlib.contextmanager
+def stopping_everything() -> Iterator[None]:
+    """Leave no process behind when the block is interrupted."""
+    try:
+        yield
+    except BaseException:
+        for process in list(RUNNING):
+            signal_group(process, signal.SIGKILL)
+        raise
+
+
+class StageRunner:
+    """Runs stages one after the other, some of them beside others, and notes how they end.
+
+    Args:
+        state: to continue; saved after every stage.
+        seconds: for all of them.
+        runner: of one stage, as `run_stage`.
+        after: called when a stage has ended, for results that are to survive a kill.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        seconds: float,
+        environment: dict[str, str],
+        runner: Callable[[str, Stage, dict[str, str], float], Outcome] = run_stage,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.state, self.environment, self.runner, self.after = state, environment, runner, after
+        self.deadline = time.monotonic() + seconds
+        self.beside: dict[str, Future[Outcome]] = {}
+
+    def run(self, stages: dict[str, Stage]) -> bool:
+        """Run what has not passed yet and fits; return whether everything has passed by now."""
+        with ThreadPoolExecutor() as pool, stopping_everything():
+            for name, stage in stages.items():
+                for need in stage.needs:
+                    self._meet(need)
+                if self.state.passed(name):
+                    print(f"{name:12} passed before", flush=True)
+                elif reason := self._reason_to_skip(stage):
+                    self._note(name, Outcome("skipped", 0, reason))
+                else:
+                    left = self.deadline - time.monotonic()
+                    print(f"{name:12} running, about {stage.estimate:.0f} s of {left:.0f} s left", flush=True)
+                    self.beside[name] = pool.submit(self.runner, name, stage, self.environment, left)
+                    if not stage.beside:
+                        self._meet(name)
+            for name in list(self.beside):
+                self._meet(name)
+        return all(self.state.passed(name) for name in stages)
+
+    def _reason_to_skip(self, stage: Stage) -> str:
+        if missing := [need for need in stage.needs if not self.state.passed(need)]:
+            return f"needs {', '.join(missing)}"
+        left = self.deadline - time.monotonic()
+        if left < stage.estimate:
+            return f"{left:.0f} s left, about {stage.estimate:.0f} s wanted: call again"
+        return ""
+
+    def _meet(self, name: str) -> None:
+        """Wait for a stage that runs."""
+        if (running := self.beside.pop(name, None)) is not None:
+            self._note(name, running.result())
+
+    def _note(self, name: str, outcome: Outcome) -> None:
+        self.state.outcomes[name] = outcome
+        self.state.save(STATE / "state.json")
         print(f"{name:12} {outcome.status} in {outcome.seconds:.0f} s {outcome.reason}".rstrip(), flush=True)
         if outcome.status == "failed":
             print(tail(STATE / f"{name}.log"), flush=True)
-    return all(state.passed(name) for name in stages)
+        self.after()
 
 
 def tail(path: Path, lines: int = 40) -> str:
@@ -273,16 +250,25 @@ def tail(path: Path, lines: int = 40) -> str:
 
 
 def write_results(stages: dict[str, Stage], state: State, folder: Path, facts: dict[str, Any]) -> Path:
-    """Gather what the stages measured into <card>-<date>.json."""
-    measured = {
-        name: json.loads((STATE / stage.result).read_text())
-        for name, stage in stages.items()
-        if stage.result is not None and state.passed(name)
-    }
+    """Gather what the stages measured into <card>-<date>.json, and their logs into a file beside it.
+
+    Under `measured` are stages that passed, under `partial` what others had written before they ended.
+    """
+    found: dict[str, dict[str, Any]] = {"measured": {}, "partial": {}}
+    for name, stage in stages.items():
+        if stage.result is not None and name in state.outcomes and (STATE / stage.result).exists():
+            kind = "measured" if state.passed(name) else "partial"
+            try:
+                found[kind][name] = json.loads((STATE / stage.result).read_text())
+            except ValueError as error:
+                found[kind][name] = f"unreadable: {error}"
     card = re.sub(r"[^a-z0-9]+", "-", state.device.lower()).strip("-")
     path = folder / f"{card}-{facts['date']}.json"
     outcomes = {name: asdict(outcome) for name, outcome in state.outcomes.items()}
-    write_json(path, {"facts": facts, "outcomes": outcomes, "measured": measured})
+    write_json(path, {"facts": facts, "outcomes": outcomes, **found})
+    with tarfile.open(path.with_name(f"{path.stem}-logs.tar.gz"), "w:gz") as archive:
+        for log in sorted(STATE.glob("*.log")):
+            archive.add(log, log.name)
     return path
 
 
@@ -296,17 +282,17 @@ def gather_facts() -> dict[str, Any]:
         raise SystemExit(f"make gpu: wanted a CUDA device, torch {torch.__version__} sees none")
     major, minor = torch.cuda.get_device_capability()
     query = "driver_version,clocks.max.sm,clocks.max.memory,power.limit"
-    smi = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
-    )
     return {
         "device": torch.cuda.get_device_name(),
         "arch": f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        query: smi.stdout.strip(),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        query: output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+        "nvcc": output_of("nvcc", "--version").splitlines()[-1],
+        "g++": output_of("g++", "--version").splitlines()[0],
+        "commit": os.environ.get("ADPDM_COMMIT") or output_of("git", "rev-parse", "HEAD"),
+        "dirty": output_of("git", "status", "--porcelain", "--untracked-files=no") not in ("", UNKNOWN),
+        "missing": missing(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -317,15 +303,47 @@ def hash_sources(root: Path) -> str:
     folders = ("csrc", "adpdm", "cpp_tests", "python_tests", "benchmarks", "tools")
     files = [p for folder in folders for p in (root / folder).rglob("*")]
     for path in sorted([*files, root / "CMakeLists.txt", root / "setup.py"]):
+        if path.is_relative_to(root / "benchmarks" / "results"):
+            continue  # where this script writes
         if path.is_file() and path.suffix in SOURCE_SUFFIXES:
             total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return total.hexdigest()
 
 
-def git(*arguments: str) -> str:
-    """What git prints, or "unknown" where this is no repository."""
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+def output_of(*command: str) -> str:
+    """What a command prints, or UNKNOWN where there is no such program or it fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return UNKNOWN
+    return done.stdout.strip() if done.returncode == 0 else UNKNOWN
+
+
+def missing() -> list[str]:
+    """Packages and programs that some stage will want: nothing can be fetched later."""
+    packages = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    return packages + [name for name in PROGRAMS if shutil.which(name, path=search_path()) is None]
+
+
+def search_path() -> str:
+    """PATH with where pip puts cmake and ninja, and where the CUDA toolkit lies."""
+    return os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"], "/usr/local/cuda/bin"])
+
+
+def make_environment(facts: dict[str, Any], jobs: int) -> dict[str, str]:
+    """Of all commands: nothing is installed, so scripts find the package by PYTHONPATH."""
+    path = [str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH")]
+    return {
+        **os.environ,
+        "ADPDM_CUDA": "1",
+        "ADPDM_CUDA_ARCHS": f"{facts['arch']}-real",
+        "ADPDM_WERROR": "0",  # of compilers that nobody has seen this code with
+        "HF_HUB_OFFLINE": "1",
+        "MAX_JOBS": str(jobs),
+        "PATH": search_path(),
+        "PYTHONPATH": os.pathsep.join(folder for folder in path if folder),
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def main() -> int:
@@ -338,25 +356,25 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="time for all stages together")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--again", action="store_true", help="also run stages that have passed before")
+    parser.add_argument("--given", nargs="+", choices=names, default=[], help="stages that count as passed")
     args = parser.parse_args()
-    facts = gather_facts()
-    jobs = os.cpu_count() or 1
+    facts, jobs = gather_facts(), os.cpu_count() or 1
+    print(json.dumps(facts), flush=True)
     stages = {n: s for n, s in make_stages(sys.executable, facts["arch"], jobs).items() if n in args.stages}
     state = State.load(STATE / "state.json", hash_sources(ROOT), facts["device"])
     if args.again:
         for name in stages:
             state.outcomes.pop(name, None)
+    state.outcomes.update({name: Outcome("passed", 0, "given") for name in args.given})
     STATE.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        "ADPDM_CUDA": "1",
-        "ADPDM_CUDA_ARCHS": f"{facts['arch']}-real",
-        "MAX_JOBS": str(jobs),
-        "PYTHONUNBUFFERED": "1",
-    }
-    complete = run_all(stages, state, args.seconds, environment)
-    print(f"results: {write_results(stages, state, args.results, facts)}")
-    return 0 if complete else 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    runner = StageRunner(
+        state,
+        args.seconds,
+        make_environment(facts, jobs),
+        after=lambda: print(f"results: {write_results(stages, state, args.results, facts)}", flush=True),
+    )
+    return 0 if runner.run(stages) else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,51 @@
+"""tools/gpu_cpp_tests.py with a stand-in for a googletest program: what hangs, crashes, finds no device."""
+
+from __future__ import annotations
+
+import stat
+import sys
+from pathlib import Path
+
+import gpu_cpp_tests
+import pytest
+
+PROGRAM = """#!{python}
+import os, sys, time
+if "--gtest_list_tests" in sys.argv:
+    print("Good.\\n  One\\n  Two\\nBad.\\n  Fine\\n  Crashes  # a comment\\n  Hangs")
+    print("Order.\\n  First\\n  Second\\nNone.\\n  Skips")
+    sys.exit()
+chosen = sys.argv[-1].removeprefix("--gtest_filter=")
+suite, _, test = chosen.partition(".")
+print(f"ran {{chosen}}")
+if suite == "None":
+    print("device_test.cpp:1: Skipped\\nwanted a CUDA device, found none")
+if suite == "Order":
+    sys.exit(test == "*")
+if chosen in ("Bad.*", "Bad.Crashes"):
+    os.abort()
+if chosen == "Bad.Hangs":
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    path = tmp_path / "tests"
+    path.write_text(PROGRAM.format(python=sys.executable))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_failures_take_only_their_own_suite_with_them(program: str) -> None:
+    suites = gpu_cpp_tests.tests_of(program)
+    assert suites["Bad"] == ["Fine", "Crashes", "Hangs"]
+    result = gpu_cpp_tests.run_suites(program, suites, limit=5, jobs=4)
+    assert result["tests"] == 8
+    assert list(result["failed"]) == ["Bad.Crashes", "Bad.Hangs", "None.Skips", "Order.*"]
+    assert "Bad.Hangs: stopped after 5 s" in result["failed"]["Bad.Hangs"]
+
+
+def test_program_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"gpu_cpp_tests: wanted a googletest program, got .*nothing"):
+        gpu_cpp_tests.tests_of(str(tmp_path / "nothing"))
