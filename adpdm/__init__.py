@@ -8,8 +8,9 @@ __version__ = "0.1.0"
 from . import _native as _native
 from . import diffusers_quantizer as _diffusers_quantizer
 from .config import QuantConfig, SearchConfig
+from .denoisers import load_pipeline
 from .diffusers_config import AdpdmConfig
-from .pipeline import QuantizationReport, load_pipeline, quantize
+from .pipeline import QuantizationReport, quantize
 from .tables import load_tables, save_tables
 from .trajectory import DenoiserCall
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .config import QuantConfig
+from .quantizers.activation import Mode
 from .replay import Observer, Replay
 
 BIAS_STEPS = 12  # forward passes that the mean errors are averaged over
 
 
-def correct_bias(replay: Replay) -> None:
+def correct_bias(replay: Replay, config: QuantConfig) -> None:
+    """Fit biases to the present ranges and codes, where the config wants it; layers are left in fake mode."""
+    if config.correct_bias:
+        _take_out_mean_errors(replay)
+    replay.set_mode(Mode.FAKE)
+
+
+def _take_out_mean_errors(replay: Replay) -> None:
     """Give every layer with a bias the shift [O] that makes up for its mean error over the trajectory.
 
     Rounding of weights shifts the mean of an output, as activations have a mean. Along the trajectory a shift

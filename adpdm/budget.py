@@ -52,7 +52,7 @@ class BudgetPlan:
         """The settings that may have been reduced, as options of `adpdm quantize`."""
         c = self.config
         words = f"--grouping {c.grouping} --histogram-images {c.histogram_images}"
-        if c.grouping == "search":
+        if c.searches:
             words += f" --images {c.calibration_images} --search-steps {c.search.num_steps}"
         return words
 
@@ -107,13 +107,13 @@ def estimate(config: QuantConfig, num_calls: int, image_seconds: float) -> float
     fewer_bits = min(config.weight_bits, config.activation_bits) < 8
     observed = rows * config.histogram_images
     passes = observed * num_calls * (OBSERVE + (FIT_FEWER_BITS if fewer_bits else FIT_8_BITS))
-    if config.grouping == "search":
+    if config.searches:
         search = config.search
         generated = rows * config.calibration_images * num_calls / 2  # selected steps lie anywhere
         trained = (search.num_steps + search.refit_steps) * search.batch_size * TRAIN
         passes += generated + trained + HELD_OUT_TRAJECTORIES * rows * search.batch_size * num_calls
     if config.correct_prediction:
-        fits = 3 if config.grouping == "search" else 1  # to judge it before and after; of the finished model
+        fits = 3 if config.searches else 1  # to judge it before and after; of the finished model
         passes += fits * min(rows * CORRECTION_IMAGES, observed) * num_calls
     return PARTITION_SECONDS + RESERVE * passes * image_seconds
 
@@ -125,10 +125,10 @@ def reductions(config: QuantConfig) -> Iterator[QuantConfig]:
     fewer = [n for n in (images, images // 2, images // 4) if n >= FEWEST_HISTOGRAM_IMAGES] or [images]
     for histogram_images in fewer:
         reduced = replace(config, histogram_images=histogram_images)
-        if config.grouping == "search":
+        if config.searches:
             yield from (_with_search(reduced, share) for share in SHARES)
     for histogram_images in fewer:
-        without = "dp" if config.grouping == "search" else config.grouping
+        without = "dp" if config.searches else config.grouping
         yield replace(config, histogram_images=histogram_images, grouping=without)
 
 

@@ -31,6 +31,7 @@ from .conditioning import (
 )
 from .config import QuantConfig
 from .demo import build_report, probe_layers, run_demo, save_image_grid
+from .denoisers import DENOISER_NAMES, find_denoiser, load_pipeline
 from .doctor import REPORT_NAME, diagnose, render
 from .evaluate import (
     EvaluationConfig,
@@ -56,14 +57,7 @@ from .outputs import (
     remove_state,
     state_file,
 )
-from .pipeline import (
-    DENOISER_NAMES,
-    QuantizationReport,
-    calibration_sampler,
-    find_denoiser,
-    load_pipeline,
-    quantize_denoiser,
-)
+from .pipeline import QuantizationReport, calibration_sampler, quantize_denoiser
 from .pipeline_checks import trace_forward
 from .processes import ALONE, OtherProcessFailed, Processes, joined, launched
 from .quantize_options import add_quantize_options, quant_config

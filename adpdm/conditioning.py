@@ -31,7 +31,8 @@ def read_conditioning(path: Path, denoiser: nn.Module) -> Conditioning:
             tensors are taken in the denoiser's dtype.
 
     Raises:
-        ValueError: for another file, names that are no arguments, and numbers of rows that differ.
+        ValueError: for another file, names that are no arguments, names that are a tensor and a dict, and
+            numbers of rows that differ.
     """
     tensors = _tensors("--conditioning", path)
     rows = {name: value.shape[0] if value.dim() else 0 for name, value in tensors.items()}
@@ -42,7 +43,7 @@ def read_conditioning(path: Path, denoiser: nn.Module) -> Conditioning:
     _demand_arguments("--conditioning", path, tensors, denoiser)
     dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), torch.float32)
     moved = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    return _nested(moved)
+    return _nested("--conditioning", path, moved)
 
 
 def conditioning_of_prompts(pipe: Any, prompts: Sequence[str]) -> Conditioning:
@@ -146,7 +147,8 @@ def read_call(settings: Path | None, constants: Path | None, denoiser: nn.Module
     """How the denoiser is called: a JSON object of DenoiserCall's fields, and tensors for its `constants`.
 
     Raises:
-        ValueError: for other files, keys or values, and constants that are no arguments.
+        ValueError: for other files, keys or values, constants that are no arguments, and names that are a
+            tensor and a dict.
     """
     if settings is None and constants is None:
         return None
@@ -157,7 +159,7 @@ def read_call(settings: Path | None, constants: Path | None, denoiser: nn.Module
     if constants is not None:
         tensors = _tensors("--constants", constants)
         _demand_arguments("--constants", constants, tensors, denoiser)
-        fixed.update(_nested(tensors))
+        fixed.update(_nested("--constants", constants, tensors))
     return DenoiserCall(**{**values, "constants": fixed})
 
 
@@ -205,7 +207,9 @@ def try_call(
     """Call a denoiser once, so that what does not fit is said before work starts; the shape of a sample.
 
     Raises:
-        ValueError: if the call fails, with its reason and what it was given.
+        ValueError: if the call fails, with its reason and what it was given, and where nothing says the
+            shape of a sample.
+        torch.OutOfMemoryError: as it comes: nothing is wrong with what was given.
     """
     shape = (call.sample_shape if call else None) or sample_shape(denoiser)
     device = next(denoiser.parameters()).device
@@ -213,12 +217,14 @@ def try_call(
         path = Trajectory(scheduler, steps, [0], shape, device, call)
         with torch.no_grad():
             path.predict(denoiser, path.model_input(0), 0, pick(conditioning, torch.arange(1)))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         given = sorted(conditioning) + sorted(call.constants if call else {})
         raise ValueError(
             f"{type(denoiser).__name__} must work on samples {shape} with {given or 'nothing else'}, got "
-            f"{type(error).__name__}: {error}; its arguments are {_arguments(denoiser)}, which `adpdm "
-            "evaluate` takes from --prompt, --conditioning, --call and --constants"
+            f"{type(error).__name__}: {error}; its arguments are {_arguments(denoiser)}, which are given "
+            "by --prompt, --conditioning, --call and --constants"
         ) from error
     return shape
 
@@ -267,12 +273,15 @@ def _demand_arguments(option: str, path: Path, values: dict[str, Any], denoiser:
         )
 
 
-def _nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _nested(option: str, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Dotted names as dicts."""
+    dicts = {name.partition(".")[0] for name in tensors if "." in name}
+    if both := sorted(dicts & tensors.keys()):
+        raise ValueError(f"{option} {path}: a name must be a tensor or a dict of them, got {both} as both")
     result: dict[str, Any] = {}
     for name, value in tensors.items():
-        outer, _, inner = name.partition(".")
-        if inner:
+        outer, dot, inner = name.partition(".")
+        if dot:
             result.setdefault(outer, {})[inner] = value
         else:
             result[outer] = value

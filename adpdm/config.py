@@ -104,7 +104,8 @@ class QuantConfig:
         exclude_first: fraction of the trajectory, from the noisy end, that is never selected.
         input_output_bits: 8 quantizes the first and last layer too; None keeps them in full precision.
         split_skip_connections: quantize the two halves of a skip concatenation separately.
-        modules_to_not_convert: shell patterns of layer names that stay in full precision.
+        modules_to_not_convert: names that stay in full precision: of layers, of modules with layers inside,
+            or any part of a dotted name; shell patterns.
         correct_bias: remove the mean error that quantization adds to each output channel.
         correct_prediction: take out of every prediction the part of the quantization error that is a fixed
             combination of prediction and sample at its step (correction.py).
@@ -182,6 +183,16 @@ class QuantConfig:
                     "QuantConfig is for adpdm.quantize(pipe, config)"
                 )
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def searches(self) -> bool:
+        """Whether groups are searched for; one group for all steps leaves nothing to find."""
+        return self.grouping == "search" and self.num_groups > 1
+
+    @property
+    def num_rounds(self) -> int:
+        """How often a timestep is selected."""
+        return -(-self.calibration_images // self.round_size)
 
     def groups_per_layer(self, num_steps: int) -> int:
         """G for T = `num_steps` after the grouping has had its say: 1 for `shared`, T for `per_step`.

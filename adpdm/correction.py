@@ -66,17 +66,16 @@ def fit_correction(
         nonlocal done
         sample, exact = trajectory.samples[call, :count], trajectory.noise_preds[call, :count]
         prediction = sampler.predict(in_channels_last(sample), sampler.calls[call], conditioning)
-        # Of a model that learned its variances, they are no predictions of an image.
-        parts = [x[:, : sample.shape[1]] for x in (prediction, sample, prediction - exact)]
-        rows = torch.stack([part.double().flatten(1) for part in parts], 1)  # [B, 3, *]
+        error = prediction - exact
+        channels = sample.shape[1]  # learned variances follow, which are no prediction of an image
+        rows = torch.stack([x[:, :channels].double().flatten(1) for x in (prediction, sample, error)], 1)
+        products = rows @ rows.transpose(1, 2)  # [B, 3, 3]
         done += 1
         watch(done, total)
-        return [(rows @ rows.transpose(1, 2)).unflatten(0, (-1, each)).sum(1).cpu()]
+        return [products.unflatten(0, (-1, each)).sum(1).cpu()]
 
-    steps = len(sampler.timesteps)
-    moments = torch.zeros(
-        steps, count // each, 3, 3, dtype=torch.float64, device="cpu"
-    )  # prediction, sample, error
+    # Of prediction, sample and error.
+    moments = torch.zeros(len(sampler.timesteps), count // each, 3, 3, dtype=torch.float64, device="cpu")
     by_call = processes.map(range(num_calls), moments_at)
     for step, (of_call,) in zip(sampler.step_of_call, by_call, strict=True):
         moments[step] += of_call

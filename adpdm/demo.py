@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import report as page
 from .calibrate import CalibrationTrace
 from .config import Grouping, QuantConfig, SearchConfig
+from .denoisers import find_denoiser, load_pipeline
 from .evaluate import (
     EvaluationConfig,
     EvaluationResult,
@@ -34,12 +35,12 @@ from .evaluate import (
 )
 from .evaluate.sample_set import rows_in_turn
 from .evaluate.sampling import Trajectory as Sampling
-from .evaluate.sampling import device_of, sample_shape, shape_of_call
-from .files import replacing
+from .evaluate.sampling import device_of, sample_shape, shape_of_call, to_uint8
+from .files import replacing, share
 from .graph import capture, release
 from .info import gather_info
 from .layer_runs import recorded_coverage
-from .pipeline import find_denoiser, load_pipeline, quantize
+from .pipeline import quantize
 from .replay import Progress
 from .trajectory import Conditioning, DenoiserCall
 
@@ -90,7 +91,11 @@ def bits_name(bits: tuple[int, int]) -> str:
 def run_demo(
     model: Path, out: Path, seed: int, is_quick: bool, progress: Progress, command: str
 ) -> dict[str, Any]:
-    """Quantize `model` at the main bit widths, compare groupings, write models and report below `out`."""
+    """Quantize `model` at the main bit widths, compare groupings, write models and report below `out`.
+
+    Raises:
+        ValueError: there is no `model`.
+    """
     scale = QUICK if is_quick else Scale()
     if not model.exists():
         raise ValueError(
@@ -113,7 +118,8 @@ def run_demo(
         "runs": {run.name: run.evaluation.to_dict() for run in runs},
         "summary": _summary_rows(runs, rows),
     }
-    (out / "demo.json").write_text(json.dumps(values, indent=1))
+    with replacing(out / "demo.json") as temporary:
+        temporary.write_text(json.dumps(values, indent=1))
     return values
 
 
@@ -137,6 +143,7 @@ def _main_run(
     report = quantize(quantized, _config(bits, "search", seed, scale), progress=label)
     folder = out / name.lower()
     quantized.save_pretrained(folder)
+    share(folder)
     config = EvaluationConfig(num_images=scale.images, seed=seed + 1)
     original, denoiser = find_denoiser(pipe), find_denoiser(quantized)
     original.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -160,9 +167,7 @@ def captured_timings(
     reference: nn.Module, quantized: nn.Module, config: EvaluationConfig
 ) -> tuple[PairTiming, ...]:
     """A denoiser call without Python (`adpdm.graph.capture`) against the original, per batch size."""
-    settings: Any = reference.config
-    shape = (settings.in_channels, settings.sample_size, settings.sample_size)
-    timestep, timings = torch.tensor(TIMED_STEP), []
+    shape, timestep, timings = sample_shape(reference), torch.tensor(TIMED_STEP), []
     capture(quantized)
     try:
         for size in config.timing_batch_sizes:
@@ -485,10 +490,9 @@ def save_image_grid(
     columns: int | None = None,
 ) -> None:
     """Write samples as one PNG, each pixel `enlarge` wide; as square as possible without `columns`."""
-    pixels = ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pixels = to_uint8(samples)
     columns = columns or math.ceil(math.sqrt(len(pixels)))
-    blank = np.zeros_like(pixels[:1]).repeat(-len(pixels) % columns, 0)
-    tiles = np.concatenate([pixels, blank])
+    tiles = np.concatenate([pixels, np.zeros_like(pixels[:1]).repeat(-len(pixels) % columns, 0)])
     tiles = tiles.reshape(-1, columns, *tiles.shape[1:]).swapaxes(1, 2)
     grid = tiles.reshape(tiles.shape[0] * tiles.shape[1], -1, tiles.shape[-1])
     grid = grid.repeat(enlarge, 0).repeat(enlarge, 1)

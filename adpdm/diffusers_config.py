@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import MAX_BITS, MIN_BITS, QuantConfig
 from .nn.loaded import runs_on_kernels
-from .nn.swap import EMBEDDING_PATTERNS, INPUT_OUTPUT_NAMES
+from .nn.swap import EMBEDDING_PATTERNS, INPUT_OUTPUT_NAMES, LAYER_CLASSES, excluded
 
 ActivationScales = Literal["dynamic", "static"]
 
@@ -197,17 +197,8 @@ def choose_layers(model: nn.Module, config: AdpdmConfig, keep_in_fp32: Sequence[
     Raises:
         ValueError: for a pattern that matches no layer, or if no layer is left.
     """
-    # Not their subclasses: who derives from a layer may read its weight without calling it.
-    layers = {n: m for n, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
-    kept: set[str] = set()
-    for pattern in config.modules_to_not_convert or ():
-        found = {name for name in layers if _matches(name, pattern)}
-        if not found:
-            raise ValueError(
-                f"modules_to_not_convert: pattern {pattern!r} matches no layer; "
-                f"layers are e.g. {sorted(layers)[:5]}"
-            )
-        kept |= found
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if type(m) in LAYER_CLASSES}
+    kept = excluded(layers, config.modules_to_not_convert or ())
     kept |= {name for name in layers if set(name.split(".")) & set(keep_in_fp32)}
     rows = [_row(name, layer, config) for name, layer in layers.items() if name not in kept]
     if not rows:
@@ -222,11 +213,6 @@ def _row(name: str, layer: nn.Conv2d | nn.Linear, config: AdpdmConfig) -> Row:
         "weight_bits": MAX_BITS if careful else config.weight_bits,
         "activation_bits": None if careful or not runs_on_kernels(layer) else config.activation_bits,
     }
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern is a layer's name, the name of a module around it, or a part of either."""
-    return fnmatch.fnmatchcase(f".{name}.", f"*.{pattern}.*")
 
 
 def _check_version(version: object, calibrated: bool, required: bool) -> None:

@@ -181,7 +181,7 @@ class AdpdmQuantizer(DiffusersQuantizer):
         """What save_pretrained writes: the model without adapters, but with those that were fused."""
         return without_adapters(state_dict), {}
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def dequantize(self, model: nn.Module) -> nn.Module:
         """Replace quantized layers by float ones in the model's dtype; nothing of adpdm remains."""
         untyped: Any = model
         refuse_adapters("dequantize", model)
@@ -195,11 +195,8 @@ class AdpdmQuantizer(DiffusersQuantizer):
             detach_step_hook(model)
             detach_correction(model)
             del model.adpdm_step
-        # diffusers leaves the entry in the config, and would take what is saved next for quantized.
-        kept = {key: value for key, value in untyped.config.items() if key != "quantization_config"}
-        untyped._internal_dict = FrozenDict(kept)
-        untyped.quantization_method = None
-        untyped.__dict__.pop("save_lora_adapter", None)
+        unmark(model)
+        untyped.is_quantized = False  # as diffusers' own leaves it
         return model
 
     @property
@@ -361,6 +358,18 @@ def attach_config(model: nn.Module, config: AdpdmConfig) -> None:
     untyped.is_quantized, untyped.quantization_method = True, Method.ADPDM
     untyped.register_to_config(quantization_config=config)
     let_save_adapters(model)
+
+
+def unmark(model: nn.Module) -> None:
+    """Take back what `attach_config` and loading told diffusers of a model whose layers are float again.
+
+    Otherwise it refuses `.to(dtype)`, and whatever is saved next is taken for quantized.
+    """
+    untyped: Any = model
+    kept = {key: value for key, value in untyped.config.items() if key != "quantization_config"}
+    untyped._internal_dict = FrozenDict(kept)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method", "save_lora_adapter"):
+        untyped.__dict__.pop(name, None)
 
 
 class _SaveAdapter:

@@ -16,10 +16,10 @@ from torch import nn
 
 from . import _native
 from .config import QuantConfig
+from .denoisers import find_denoiser, load_pipeline
 from .info import gather_info
 from .layer_runs import read_record, work_shares
 from .nn import FusionInfo, LoadedLayer, QuantLayer, block_around, describe_fusion, summarize_fusion, swap
-from .pipeline import find_denoiser, load_pipeline
 
 REPORT_NAME = "adpdm_report.json"  # what `adpdm quantize` leaves beside the model
 
@@ -284,9 +284,11 @@ def model_state(folder: Path) -> ModelState:
     denoiser = find_denoiser(load_pipeline(folder, local_files_only=True))
     fusion = describe_fusion(denoiser)
     stored = folder / REPORT_NAME
-    work = work_shares(read_record(stored)) if stored.is_file() else {}
+    record = read_record(stored) if stored.is_file() else {"layers": []}
+    work = work_shares(record)
+    reasons = {row["name"]: row["reason"] for row in record["layers"] if row["bits"] is None}
     layers = [
-        _layer_state(name, module, fusion, denoiser, work.get(name))
+        _layer_state(name, module, fusion, denoiser, work.get(name), reasons.get(name, ""))
         for name, module in denoiser.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
@@ -299,12 +301,15 @@ def _layer_state(
     fusion: Sequence[FusionInfo],
     denoiser: Any,
     macs: float | None,
+    recorded: str,
 ) -> LayerState:
+    """Of one layer; `recorded` is why it stayed float, where the model's record tells."""
     shape = _shape_of(layer)
     if isinstance(layer, LoadedLayer):
         return _loaded_state(name, layer, shape, macs)
     if not isinstance(layer, QuantLayer):
-        return LayerState(name, shape, "float", _why_float(name, layer, denoiser), None, None, macs)
+        reason = _why_float(name, layer, denoiser, recorded)
+        return LayerState(name, shape, "float", reason, None, None, macs)
     block = block_around(name, fusion)
     runs: Runs = "fused" if block.fused else "per layer"
     reason = "" if block.fused else f"{block.label}: {block.reason}"
@@ -329,12 +334,14 @@ def _shape_of(layer: nn.Conv2d | nn.Linear) -> str:
     return f"conv {height}x{width} {layer.in_channels}->{layer.out_channels}{groups}"
 
 
-def _why_float(name: str, layer: nn.Conv2d | nn.Linear, denoiser: Any) -> str:
+def _why_float(name: str, layer: nn.Conv2d | nn.Linear, denoiser: Any, recorded: str) -> str:
     settings = getattr(denoiser.config, "quantization_config", None)
     if settings is None:
         return NOT_QUANTIZED
     if not settings.is_calibrated:
         return "AdpdmConfig left it out"
+    if recorded:  # by who saw a forward pass, and layers that a saved model may not show as they were
+        return recorded
     config = QuantConfig.from_dict(settings.quant_config)
     return swap.reason_to_keep(name, layer, config, runs=False)
 

@@ -186,7 +186,7 @@ def channel_factors(mean_square: Tensor) -> Tensor:
 def mean_squares(
     sampler: Sampler, config: QuantConfig, layers: list[nn.Module], progress: Progress
 ) -> tuple[dict[nn.Module, Tensor], Callable[[], Tensor]]:
-    """Mean squares [C] f64 of the inputs of float layers over a trajectory, and a prediction to compare.
+    """Sums over calls of the mean squares [C] f64 of inputs of float layers, and a prediction to compare.
 
     The trajectory has fewer steps than the one that is calibrated: channels differ alike at all of them.
     """
@@ -316,8 +316,8 @@ def _chunk(flow: Dataflow, node: Any, plus: float) -> Rows | None:
 
 
 def _fresh(module: nn.Module, name: str) -> Tensor | None:
-    """A copy of a parameter in its place, to be changed; None where there is none."""
-    parameter = getattr(module, name)
+    """A copy of a parameter in its place, to be changed; None where there is none, as a bias of RMSNorm."""
+    parameter = getattr(module, name, None)
     if parameter is None:
         return None
     copied = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)

@@ -25,9 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(_own_name(path))
     try:
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        temporary.unlink()
+        mode = _mode_of_new(temporary)
         with _writing(path):
             yield temporary
         _allow(temporary, mode)
@@ -56,12 +54,9 @@ def filling(folder: Path, last: Collection[str] = ()) -> Iterator[Path]:
     temporary = (folder if is_there else folder.parent) / _own_name(folder)
     try:
         temporary.mkdir(parents=True)  # not by mkdtemp, which keeps everyone else out of what it makes
-        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
         with _writing(folder):
             yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file() and not file.is_symlink():
-                _allow(file, mode)
+        share(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -80,6 +75,18 @@ def filling(folder: Path, last: Collection[str] = ()) -> Iterator[Path]:
         raise
 
 
+def share(folder: Path) -> None:
+    """Let the files below a folder be read by those whom the umask says, whatever wrote them.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    mode = _mode_of_new(folder / _own_name(folder))
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            _allow(file, mode)
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """Says of a full disk under safetensors what it says under everything else: OSError."""
@@ -87,6 +94,14 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def _mode_of_new(file: Path) -> int:
+    """The rights that the umask gives a new file, of which one is made for that and removed."""
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    file.unlink()
+    return mode
 
 
 def _allow(file: Path, mode: int) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _native
+from .denoisers import find_denoiser
 from .memory import trim_heap
 from .nn import adapters_of
 from .nn.fusion import FusedBlock
-from .pipeline import find_denoiser
 
 WARMUP_CALLS = 3  # lazy module loading and cuDNN's choices come to rest within two; one to spare
 FREEU = ("s1", "s2", "b1", "b2")  # what `enable_freeu` of diffusers writes into the blocks on the way up
@@ -49,7 +49,9 @@ class CudaRecorder:
                 for _ in range(WARMUP_CALLS):
                     work()
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self._graph):
+            # By itself it captures on a stream of the device that was the first to capture. "thread_local":
+            # what other threads allocate meanwhile is no error.
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 return work()
 
     def replay(self) -> None:
@@ -61,6 +63,9 @@ class CpuRecorder:
 
     What the forward decides in Python is decided once. So it is an error when it reads the value of a tensor,
     or gives another result the second time (random numbers); a value read through numpy goes unnoticed.
+
+    Raises:
+        RuntimeError: in `record`, for such a forward.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -75,12 +80,17 @@ class CpuRecorder:
         self._tape.finish(leaves)
         trim_heap()  # the recording held everything that the forward computed
         self._tape.replay()
-        if not all(torch.equal(a, b) for a, b in zip(leaves, before, strict=True)):
+        if not all(_is_same(a, b) for a, b in zip(leaves, before, strict=True)):
             raise RuntimeError("adpdm.graph: the forward is not repeatable: same inputs, another result")
         return result
 
     def replay(self) -> None:
         self._tape.replay()
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same values; NaN is the same as NaN."""
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 class _Listener(TorchDispatchMode):
@@ -172,6 +182,12 @@ class GraphedForward:
     other arguments (flags, dictionaries) and autocast are part of the key. When modules were exchanged, as
     PEFT does, or adapters, attention or FreeU set otherwise, graphs are forgotten and captured anew. Threads
     wait for one another, since a graph reads and writes memory of its own.
+
+    Raises:
+        RuntimeError: of a call with gradients enabled, of one that would need more than `max_graphs` graphs,
+            and of a forward that cannot be recorded.
+        TypeError: for arguments without a sample or timestep, given twice, or that cannot be compared.
+        ValueError: for tensors on several devices.
     """
 
     is_capture = True  # pipeline.py, which this file imports, asks for it
@@ -228,6 +244,10 @@ class GraphedForward:
             raise TypeError(
                 f"adpdm.graph: wanted each of the arguments {self._names} at most once, got {len(args)} by "
                 f"position and {sorted(kwargs)} by name"
+            )
+        if missing := {self._names[0], "timestep"} - given.keys():
+            raise TypeError(
+                f"adpdm.graph: wanted the arguments {self._names[0]} and timestep, got no {sorted(missing)}"
             )
         return {name: given.pop(name) for name in self._names if name in given} | given
 

@@ -26,6 +26,11 @@ def read_record(file: Path) -> dict[str, Any]:
         raise ValueError(f"{wanted}, got {record!r:.40}")
     if missing := {"config", "layers", "coverage", "trace"} - set(record):
         raise ValueError(f"{wanted}, got one without {', '.join(sorted(missing))}")
+    try:
+        recorded_coverage(record)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise ValueError(f"{wanted}, got one with damaged layers, coverage or fusion: {what}") from error
     return record
 
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
 from .conditioning import decoder_of
+from .denoisers import DENOISER_NAMES, load_denoiser, load_pipeline, load_scheduler
 from .evaluate import GuidedDenoiser
 from .evaluate.sampling import sample_shape
-from .pipeline import DENOISER_NAMES, encode_texts, load_pipeline
+from .pipeline import encode_texts
 
 RECORD_FILE = "training.json"  # of the training examples
 
@@ -61,14 +61,11 @@ class ModelFolder:
 
     def denoiser(self) -> Any:
         """A fresh one, in float32."""
-        config = json.loads((self.folder / self.part / "config.json").read_text())
-        loaded = getattr(diffusers, config["_class_name"]).from_pretrained(self.folder / self.part)
-        return loaded.eval()
+        return load_denoiser(self.folder / self.part).eval()
 
-    def scheduler(self) -> diffusers.DDIMScheduler:
-        """DDIM with the noise schedule of the training."""
-        loaded: diffusers.DDIMScheduler = diffusers.DDIMScheduler.from_pretrained(self.folder / "scheduler")
-        return loaded
+    def scheduler(self) -> Any:
+        """That of the folder; DDIM with the noise schedule of the training where it holds that alone."""
+        return load_scheduler(self.folder / "scheduler")
 
     @functools.cached_property
     def captions(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -64,6 +65,13 @@ class ConvGeometry:
         pairs = (self.kernel_size, self.stride, self.padding, ends, self.dilation)
         numbers = [self.out_channels, *(n for pair in pairs for n in pair), self.groups, self.upsample]
         object.__setattr__(self, "_numbers", numbers)
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> ConvGeometry:
+        """Inverse of `numbers`."""
+        pairs = [(numbers[i], numbers[i + 1]) for i in range(1, 11, 2)]
+        kernel_size, stride, padding, padding_end, dilation = pairs
+        return cls(numbers[0], kernel_size, stride, padding, dilation, numbers[11], padding_end, numbers[12])
 
     def numbers(self) -> list[int]:
         """The 13 numbers of the operator's schema, in its order."""

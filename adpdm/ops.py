@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from . import _native as _native  # loads the extension, which registers torch.ops.adpdm
+from . import reference
 from .operands import Activation as Activation
 from .operands import ConvGeometry as ConvGeometry
 from .operands import Epilogue as Epilogue
 from .operands import OutputQuantizer as OutputQuantizer
-from .reference import INT4_BLOCK
 
 _ops = torch.ops.adpdm
 
@@ -316,11 +316,17 @@ for _op in ("adpdm::fake_quantize_backward", "adpdm::fake_quantize_mixture_backw
     torch.library.register_autograd(_op, _no_second_derivative)
 
 
+# ---- devices without kernels: models with float inputs run there as well, and unpack their weights ---------
+
+torch.library.register_kernel("adpdm::pack_int4", None, reference.pack_int4)
+torch.library.register_kernel("adpdm::unpack_int4", None, reference.unpack_int4)
+
+
 # ---- fake kernels: shapes, dtypes and strides only, for torch.compile and opcheck --------------------------
 
 
 def _packed_shape(x: Tensor) -> list[int]:
-    return [*x.shape[:-1], (x.shape[-1] + INT4_BLOCK - 1) // INT4_BLOCK * (INT4_BLOCK // 2)]
+    return [*x.shape[:-1], reference.int4_row_bytes(x.shape[-1])]
 
 
 def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -426,9 +432,7 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 def _(x: Tensor, *rest: Any) -> Tensor:
     g, _, activation, _, output_bits, dtype = rest[-6:]
     size = x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:]
-    pairs = ((g[1], g[2]), (g[3], g[4]), (g[5], g[6]), (g[9], g[10]))
-    geometry = ConvGeometry(g[0], *pairs, g[11], (g[7], g[8]), g[12])
-    shape = [x.shape[0], _results(g[0], activation), *geometry.output_size(*size)]
+    shape = [x.shape[0], _results(g[0], activation), *ConvGeometry.from_numbers(g).output_size(*size)]
     dtype = torch.int8 if output_bits else dtype
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 

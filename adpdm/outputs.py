@@ -64,7 +64,7 @@ def state_file(out: Path) -> Path:
 def checked_state(
     out: Path, config: QuantConfig, is_resumed: bool, warn: Callable[[str], None]
 ) -> Path | None:
-    """`state_file`; None where it cannot be written, as beside a mount, for the model still can.
+    """`state_file`; None where nothing is searched, or it cannot be written, as beside a mount.
 
     Args:
         warn: is told why a search has none, and that there is nothing to resume.
@@ -73,8 +73,8 @@ def checked_state(
         ValueError: a search is there that nobody wants to resume, or the settings do not search.
         OSError: a search is there that cannot be written.
     """
-    state, searches = state_file(out), config.grouping == "search" and config.num_groups > 1
-    if is_resumed and not searches:
+    state = state_file(out)
+    if is_resumed and not config.searches:
         raise ValueError(
             "--resume continues a search: wanted --grouping search and --groups of at least 2, got "
             f"--grouping {config.grouping} --groups {config.num_groups}"
@@ -83,13 +83,14 @@ def checked_state(
         warn(f"--resume wanted an unfinished search in {state}, got nothing there: all work starts anew")
     if state.exists() and not is_resumed:
         raise ValueError(f"{state} is an unfinished search; continue it with --resume, or remove its folder")
+    if not config.searches:
+        return None
     try:
         check_writable(state.parent)
     except OSError as error:
         if state.exists():
             raise
-        if searches:
-            warn(f"the search is not saved, so it cannot be continued after an interrupt: {error}")
+        warn(f"the search is not saved, so it cannot be continued after an interrupt: {error}")
         return None
     return state
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
 from .calibrate import Calibration, CalibrationTrace, silent
 from .config import AttentionProducts, QuantConfig
 from .correction import attach_correction, detach_correction, fit_correction
-from .diffusers_quantizer import mark_quantized
+from .denoisers import find_denoiser
+from .diffusers_quantizer import mark_quantized, unmark
 from .equalize import Equalization, equalize, is_wanted
 from .facts import asked_for, depends_on, state_tensors
 from .fingerprint import fingerprint_of
@@ -34,6 +34,7 @@ from .nn import (
     swap_layers,
     unfuse_blocks,
 )
+from .nn.adapters import EQUALIZED
 from .pipeline_checks import (
     check_conditioning,
     check_denoiser,
@@ -44,12 +45,9 @@ from .pipeline_checks import (
     trace_forward,
 )
 from .processes import Processes, joined
-from .quantizers.activation import Mode
 from .replay import Progress
 from .step import StepState, attach_step_hook, detach_step_hook
 from .trajectory import Conditioning, DenoiserCall, Guidance, Sampler
-
-DENOISER_NAMES = ("unet", "transformer")
 
 
 @dataclass
@@ -75,20 +73,6 @@ class QuantizationReport:
             "machine": platform.machine(),
             "torch": torch.__version__,
         }
-
-
-def find_denoiser(pipe_or_denoiser: Any) -> nn.Module:
-    """The network that predicts noise: the module itself, or a pipeline's unet or transformer."""
-    if isinstance(pipe_or_denoiser, nn.Module):
-        return pipe_or_denoiser
-    for name in DENOISER_NAMES:
-        component = getattr(pipe_or_denoiser, name, None)
-        if isinstance(component, nn.Module):
-            return component
-    raise TypeError(
-        "adpdm: wanted a diffusers pipeline with a unet or transformer, or a denoiser module; "
-        f"got {type(pipe_or_denoiser).__name__}"
-    )
 
 
 def quantize(
@@ -207,7 +191,7 @@ def _quantize(
 ) -> QuantizationReport:
     denoiser = sampler.denoiser
     denoiser.eval().requires_grad_(False)
-    path = None if state_file is None else Path(state_file)
+    path = Path(state_file) if state_file is not None and config.searches else None
     fingerprint = "" if path is None else json.dumps(asked_for(sampler, config))  # before anything is changed
     layers = describe_layers(denoiser, config, lambda: trace_forward(sampler))
     equalized = _equalize(sampler, layers, config, progress)
@@ -222,7 +206,8 @@ def _quantize(
     step = swap_layers(denoiser, layers, num_groups, make_step)
     attach_step_hook(denoiser)
     quant = quant_layers(denoiser)
-    calibration = Calibration(sampler, quant, step, config, progress, path, processes, fingerprint)
+    macs = {x.name: x.macs for x in layers}
+    calibration = Calibration(sampler, quant, macs, config, progress, path, processes, fingerprint)
     trace = calibration.run()
     if equalized.seconds:
         trace.seconds = {"equalization": equalized.seconds, **trace.seconds}
@@ -232,11 +217,10 @@ def _quantize(
     freeze(denoiser, config.attention)
     if config.correct_prediction:
         _correct_predictions(step, calibration)
-    mark_quantized(denoiser, config, layers, equalized.changed)
     timesteps = [float(t) for t in sampler.timesteps]
-    return QuantizationReport(
-        config, layers, Coverage.of(layers), trace, timesteps, describe_fusion(denoiser)
-    )
+    fusion = describe_fusion(denoiser)
+    mark_quantized(denoiser, config, layers, equalized.changed)
+    return QuantizationReport(config, layers, Coverage.of(layers), trace, timesteps, fusion)
 
 
 def _correct_predictions(step: StepState, calibration: Calibration) -> None:
@@ -246,7 +230,7 @@ def _correct_predictions(step: StepState, calibration: Calibration) -> None:
     def watch(done: int, total: int) -> None:
         calibration.progress("correction", done, total)
 
-    found = fit_correction(sampler, calibration.trajectory, watch, calibration.processes)
+    found = fit_correction(sampler, calibration.replay.trajectory, watch, calibration.processes)
     if min(found.energy_left) < 1:
         step.set_correction(found.weights)
         attach_correction(sampler.denoiser)
@@ -271,6 +255,7 @@ class _Before:
         modules = dict(denoiser.named_modules())
         self.layers = {n: m for n, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)}
         self.training = [(m, m.training) for m in modules.values()]
+        self.equalized = {m for m in modules.values() if hasattr(m, EQUALIZED)}
         self.parameters = [
             (module, name, p, p.requires_grad, p.stride())
             for module in modules.values()
@@ -295,14 +280,16 @@ class _Before:
         detach_step_hook(denoiser)
         if hasattr(denoiser, "adpdm_step"):
             del denoiser.adpdm_step
+        for module in denoiser.modules():
+            if module not in self.equalized:
+                module.__dict__.pop(EQUALIZED, None)
+        unmark(denoiser)
 
 
 def freeze(denoiser: nn.Module, attention: AttentionProducts = "auto") -> None:
     """Pack the weights of all layers; from here on they run in integers, and known blocks fused."""
     for layer in quant_layers(denoiser).values():
         layer.freeze()
-        for quantizer in layer.quantizers:
-            quantizer.mode = Mode.FLOAT
     fuse_blocks(denoiser, attention)
 
 
@@ -390,34 +377,3 @@ def _with_gradients(conditioning: Conditioning | None) -> Conditioning | None:
             Tensor, lambda x: x.clone() if x.is_inference() else x, conditioning
         )
     return copied
-
-
-def load_pipeline(path: Path | str, **kwargs: Any) -> Any:
-    """Load a diffusers pipeline, or a bare UNet2DModel with scheduler/ beside it as a DDIMPipeline.
-
-    In float32 unless `torch_dtype` says otherwise: diffusers does so by itself, but transformers loads a text
-    encoder in the dtype of its file, and a float32 denoiser refuses the embeddings of a float16 one.
-    """
-    folder = Path(path)
-    if (folder / "model_index.json").exists() or not folder.exists():
-        pipe = DiffusionPipeline.from_pretrained(str(path), **kwargs)
-        if not kwargs.keys() & {"torch_dtype", "dtype"}:
-            _to_float32(pipe)
-        return pipe
-    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-
-    for part in ("unet", "scheduler"):
-        if not (folder / part).is_dir():
-            raise ValueError(
-                f"{folder} must hold model_index.json, or unet/ and scheduler/; {part}/ is missing"
-            )
-    unet = UNet2DModel.from_pretrained(folder / "unet", **kwargs)
-    return DDIMPipeline(unet, DDIMScheduler.from_pretrained(folder / "scheduler"))
-
-
-def _to_float32(pipe: Any) -> None:
-    """Convert the models that are not of diffusers, unless they are quantized."""
-    for part in pipe.components.values():
-        is_quantized = getattr(part, "hf_quantizer", None) is not None
-        if isinstance(part, nn.Module) and not isinstance(part, ModelMixin) and not is_quantized:
-            part.float()

@@ -93,17 +93,20 @@ def check_denoiser(denoiser: nn.Module) -> None:
 
 
 def find_scheduler(pipe_or_denoiser: Any, scheduler: Any) -> Any:
-    """The scheduler that is given, or else the pipeline's own."""
+    """The scheduler that is given, or else the pipeline's own.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: for something else than a scheduler of diffusers.
+    """
     found = scheduler if scheduler is not None else getattr(pipe_or_denoiser, "scheduler", None)
     if found is None:
         raise ValueError(
             "quantize: a bare denoiser needs scheduler=..., the sampler it will be used with; got None"
         )
-    for name in ("set_timesteps", "step"):
-        if not hasattr(found, name):
-            raise TypeError(
-                f"quantize: wanted a diffusers scheduler with {name}(), got {type(found).__name__}"
-            )
+    for name in ("set_timesteps()", "step()", "config"):
+        if not hasattr(found, name.rstrip("()")):
+            raise TypeError(f"quantize: wanted a diffusers scheduler with {name}, got {_kind(found)}")
     return found
 
 

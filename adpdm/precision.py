@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,75 +17,60 @@ RAISED_BITS = 8
 PROBE_STEPS = 8  # of all images of the cached trajectories
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sensitivity:
     """Squared error of the noise prediction that one layer causes alone, summed over probes."""
 
-    weight: float = 0.0
-    activation: float = 0.0
-    macs: int = 0  # of one sample
-    parameters: int = 0
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+    weight: float
+    activation: float
+    macs: int  # of one sample
+    parameters: int
 
 
-def measure_sensitivity(replay: Replay, seed: int) -> dict[str, Sensitivity]:
+def measure_sensitivity(replay: Replay, macs: Mapping[str, int], seed: int) -> dict[str, Sensitivity]:
     """Every layer's share of the error of the noise prediction, summed over steps by weight.
 
     Layers hold ranges and codes. Forward and backward passes of PROBE_STEPS steps serve all layers.
+
+    Args: macs: multiply-accumulates of each layer, for one sample.
     """
     replay.set_mode(Mode.FLOAT)
+    layers = replay.layers
 
     def probe(index: int, call: int) -> list[Tensor]:
         sample, timestep = replay.input(call)
         seen = sample.clone().requires_grad_()
-        shares: dict[str, Sensitivity] = {}
-        _probe(replay.layers, lambda: replay.predict(seen, timestep), seed + index, shares)
-        return [_row(shares.get(name)) for name in replay.layers]
+        return [_probe(list(layers.values()), lambda: replay.predict(seen, timestep), seed + index)]
 
-    found: dict[str, Sensitivity] = {}
-    for rows in replay.map_calls(PROBE_STEPS, "sensitivity", probe):
-        for name, row in zip(replay.layers, rows, strict=True):
-            weight, activation, macs = row.tolist()
-            if macs:
-                parameters = replay.layers[name].weight.numel()
-                total = found.setdefault(name, Sensitivity(macs=int(macs), parameters=parameters))
-                total.weight += weight
-                total.activation += activation
-    return found
+    probes = [errors for (errors,) in replay.map_calls(PROBE_STEPS, "sensitivity", probe)]
+    rows = sum(probes[1:], probes[0]).tolist()
+    return {
+        name: Sensitivity(by_weight, by_activation, macs[name], layers[name].weight.numel())
+        for name, (by_weight, by_activation) in zip(layers, rows, strict=True)
+        if macs[name]  # nothing reached it in the one that counted
+    }
 
 
-def _row(share: Sensitivity | None) -> Tensor:
-    """What one process tells the others of a layer, [3] f64; zeros for one that did not run."""
-    numbers = [0, 0, 0] if share is None else [share.weight, share.activation, share.macs]
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
-
-
-def _probe(
-    layers: Mapping[str, QuantLayer],
-    predict: Callable[[], Tensor],
-    seed: int,
-    found: dict[str, Sensitivity],
-) -> None:
-    """Add an estimate of every layer's squared error at the prediction to `found`.
+def _probe(layers: Sequence[QuantLayer], predict: Callable[[], Tensor], seed: int) -> Tensor:
+    """Estimate every layer's squared error at the prediction, by its weight and by its input, [L, 2] f64.
 
     With v random of unit covariance, g = J^T v is the gradient of v . prediction at a layer's output, and the
     expectation of (g . e)^2 is ||J e||^2: what an error e of that output does to the prediction, to first
     order. One gradient serves all layers, where trying each would take a forward pass per layer. An image is
     one sample: 200 of them give a tenth of accuracy, a ranking needs fewer.
     """
+    found = torch.zeros(len(layers), 2, dtype=torch.float64, device="cpu")
 
-    def watch(name: str, layer: QuantLayer) -> Any:
+    def watch(layer: QuantLayer, errors: Tensor) -> Any:
         def after_forward(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach()
             if not output.requires_grad:  # what a layer makes of the conditioning alone
                 output.requires_grad_()
-            output.register_hook(lambda gradient: _add(found, name, layer, x, gradient))
+            output.register_hook(lambda gradient: _add(errors, layer, x, gradient))
 
         return layer.register_forward_hook(after_forward)
 
-    handles = [watch(name, layer) for name, layer in layers.items()]
+    handles = [watch(layer, errors) for layer, errors in zip(layers, found, strict=True)]
     try:
         with torch.enable_grad():
             prediction = predict()
@@ -95,19 +80,14 @@ def _probe(
     finally:
         for handle in handles:
             handle.remove()
+    return found
 
 
 @torch.no_grad()
-def _add(found: dict[str, Sensitivity], name: str, layer: QuantLayer, x: Tensor, gradient: Tensor) -> None:
-    """Add what rounding a layer's weight, and rounding its input, does along a gradient of its output."""
-    macs = gradient[0].numel() * layer.weight[0].numel()
-    shares = found.setdefault(name, Sensitivity(macs=macs, parameters=layer.weight.numel()))
-    by_weight, by_activation = (
-        float((error * gradient).flatten(1).double().sum(1).square().sum())
-        for error in layer.output_errors(x)
-    )
-    shares.weight += by_weight
-    shares.activation += by_activation
+def _add(errors: Tensor, layer: QuantLayer, x: Tensor, gradient: Tensor) -> None:
+    """Add to [2] what rounding a layer's weight, and its input, does along a gradient of its output."""
+    for i, error in enumerate(layer.output_errors(x)):
+        errors[i] += (error * gradient).flatten(1).double().sum(1).square().sum().cpu()
 
 
 def raise_bits(layers: Mapping[str, QuantLayer], found: Mapping[str, Sensitivity], share: float) -> list[str]:

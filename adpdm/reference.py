@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -71,12 +70,16 @@ def dequantize(
     return ((codes.float() - zero_point[group].float()) * scale[group]).to(dtype)
 
 
+def int4_row_bytes(num_columns: int) -> int:
+    """Bytes of a row of packed 4-bit codes: ceil(K/32) * 16."""
+    return (num_columns + INT4_BLOCK - 1) // INT4_BLOCK * (INT4_BLOCK // 2)
+
+
 def pack_int4(codes: Tensor) -> Tensor:
     """Pack codes in [-8, 7], [*, K] i8, into [*, ceil(K/32) * 16] u8: byte j = k_j | k_(j+16) << 4."""
     columns = codes.shape[-1]
-    blocks = math.ceil(columns / INT4_BLOCK)
-    padded = F.pad(codes.to(torch.int16), (0, blocks * INT4_BLOCK - columns))
-    halves = padded.unflatten(-1, (blocks, 2, INT4_BLOCK // 2)) & 0xF
+    padded = F.pad(codes.to(torch.int16), (0, 2 * int4_row_bytes(columns) - columns))
+    halves = padded.unflatten(-1, (-1, 2, INT4_BLOCK // 2)) & 0xF
     packed: Tensor = (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2).to(torch.uint8)
     return packed
 
@@ -293,7 +296,8 @@ def linear(
 ) -> Tensor:
     """Integer linear layer over one or two segments: inputs [*, K_s] i8 codes, weight_codes [O, K_s] i8.
 
-    Unlike the native op it takes plain codes, not packed weights or activations. Returns [*, O] dtype.
+    Unlike the native op it takes plain codes, not packed weights or activations. Returns [*, O], under GEGLU
+    [*, O / 2], of dtype, or int8 codes where the epilogue has a quantizer.
     """
     accumulators = [
         (x.double() @ w.double().t()).round().long() for x, w in zip(inputs, weight_codes, strict=True)
@@ -325,7 +329,8 @@ def conv2d(
 ) -> Tensor:
     """Integer convolution: inputs [N, C_s, H, W] i8 codes, weight_codes [O, C_s/groups, kh, kw] i8.
 
-    The halo holds real 0, i.e. the segment's zero-point code. Returns [N, O, Ho, Wo] dtype, channels_last.
+    The halo holds real 0, i.e. the segment's zero-point code. Returns [N, O, Ho, Wo], under GEGLU
+    [N, O / 2, Ho, Wo], channels_last, of dtype, or int8 codes where the epilogue has a quantizer.
     """
     g = geometry
     top, left = g.padding

@@ -217,7 +217,7 @@ def _input_rows(layer: QuantLayer, x: Tensor, generator: torch.Generator) -> Ten
     Args: x [N, C, H, W] of a convolution or [*, C] of a linear layer; ROWS_PER_CALL positions at most.
     """
     if isinstance(layer, QuantConv2d):
-        grid = _output_grid(layer, x)
+        grid = torch.Size((len(x), *layer.outputs.output_size(*x.shape[2:])))  # N, Ho, Wo
         rows = _patches(layer, x, grid, _drawn(grid.numel(), generator, x.device))
     else:
         vectors = x.reshape(-1, x.shape[-1])
@@ -233,18 +233,6 @@ def _drawn(positions: int, generator: torch.Generator, device: torch.device) -> 
     """ROWS_PER_CALL of the positions, or all of them where they are fewer, ascending."""
     drawn = torch.randperm(positions, generator=generator, device="cpu")[:ROWS_PER_CALL]
     return drawn.sort().values.to(device)
-
-
-def _output_grid(layer: QuantConv2d, x: Tensor) -> torch.Size:
-    """(N, Ho, Wo) of a convolution."""
-    geometry = layer.outputs
-    size = [
-        (x.shape[2 + d] + 2 * geometry.padding[d] - geometry.dilation[d] * (geometry.kernel_size[d] - 1) - 1)
-        // geometry.stride[d]
-        + 1
-        for d in range(2)
-    ]
-    return torch.Size((x.shape[0], *size))
 
 
 def _patches(layer: QuantConv2d, x: Tensor, grid: torch.Size, drawn: Tensor) -> Tensor:

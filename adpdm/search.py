@@ -14,12 +14,9 @@ from .config import QuantConfig
 from .processes import ALONE, Processes
 from .quantizers import ActivationQuantizer, Importance
 from .quantizers.activation import Mode
-from .step import StepState
 from .trajectory import pick
 
-WARN_BELOW_MAX_IMPORTANCE = (
-    0.9  # hardening a softer choice than this changes the network (method.md section 6)
-)
+WARN_BELOW_MAX_IMPORTANCE = 0.9  # hardening a softer choice changes the network (method.md section 6)
 FINAL_LEARNING_RATE = 0.1  # of the start, reached linearly
 
 
@@ -61,8 +58,7 @@ class RowAdam(torch.optim.Optimizer):
 class Batch:
     """Denoiser inputs at one step with the target of the loss."""
 
-    step_index: int
-    timestep: Tensor  # []
+    timestep: Tensor  # [], of the scheduler
     sample: Tensor  # [B, *], as the denoiser sees it
     target: Tensor  # [B, *], the full-precision noise prediction (or the noise)
     weight: float  # of the step, 1 on average
@@ -93,6 +89,11 @@ class SearchOutcome:
     moved: float  # share of (layer, step) pairs whose group changed against the start
 
     @property
+    def is_better(self) -> bool:
+        """Whether it ended no worse than it started, by loss and by samples."""
+        return self.hard_loss <= self.start_loss and self.hard_error <= self.start_error
+
+    @property
     def gap_db(self) -> float:
         """Loss of hardening in dB, positive when the hard network is worse."""
         return 10 * math.log10(max(self.hard_loss, 1e-30) / max(self.soft_loss, 1e-30))
@@ -101,6 +102,26 @@ class SearchOutcome:
     def sample_gain_db(self) -> float:
         """What the search gains on the final samples of held-out images in dB, negative when it loses."""
         return 10 * math.log10(max(self.start_error, 1e-30) / max(self.hard_error, 1e-30))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know of it, in sentences."""
+        told = []
+        if not self.is_better:
+            told.append(
+                f"the search ended with a held-out loss of {self.hard_loss:.3g}, from {self.start_loss:.3g}, "
+                f"and {self.sample_gain_db:+.2f} dB on held-out samples, against the dynamic-programming "
+                "partition it started from"
+                f"{', and is kept all the same' if self.is_kept else ', which is used'}; "
+                "try more search steps"
+            )
+        if self.max_importance < WARN_BELOW_MAX_IMPORTANCE:
+            told.append(
+                "the search ended undecided: mean largest importance weight "
+                f"{self.max_importance:.2f}, wanted at least {WARN_BELOW_MAX_IMPORTANCE}; "
+                "more search steps or a larger entropy_weight harden it"
+            )
+        return told
 
     def to_dict(self) -> dict[str, float | None]:
         """Plain JSON types; what a diverged search left without a finite value is None."""
@@ -113,7 +134,6 @@ class GroupSearch:
 
     Args:
         quantizers: of all layers of a swapped denoiser with fake-quantized weights, in fake mode.
-        step: the denoiser's clock.
         predict: runs the denoiser on a batch and returns the noise prediction.
         held_out: batches that the starting partition is judged on.
         processes: that share the images of an optimizer step, and the batches that a partition is judged on.
@@ -122,14 +142,12 @@ class GroupSearch:
     def __init__(
         self,
         quantizers: Sequence[ActivationQuantizer],
-        step: StepState,
         config: QuantConfig,
         predict: Callable[[Batch], Tensor],
         held_out: Sequence[Batch],
         processes: Processes = ALONE,
     ) -> None:
-        self.quantizers, self.step, self.config, self.predict = quantizers, step, config, predict
-        self.processes = processes
+        self.quantizers, self.predict, self.processes = quantizers, predict, processes
         self.settings = config.search
         self.start_tables = [q.table.clone() for q in quantizers]
         self._start = [(q.scale.clone(), q.zero_point.clone()) for q in quantizers]
@@ -203,7 +221,6 @@ class GroupSearch:
         return self._error(batch) / self._energy(batch)
 
     def _error(self, batch: Batch) -> Tensor:
-        self.step.set_step(batch.step_index)
         return batch.weight * (self.predict(batch) - batch.target).square().mean()
 
     @staticmethod

@@ -17,7 +17,7 @@ from .files import replacing
 
 # 1 generated images in batches of another size, 2 belonged to less than it depends on, 3 guided variances and
 # left TCD its eta.
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class StepState(nn.Module):
         self._make_current(step)
 
     def set_step(self, step: int) -> None:
-        """Make step `step` of the calibrated trajectory current (calibration only)."""
+        """Make step `step` of the calibrated timesteps current where no denoiser runs that sets it."""
         self._make_current(torch.tensor([step], device=self.group_index.device))
 
     def _make_current(self, step: Tensor) -> None:

@@ -17,12 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .denoisers import find_denoiser
 from .diffusers_config import AdpdmConfig
 from .diffusers_quantizer import attach_config, build_frozen, start_calibrated
 from .files import replacing
 from .nn import CodedLayer, QuantLayer, refuse_adapters
-from .pipeline import find_denoiser
-from .qparams import weight_codes
 from .quantizers.weight import WeightQuantizer
 from .rounding import NEAREST_FROM_BITS
 
@@ -186,7 +185,8 @@ def _quantized_state(
     for row in config.layers or []:
         name = row["name"]
         quantizer = WeightQuantizer(row["weight_bits"], row["split"])
-        result[f"{name}.weight"] = _codes(quantizer, state[f"{name}.weight"], placed[f"{name}.weight_scale"])
+        codes, _ = quantizer.quantize(state[f"{name}.weight"], placed[f"{name}.weight_scale"])
+        result[f"{name}.weight"] = quantizer.store(codes)
     return result
 
 
@@ -198,13 +198,6 @@ def _device_for(key: str, state: dict[str, Tensor], elsewhere: torch.device) -> 
             return state[f"{owner}.weight"].device
         owner = owner.rpartition(".")[0]
     return elsewhere
-
-
-def _codes(quantizer: WeightQuantizer, weight: Tensor, scales: Tensor) -> Tensor:
-    """The stored form of the nearest codes of weight [O, C, *] under scales [S, O]."""
-    pairs = zip(quantizer.segments(weight), scales, strict=True)
-    codes = [weight_codes(part.contiguous(), scale, quantizer.num_bits) for part, scale in pairs]
-    return quantizer.store(torch.cat(codes, 1))
 
 
 def _table_keys(state: dict[str, Tensor], config: AdpdmConfig) -> list[str]:

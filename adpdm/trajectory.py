@@ -53,6 +53,10 @@ class DenoiserCall:
         constants: keyword arguments that every call gets as they are: ids of tokens, flags.
         timestep_factor: the denoiser is given the scheduler's timestep times this; 1e-3 for Flux.
         schedule: keyword arguments of the scheduler's set_timesteps, such as the shift `mu`.
+
+    Raises:
+        ValueError: for a shape that is not of positive integers, a factor that is no positive number, and
+            constants or a schedule that is no dict.
     """
 
     sample_shape: tuple[int, ...] | None = None
@@ -84,7 +88,8 @@ class DenoiserCall:
         leaves, structure = tree_flatten([self.constants, self.schedule])
         plain = [x for x in leaves if not isinstance(x, Tensor)]
         words = f"{self.sample_shape} {self.timestep_factor} {structure} {plain}"
-        return fingerprint_of(named_tensors(self.constants), words)
+        scheduled = [(f"schedule {path}", x) for path, x in named_tensors(self.schedule)]
+        return fingerprint_of([*named_tensors(self.constants), *scheduled], words)
 
     def on(self, device: torch.device) -> DenoiserCall:
         """The same call with its constants on a device."""
@@ -176,7 +181,7 @@ class Sampler:
     in between; `timesteps` [T] are the different ones, noisiest first, `step_of_call` says where a call is.
 
     Args:
-        denoiser: called with sample, timestep [N] and conditioning, returns an object with `.sample`.
+        denoiser: called with sample, timestep [N] and conditioning, see `call_denoiser`.
         scheduler: any diffusers scheduler; copied, so that the caller's keeps its own timesteps.
         sample_shape: (C, H, W), or any other without the batch.
         num_inference_steps: what the scheduler is asked for.
@@ -219,7 +224,7 @@ class Sampler:
 
     def with_steps(self, num_inference_steps: int) -> Sampler:
         """The same with another number of steps, unless the call says itself at which steps it samples."""
-        if self.call.schedule:
+        if {"sigmas", "timesteps"} & self.call.schedule.keys():
             return self
         given = (self.conditioning, self.call, self.guidance)
         return Sampler(self.denoiser, self.scheduler, self.sample_shape, num_inference_steps, *given)

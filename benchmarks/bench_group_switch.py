@@ -14,7 +14,7 @@ import results_file
 import torch
 
 import adpdm
-from adpdm.pipeline import find_denoiser
+from adpdm.denoisers import find_denoiser
 
 ROUNDS = 40  # interleaved pairs of forward and switch
 SWITCHES = 100  # per round: one is too short for the clock

@@ -20,7 +20,6 @@ from fused_blocks import WANTED_DB, frozen, randn, reason_of, sqnr_db
 from torch import Tensor, nn
 
 from adpdm.nn import QuantConv2d, describe_fusion, fuse_blocks, unfuse_blocks, unfused
-from adpdm.quantizers.activation import Mode
 
 
 def resnet(**changes: Any) -> nn.Module:
@@ -313,10 +312,6 @@ def replace_forward(host: Any) -> None:
     host.block.conv2.forward = lambda x: QuantConv2d.forward(host.block.conv2, x)
 
 
-def fake_mode(host: Any) -> None:
-    host.block.conv2.set_mode(Mode.FAKE)
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -324,7 +319,6 @@ def fake_mode(host: Any) -> None:
         (add_pre_hook, "ResnetBlock2D has hooks"),
         (replace_child, "conv1 was replaced"),
         (replace_forward, "the forward of QuantConv2d was replaced"),
-        (fake_mode, "a quantizer is not in integer mode"),
         (lambda host: host.block.dropout.train(), "Dropout is in training mode"),
     ],
 )

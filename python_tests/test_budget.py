@@ -37,6 +37,13 @@ def test_estimate_is_proportional_to_the_denoiser_and_grows_with_the_work() -> N
     assert seconds_of(ASKED.replace(grouping="dp")) < seconds_of(ASKED) / 3
 
 
+def test_one_group_is_not_searched_so_it_costs_what_the_partition_does() -> None:
+    one = ASKED.replace(num_groups=1)
+    assert seconds_of(one) == seconds_of(one.replace(grouping="dp"))
+    assert {(c.calibration_images, c.search.num_steps) for c in reductions(one)} == {(128, 160)}
+    assert {c.grouping for c in reductions(one)} == {"search"}
+
+
 def test_reductions_take_from_the_search_first_and_give_it_up_last() -> None:
     all_of_them = list(reductions(ASKED))
     assert all_of_them[0] == ASKED
@@ -115,6 +122,25 @@ def test_quantize_within_a_budget_prints_options_that_give_the_same_model(
     assert cli.main([*common, "--out", str(second), *options]) == 0
     name = "unet/diffusion_pytorch_model.safetensors"
     assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_budget_of_a_call_that_fails_names_the_call_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffusers import DDIMPipeline
+
+    model, out = tmp_path / "classes", tmp_path / "q"
+    DDIMPipeline(tiny_unet(num_class_embeds=3), ddim_scheduler()).save_pretrained(model)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    arguments = ["quantize", str(model), "--offline", "--out", str(out), "--budget", "1m"]
+    assert cli.main(arguments) == cli.EXIT_FAILURE
+    message = " ".join(capsys.readouterr().err.split())
+    assert (
+        "quantize: UNet2DModel must work on samples (1, 8, 8) with nothing else, got ValueError: " in message
+    )
+    assert "class_labels should be provided" in message
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["classes"]
 
 
 @pytest.mark.parametrize("text", ["15", "m", "-3m", "15 minutes", "1d"])

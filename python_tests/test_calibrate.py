@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +13,16 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 import adpdm
-from adpdm import QuantConfig, SearchConfig, reference
+from adpdm import QuantConfig, SearchConfig, calibrate, pipeline, reference
 from adpdm.bias import BIAS_STEPS
-from adpdm.calibrate import Calibration, step_weights
+from adpdm.calibrate import Calibration, weights_of_calls
 from adpdm.nn import QuantLayer
 from adpdm.pipeline import QuantizationReport
 from adpdm.processes import ALONE
 from adpdm.quantizers.activation import Mode
 from adpdm.replay import Replay
 from adpdm.search import Batch, GroupSearch, SearchOutcome
+from adpdm.search_run import SearchRun
 from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_unet
 from adpdm.timesteps import mmd_trace
 from adpdm.trajectory import PROBE_SEED, PROBE_SIZE, SEED_STRIDE, Sampler, run_in_units
@@ -57,6 +59,17 @@ class Recorded:
         )
 
 
+def step_of(batch: Batch) -> int:
+    """The step of a batch by its timestep, noisiest first."""
+    return ddim_timesteps().index(float(batch.timestep))
+
+
+def ddim_timesteps() -> list[float]:
+    scheduler = ddim_scheduler()
+    scheduler.set_timesteps(STEPS)
+    return [float(t) for t in scheduler.timesteps]
+
+
 def float_trajectory(images: int) -> tuple[Tensor, Tensor, Sampler]:
     """Inputs and noise predictions [T, images, 1, 8, 8] of the plain float model, one image at a time."""
     unet = tiny_unet(**ONE_BLOCK).to(memory_format=torch.channels_last)
@@ -68,12 +81,11 @@ def float_trajectory(images: int) -> tuple[Tensor, Tensor, Sampler]:
 def test_search_sees_inputs_of_the_sampler_at_their_own_timestep(monkeypatch: pytest.MonkeyPatch) -> None:
     # Known defect elsewhere: calibration images clamped to [0, 1] and re-noised out of distribution.
     recorded = Recorded(monkeypatch, config())
-    samples, preds, sampler = float_trajectory(HISTOGRAM_IMAGES + SELECTED_IMAGES)
+    samples, preds, _ = float_trajectory(HISTOGRAM_IMAGES + SELECTED_IMAGES)
     assert len(recorded.batches) == 9 + 2
     for batch in recorded.batches:
         assert batch.sample.shape == (2, 1, 8, 8)
-        assert float(batch.timestep) == float(sampler.timesteps[batch.step_index])
-        known, wanted = samples[batch.step_index], preds[batch.step_index]
+        known, wanted = samples[step_of(batch)], preds[step_of(batch)]
         for sample, target in zip(batch.sample, batch.target, strict=True):
             distance = (known - sample).abs().amax((1, 2, 3))
             # Batches of one and of four may take other kernels: five steps of float32 rounding at size one.
@@ -89,10 +101,10 @@ def test_replay_decides_between_cached_and_selected_images(monkeypatch: pytest.M
             recorded = Recorded(patch, config(search=search))
         chosen = [row["step_index"] for row in recorded.report.trace.rounds]
         for batch in recorded.batches:
-            distance = (samples[batch.step_index] - batch.sample[0]).abs().amax((1, 2, 3))
+            distance = (samples[step_of(batch)] - batch.sample[0]).abs().amax((1, 2, 3))
             is_cached = int(distance.argmin()) < HISTOGRAM_IMAGES
             assert is_cached == (replay == 1.0)
-            assert is_cached or batch.step_index in chosen
+            assert is_cached or step_of(batch) in chosen
 
 
 def test_noise_objective_trains_on_the_noise_that_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +202,32 @@ def test_one_group_needs_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     assert warning == "grouping 'search' wanted at least 2 groups, got num_groups=1: nothing was searched"
 
 
+def test_one_group_is_the_same_model_with_and_without_the_word_search() -> None:
+    # By the visits of a selection as well, which decide without a search which steps a range suits.
+    models = []
+    for grouping in ("search", "dp"):
+        models.append(tiny_unet(**ONE_BLOCK))
+        settings = config(num_groups=1, grouping=grouping, selection="random", activation_bits=4)
+        trace = adpdm.quantize(models[-1], settings, scheduler=ddim_scheduler()).trace
+        assert sum(trace.visits) == 3
+        assert max(trace.visits) < 3  # of three rounds; else every selection would do
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(first[key], second[key]) for key in second)
+
+
+@pytest.mark.parametrize("changes", [{"grouping": "dp"}, {"num_groups": 1}])
+def test_without_a_search_nobody_asks_what_a_state_belongs_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("hashed the model")
+
+    monkeypatch.setattr(pipeline, "asked_for", refuse)
+    state = tmp_path / "state.safetensors"
+    adpdm.quantize(tiny_unet(**ONE_BLOCK), config(**changes), scheduler=ddim_scheduler(), state_file=state)
+    assert not state.exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"num_inference_steps": 1, "num_groups": 1}, {"num_inference_steps": 2}, {"calibration_images": 1}],
@@ -251,12 +289,12 @@ def test_probing_leaves_the_trajectory_alone(scheduler: Any) -> None:
     assert torch.equal(run.final, sample)
 
 
-def test_step_weights_are_relative_sensitivities_with_a_floor() -> None:
-    weights = step_weights(torch.tensor([0.0, 1.0, 3.0, 0.001], dtype=torch.float64))
+def test_weights_of_calls_are_relative_sensitivities_with_a_floor() -> None:
+    weights = weights_of_calls(torch.tensor([0.0, 1.0, 3.0, 0.001], dtype=torch.float64))
     assert float(weights.mean()) == pytest.approx(1.0)
     assert float(weights[2] / weights[1]) == pytest.approx(3.0)
     assert float(weights[0]) == float(weights[3]) > 0
-    assert step_weights(torch.zeros(3, dtype=torch.float64)).tolist() == [1.0, 1.0, 1.0]
+    assert weights_of_calls(torch.zeros(3, dtype=torch.float64)).tolist() == [1.0, 1.0, 1.0]
 
 
 # ---- the search against its start --------------------------------------------------------------------------
@@ -266,7 +304,7 @@ def state_without_search(monkeypatch: pytest.MonkeyPatch, settings: QuantConfig)
     """The quantized model that the dynamic-programming partition alone gives."""
     unet = tiny_unet(**ONE_BLOCK)
     with monkeypatch.context() as patch:
-        patch.setattr(Calibration, "_search", lambda calibration, trajectory, replay: None)
+        patch.setattr(Calibration, "_search", lambda calibration, saved: None)
         adpdm.quantize(unet, settings, scheduler=ddim_scheduler())
     return dict(unet.state_dict())
 
@@ -305,7 +343,7 @@ def test_search_that_made_it_worse_is_kept_where_that_is_wanted(monkeypatch: pyt
 
 def test_search_with_a_smaller_loss_but_worse_samples_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = iter([1e-3, 2e-3])  # of the start, after the search
-    monkeypatch.setattr(Calibration, "_sample_error", lambda calibration: next(errors))
+    monkeypatch.setattr(SearchRun, "_sample_error", lambda search: next(errors))
     search = SearchConfig(num_steps=60, refit_steps=20, batch_size=4)
     settings = config(search=search, activation_bits=4, range_method="mse")  # leaves the search something
     unet = tiny_unet(**ONE_BLOCK)
@@ -322,13 +360,13 @@ def test_sample_error_is_that_of_the_images_that_nothing_was_fitted_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     errors: list[float] = []
-    plain = Calibration._sample_error
+    plain = SearchRun._sample_error
 
-    def watched(calibration: Calibration) -> float:
-        errors.append(plain(calibration))
+    def watched(search: SearchRun) -> float:
+        errors.append(plain(search))
         return errors[-1]
 
-    monkeypatch.setattr(Calibration, "_sample_error", watched)
+    monkeypatch.setattr(SearchRun, "_sample_error", watched)
     settings = config()
     outcome = Recorded(monkeypatch, settings).report.trace.outcome
     assert outcome is not None
@@ -338,7 +376,7 @@ def test_sample_error_is_that_of_the_images_that_nothing_was_fitted_to(
 
 def test_search_that_helps_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = iter([2e-3, 1e-3])  # no search of seconds makes better samples of a random model for certain
-    monkeypatch.setattr(Calibration, "_sample_error", lambda calibration: next(errors))
+    monkeypatch.setattr(SearchRun, "_sample_error", lambda search: next(errors))
     search = SearchConfig(num_steps=60, refit_steps=20, batch_size=4)
     settings = config(search=search, activation_bits=4, range_method="mse")  # leaves the search something
     unet = tiny_unet(**ONE_BLOCK)
@@ -355,43 +393,38 @@ def test_search_that_helps_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_held_out_images_are_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     held_out: list[Batch] = []
-    plain = Calibration._held_out
+    plain = SearchRun._held_out
 
-    def watched(calibration: Calibration) -> list[Batch]:
-        held_out.extend(plain(calibration))
+    def watched(search: SearchRun) -> list[Batch]:
+        held_out.extend(plain(search))
         return held_out
 
-    monkeypatch.setattr(Calibration, "_held_out", watched)
+    monkeypatch.setattr(SearchRun, "_held_out", watched)
     trained = Recorded(monkeypatch, config()).batches
     images = HISTOGRAM_IMAGES + SELECTED_IMAGES
     samples, preds, _ = float_trajectory(images + 2)
-    assert {b.step_index for b in held_out} == set(range(STEPS))
+    assert {step_of(batch) for batch in held_out} == set(range(STEPS))
     for batch in held_out:
         # The two images after all others, up to rounding in batches of another size.
-        assert float((batch.sample - samples[batch.step_index, images:]).abs().max()) < 1e-4
-        assert float((batch.target - preds[batch.step_index, images:]).abs().max()) < 1e-4
+        assert float((batch.sample - samples[step_of(batch), images:]).abs().max()) < 1e-4
+        assert float((batch.target - preds[step_of(batch), images:]).abs().max()) < 1e-4
     for batch in trained:
         for sample in batch.sample:
-            assert float((samples[batch.step_index, images:] - sample).abs().amax((1, 2, 3)).min()) > 0.1
+            assert float((samples[step_of(batch), images:] - sample).abs().amax((1, 2, 3)).min()) > 0.1
 
 
 # ---- bias correction ---------------------------------------------------------------------------------------
 
 
-def float_inputs(calibration: Calibration, batches: list[Batch]) -> dict[str, list[tuple[int, Tensor]]]:
-    """Step index and full-precision input of every layer for every batch."""
-    inputs: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in calibration.layers}
-    steps: list[int] = []
+def float_inputs(replay: Replay, calls: list[int]) -> dict[str, list[tuple[int, Tensor]]]:
+    """Step index and full-precision input of every layer at every call."""
+    inputs: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in replay.layers}
 
-    def keep(name: str) -> Any:
-        return lambda _, args: inputs[name].append((steps[-1], args[0]))
+    def keep(name: str, call: int) -> Any:
+        return lambda x: inputs[name].append((replay.sampler.step_of_call[call], x))
 
-    handles = [layer.register_forward_pre_hook(keep(n)) for n, layer in calibration.layers.items()]
-    for batch in batches:
-        steps.append(batch.step_index)
-        calibration._predict(batch)
-    for handle in handles:
-        handle.remove()
+    for call in calls:
+        replay.show({name: keep(name, call) for name in replay.layers}, call)
     return inputs
 
 
@@ -410,31 +443,32 @@ def mean_errors(layer: QuantLayer, inputs: list[tuple[int, Tensor]]) -> Tensor:
 
 
 def test_bias_correction_leaves_no_mean_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, seen = Calibration._correct_bias, 0
+    plain, seen = calibrate.correct_bias, 0
 
     @torch.no_grad()
-    def checked(calibration: Calibration, replay: Replay) -> None:
+    def checked(replay: Replay, settings: QuantConfig) -> None:
         nonlocal seen
-        images = torch.arange(HISTOGRAM_IMAGES)
         calls = replay.calls(BIAS_STEPS)
-        batches = [calibration._batch(replay.trajectory, k, images, i) for i, k in enumerate(calls)]
-        calibration._set_mode(Mode.FLOAT)
-        teacher = [calibration._predict(batch) for batch in batches]
-        inputs = float_inputs(calibration, batches)
-        before = {n: mean_errors(layer, inputs[n]) for n, layer in calibration.layers.items()}
-        plain(calibration, replay)
+        replay.set_mode(Mode.FLOAT)
+        teacher = [replay.predict(*replay.input(call)) for call in calls]
+        inputs = float_inputs(replay, calls)
+        before = {n: mean_errors(layer, inputs[n]) for n, layer in replay.layers.items()}
+        plain(replay, settings)
+        assert all(q.mode is Mode.FAKE for layer in replay.layers.values() for q in layer.quantizers)
         # The shift leaves the full-precision path alone, bit for bit.
-        for batch, wanted in zip(batches, teacher, strict=True):
-            assert torch.equal(calibration._predict(batch), wanted)
-        for name, layer in calibration.layers.items():
+        replay.set_mode(Mode.FLOAT)
+        for call, wanted in zip(calls, teacher, strict=True):
+            assert torch.equal(replay.predict(*replay.input(call)), wanted)
+        for name, layer in replay.layers.items():
             size = float(torch.cat([layer(x).flatten() for _, x in inputs[name]]).abs().max())
             # The shift, its sum with the bias and the output are rounded to float32: a few times 2^-24 of
             # their size each. Means over hundreds of outputs do not add to it.
             assert float(mean_errors(layer, inputs[name]).abs().max()) < 8 * 2.0**-24 * size
             assert float(before[name].abs().max()) > 1e-4 * size
             seen += 1
+        replay.set_mode(Mode.FAKE)
 
-    monkeypatch.setattr(Calibration, "_correct_bias", checked)
+    monkeypatch.setattr(calibrate, "correct_bias", checked)
     settings = config(grouping="dp", weight_bits=4, activation_bits=4)
     report = adpdm.quantize(tiny_unet(**ONE_BLOCK), settings, scheduler=ddim_scheduler())
     assert seen == sum(1 for x in report.layers if x.bits) > 0
@@ -443,16 +477,16 @@ def test_bias_correction_leaves_no_mean_error(monkeypatch: pytest.MonkeyPatch) -
 def test_selected_targets_are_those_of_the_original_model(monkeypatch: pytest.MonkeyPatch) -> None:
     # Made in the midst of the search, when every layer has a shift and a fake-quantized weight.
     original = tiny_unet(**ONE_BLOCK).to(memory_format=torch.channels_last)
-    plain, shifted = Calibration._generate, []
+    plain, shifted = SearchRun._generate, []
 
-    def checked(calibration: Calibration, search: GroupSearch, step_index: int, round_index: int) -> Batch:
-        batch = plain(calibration, search, step_index, round_index)
-        shifted.extend(layer.bias_shift for layer in calibration.layers.values())
+    def checked(search: SearchRun, step_index: int, round_index: int) -> Batch:
+        batch = plain(search, step_index, round_index)
+        shifted.extend(layer.bias_shift for layer in search.replay.layers.values())
         with torch.no_grad():
             assert torch.equal(original(batch.sample, batch.timestep).sample, batch.target)
         return batch
 
-    monkeypatch.setattr(Calibration, "_generate", checked)
+    monkeypatch.setattr(SearchRun, "_generate", checked)
     adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=ddim_scheduler())
     assert shifted
     assert all(shift is not None and bool(shift.any()) for shift in shifted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -170,6 +171,9 @@ def test_demo_writes_models_and_report(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "demo"
+    out.mkdir()
+    (out / "demo.json").write_text("of an earlier demo")
+    os.link(out / "demo.json", tmp_path / "earlier.json")
     assert cli.main(["demo", "--model", str(model), "--out", str(out), "--quick", "--json"]) == 0
     values = output_of(capsys)
     assert [(row["bits"], row["grouping"]) for row in values["comparison"]] == [
@@ -182,7 +186,10 @@ def test_demo_writes_models_and_report(
     assert "</html>" in report
     assert "W6A6: to compare groupings alone, every layer has these bits" in report
     for name in ("w8a8", "w4a8"):
-        assert (out / name / WEIGHTS).is_file()
+        rights = {stat.S_IMODE((out / file).stat().st_mode) for file in (f"{name}/{WEIGHTS}", "report.html")}
+        assert len(rights) == 1
+    assert (tmp_path / "earlier.json").read_text() == "of an earlier demo"  # replaced, not written over
+    assert json.loads((out / "demo.json").read_text()) == values
     for name in ("W8A8", "W4A8"):
         assert f"{name} captured" in report
         assert "captured: " in values["summary"][name]

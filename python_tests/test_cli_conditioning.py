@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from safetensors.torch import save_file
 
 import adpdm
-from adpdm import DenoiserCall, cli
+from adpdm import DenoiserCall, cli, conditioning
 from adpdm.conditioning import read_call, read_conditioning, try_call
 from adpdm.demo import save_image_grid
 from adpdm.evaluate import EvaluationConfig, GuidedDenoiser, SampleSet, compare, generate
@@ -262,7 +262,7 @@ def test_missing_conditioning_is_said_before_work_starts(
     assert evaluate(folder) == 1
     error = error_of(capsys)
     assert "DiTTransformer2DModel must work on samples (4, 8, 8) with nothing else, got" in error
-    assert "its arguments are ['class_labels', 'cross_attention_kwargs'], which `adpdm evaluate`" in error
+    assert "its arguments are ['class_labels', 'cross_attention_kwargs'], which are given by" in error
 
 
 BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
@@ -306,6 +306,20 @@ def test_dots_make_dicts_and_floats_the_dtype_of_the_denoiser(tmp_path: Path) ->
     given = read_conditioning(tmp_path / "file", denoiser)
     assert torch.equal(given["encoder_hidden_states"], text.float())
     assert given["added_cond_kwargs"]["time_ids"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_names_that_are_a_tensor_and_a_dict_are_refused(
+    tmp_path: Path, order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["added_cond_kwargs", "added_cond_kwargs.time_ids"][::order]
+    monkeypatch.setattr(conditioning, "load_file", lambda _: {name: torch.ones(1) for name in names})
+    (tmp_path / "file").touch()
+    sentence = r"{} .*file: a name must be a tensor or a dict of them, got \['added_cond_kwargs'\] as both"
+    with pytest.raises(ValueError, match=sentence.format("--conditioning")):
+        read_conditioning(tmp_path / "file", tiny_conditional_unet())
+    with pytest.raises(ValueError, match=sentence.format("--constants")):
+        read_call(None, tmp_path / "file", tiny_conditional_unet())
 
 
 def test_call_settings_are_read(tmp_path: Path) -> None:
@@ -354,3 +368,13 @@ def test_trial_says_what_a_scheduler_lacks() -> None:
     call = DenoiserCall(schedule={"mu": 0.8})
     with pytest.raises(ValueError, match="must work on samples .* got TypeError: .*mu"):
         try_call(tiny_conditional_unet(), ddim_scheduler(), 2, {}, call)
+
+
+def test_trial_lets_a_lack_of_memory_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("wanted 1 GiB")
+
+    unet = tiny_conditional_unet()
+    monkeypatch.setattr(unet, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="wanted 1 GiB"):
+        try_call(unet, ddim_scheduler(), 2, {}, None)

@@ -31,6 +31,7 @@ from adpdm import QuantConfig, SearchConfig
         ({"calibration_images": 0}, "calibration_images must be at least 1, got 0"),
         ({"round_size": -1}, "round_size must be at least 1, got -1"),
         ({"histogram_images": 0}, "histogram_images must be at least 1, got 0"),
+        ({"seed": 1.0}, "seed must be an integer, got 1.0"),
         ({"exclude_first": 1.0}, "exclude_first must be in [0.0, 0.9], got 1.0"),
         (
             {"grouping": "kmeans"},
@@ -102,6 +103,20 @@ def test_config_refuses_more_groups_than_the_scheduler_visits_timesteps() -> Non
 def test_config_groups_per_layer_follows_grouping(grouping: Any, groups: int) -> None:
     config = QuantConfig(grouping=grouping, num_groups=4, num_inference_steps=20)
     assert config.groups_per_layer(39) == groups  # a scheduler of second order
+
+
+@pytest.mark.parametrize(
+    ("grouping", "groups", "searches"), [("search", 2, True), ("search", 1, False), ("dp", 2, False)]
+)
+def test_config_searches_where_there_is_a_choice_of_groups(
+    grouping: Any, groups: int, searches: bool
+) -> None:
+    assert QuantConfig(grouping=grouping, num_groups=groups).searches == searches
+
+
+def test_config_counts_the_round_that_is_not_full() -> None:
+    assert QuantConfig(calibration_images=10, round_size=4).num_rounds == 3
+    assert QuantConfig(calibration_images=8, round_size=4).num_rounds == 2
 
 
 def test_config_json_round_trip_keeps_every_setting() -> None:

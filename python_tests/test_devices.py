@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import adpdm
-from adpdm import QuantConfig, SearchConfig, bias, calibrate, pipeline_checks, precision, rounding
+from adpdm import QuantConfig, SearchConfig, bias, pipeline_checks, precision, rounding, search_run
 from adpdm.nn import quant_layers
 from adpdm.testing import CROSS_ATTENTION_DIM, ONE_BLOCK, tiny_conditional_unet, tiny_unet
 from adpdm.trajectory import DenoiserCall, Sampler
@@ -31,7 +31,7 @@ CONDITIONAL = {
 @pytest.fixture(autouse=True)
 def few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass goes where the others go."""
-    monkeypatch.setattr(calibrate, "HOLDOUT_BATCHES", 2)
+    monkeypatch.setattr(search_run, "HOLDOUT_BATCHES", 2)
     monkeypatch.setattr(rounding, "ROUNDING_STEPS", 2)
     monkeypatch.setattr(bias, "BIAS_STEPS", 2)
     monkeypatch.setattr(precision, "PROBE_STEPS", 2)

@@ -216,6 +216,22 @@ def test_layers_of_a_saved_model(saved: Path) -> None:
     assert by_state["fused"] + by_state["per layer"] == len(quant_layers(adpdm.load_pipeline(saved).unet))
 
 
+def test_reason_of_a_float_layer_is_that_of_the_record(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(**ONE_BLOCK)
+    # As the class of a model may pad; the one that loads here does not.
+    pipe.unet.mid_block.resnets[0].conv2 = torch.nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
+    report = adpdm.quantize(pipe, QuantConfig(**QUICK))
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / doctor.REPORT_NAME).write_text(json.dumps(report.to_dict()))
+    layers = {layer.name: layer for layer in doctor.model_state(tmp_path).layers}
+    wanted = "padding (1, 1) with mode 'circular' is not supported"
+    assert layers["mid_block.resnets.0.conv2"].reason == wanted
+    (tmp_path / doctor.REPORT_NAME).unlink()  # all that is left is the model
+    layers = {layer.name: layer for layer in doctor.model_state(tmp_path).layers}
+    assert layers["time_embedding.linear_1"].reason == "embedding path"
+    assert layers["mid_block.resnets.0.conv2"].reason == "not reached by the traced forward pass"
+
+
 def test_report_says_the_same_of_every_layer(saved: Path) -> None:
     recorded = recorded_coverage(json.loads((saved / doctor.REPORT_NAME).read_text())).layers
     found = {x.name: (x.runs, x.macs, x.reason) for x in doctor.model_state(saved).layers}

@@ -183,6 +183,15 @@ def test_predictions_stay(name: str) -> None:
             assert float((seen - wanted).norm() / wanted.norm()) < EXACT
 
 
+def test_norms_without_a_bias_take_part() -> None:
+    model = tiny_unet()
+    attention: Any = model.up_blocks[0].attentions[0]
+    attention.to_out[0] = nn.Sequential(nn.RMSNorm(16), attention.to_out[0])
+    report = adpdm.quantize(model, config(activation_bits=6, grouping="shared"), scheduler=ddim_scheduler())
+    assert report.trace.warnings == []
+    assert report.trace.equalization["up_blocks.0.attentions.0.to_out.0.1"] > 1
+
+
 def test_a_fold_that_changes_the_model_is_put_back_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rows, "divide", lambda self, factors: None)
     model, untouched = uneven_transformer(), uneven_transformer()

@@ -8,17 +8,24 @@ import json
 import math
 import pickle
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 
-from adpdm import evaluate
+from adpdm import DenoiserCall, evaluate
 from adpdm.evaluate import __main__ as command
 from adpdm.evaluate import extractors
-from adpdm.evaluate.sampling import to_uint8
+from adpdm.evaluate.sampling import sample_shape, to_uint8
 from adpdm.evaluate.words import evaluation_rows
 
 SHAPE = (1, 4, 4)
@@ -28,12 +35,13 @@ class Denoiser:
     """eps = gain * sample + bias * timestep / 1000, elementwise: exact in any batch size."""
 
     def __init__(self, gain: float, bias: float = 0.0) -> None:
-        self.gain, self.bias, self.batch_sizes = gain, bias, []
+        self.gain, self.bias, self.batch_sizes, self.timesteps = gain, bias, [], []
 
     def __call__(
         self, sample: torch.Tensor, timestep: torch.Tensor, **conditioning: torch.Tensor
     ) -> tuple[torch.Tensor]:
         self.batch_sizes.append(len(sample))
+        self.timesteps.append(float(timestep[0]))
         shift = conditioning["shift"].view(-1, 1, 1, 1) if conditioning else 0.0
         return (self.gain * sample + self.bias * timestep.view(-1, 1, 1, 1) / 1000 + shift,)
 
@@ -148,8 +156,34 @@ def test_generate_streams_steps_and_progress_and_leaves_the_scheduler_alone():
     assert scheduler.num_inference_steps is None
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "calls"), [(DDIMScheduler, 3), (HeunDiscreteScheduler, 5)], ids=["DDIM", "Heun"]
+)
+@pytest.mark.parametrize("factor", [1.0, 1e-3])
+def test_timesteps_are_those_that_the_denoiser_is_given(scheduler, calls, factor):
+    call, model, reference = DenoiserCall(timestep_factor=factor), Denoiser(0.3), Denoiser(0.3)
+    made = evaluate.generate(model, scheduler(), 1, 3, shape=SHAPE, call=call)
+    assert made.timesteps.tolist() == model.timesteps
+    assert len(model.timesteps) == calls
+    config = small_config(num_inference_steps=3, num_images=1)
+    found = evaluate.compare(reference, Denoiser(0.4), scheduler(), config, shape=SHAPE, call=call)
+    assert found.timesteps.tolist() == reference.timesteps == model.timesteps
+    assert len(found.noise_sqnr_same_input_db) == calls
+
+
+@pytest.mark.parametrize("size", [None, (8, 8, 8)])
+def test_sample_shape_that_the_config_does_not_say_is_asked_for(size):
+    model = types.SimpleNamespace(config=types.SimpleNamespace(in_channels=4, sample_size=size))
+    with pytest.raises(
+        ValueError, match=r"sample_shape of a DenoiserCall \(--call\).* in_channels 4 and sample_size"
+    ):
+        sample_shape(model)
+    model.config.sample_size = [8, 16]
+    assert sample_shape(model) == (4, 8, 16)
+
+
 def test_generate_rejects_bad_arguments():
-    with pytest.raises(ValueError, match=r"generate: shape=\(C, H, W\) is needed"):
+    with pytest.raises(ValueError, match=r"the shape of a sample must be given, by shape=\(C, H, W\)"):
         evaluate.generate(Denoiser(0.3), DDIMScheduler(), 1, 4)
     with pytest.raises(ValueError, match="num_images must be at least 1, got 0"):
         evaluate.generate(Denoiser(0.3), DDIMScheduler(), 0, 4, shape=SHAPE)
@@ -232,6 +266,24 @@ def test_compare_refuses_latents_that_nothing_decodes():
     ):
         evaluate.compare(model, Denoiser(0.4), DDIMScheduler(), small_config(), shape=(4, 8, 8))
     assert model.batch_sizes == []  # before anything ran
+
+
+def test_compare_refuses_damaged_networks_and_real_images_before_anything_runs(tmp_path):
+    (tmp_path / extractors.LPIPS_FILE).write_bytes(b"not safetensors")
+    model, config = Denoiser(0.3), small_config(use_extractors=True, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="is damaged"):
+        evaluate.compare(model, Denoiser(0.4), DDIMScheduler(), config, shape=SHAPE)
+    for shape in ((20, 4, 8, 8), (2, 1, 8, 8), (8, 8)):
+        with pytest.raises(ValueError, match=r"real_images must be \[M, C, H, W\] .* at least 3 of them"):
+            evaluate.compare(
+                model,
+                Denoiser(0.4),
+                DDIMScheduler(),
+                small_config(),
+                shape=SHAPE,
+                real_images=torch.zeros(shape),
+            )
+    assert model.batch_sizes == []
 
 
 class PooledFeatures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import adpdm
-from adpdm.pipeline import find_denoiser
+from adpdm.denoisers import find_denoiser
 from adpdm.testing import tiny_pipeline, tiny_unet
 
 

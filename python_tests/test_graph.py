@@ -434,6 +434,14 @@ def test_tape_refuses_values_read_in_python() -> None:
 def test_tape_refuses_random_numbers() -> None:
     with pytest.raises(RuntimeError, match="not repeatable"):
         Taped(lambda x: x + torch.rand(4), torch.ones(4))
+    with pytest.raises(RuntimeError, match="not repeatable"):
+        Taped(lambda x: x.log() + torch.rand(2), torch.tensor([1.0, -1.0]))
+
+
+@torch.no_grad()
+def test_tape_takes_what_is_not_a_number() -> None:
+    taped = Taped(lambda x: x.log(), torch.tensor([1.0, -1.0]))
+    assert torch.equal(taped(torch.tensor([-1.0, 1.0])).nan_to_num(5), torch.tensor([5.0, 0.0]))
 
 
 @torch.no_grad()

@@ -142,6 +142,21 @@ def test_a_calibrated_denoiser_refuses_mixed_timesteps() -> None:
         unet(SAMPLE, torch.tensor([10, 900]))
 
 
+@torch.no_grad()
+def test_calls_without_a_sample_or_a_timestep_are_type_errors(denoiser: Denoiser) -> None:
+    def call(**given: Any) -> None:
+        with pytest.raises(TypeError):
+            denoiser(**given)  # as it is
+        graph.capture(denoiser, make_recorder=Rerun)
+        missing = ({"sample", "timestep"} - given.keys()).pop()
+        with pytest.raises(TypeError, match=rf"arguments sample and timestep, got no \['{missing}'\]"):
+            denoiser(**given)
+        graph.release(denoiser)
+
+    call(sample=torch.ones(1, 2))
+    call(timestep=1)
+
+
 # ---- modes of the call -------------------------------------------------------------------------------------
 
 

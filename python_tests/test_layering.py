@@ -20,13 +20,13 @@ LAYERS: list[set[str]] = [
     {"step"},
     {"quantizers"},
     {"nn"},
-    {"search_state", "timesteps", "partition", "trajectory", "io", "report", "outputs"},
+    {"search_state", "timesteps", "partition", "trajectory", "report", "outputs"},
     {"search", "replay", "evaluate", "facts", "layer_runs"},
     {"rounding", "precision", "bias", "correction", "equalize"},
-    {"budget", "quantize_options"},
+    {"budget", "quantize_options", "search_run"},
     {"calibrate", "pipeline_checks"},
     {"diffusers_config"},
-    {"diffusers_quantizer"},
+    {"diffusers_quantizer", "denoisers"},
     {"pipeline"},
     {"graph"},
     {"testing", "demo", "tables", "doctor", "conditioning"},
@@ -41,7 +41,7 @@ MAY_IMPORT_DIFFUSERS = {
     "diffusers_config",
     "diffusers_quantizer",
     "testing",
-    "model_folder",
+    "denoisers",
 }
 
 # A C++ folder may include these folders, the standard library, and of other headers what the pattern names.
@@ -125,13 +125,21 @@ def test_cpp_file_includes_allowed_folders_only(path: Path) -> None:
     assert cpp_faults(path.relative_to(ROOT / "csrc").parts[0], path.read_text(), path.name) == []
 
 
+def test_layers_and_the_table_of_the_design_name_the_modules_that_exist() -> None:
+    modules = {module_of(path) for path in PYTHON_FILES}
+    assert set(RANK) == modules
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)(?:\.py|/)`", row)}
+    assert modules - named == {"__init__", "__main__"}
+
+
 @pytest.mark.parametrize(
     ("module", "source", "fault"),
     [
         ("ops", "from .nn import layers", "adpdm.ops imports adpdm.nn, which is not in an earlier layer"),
         ("ops", "from . import step", "adpdm.ops imports adpdm.step, which is not in an earlier layer"),
         ("step", "import adpdm.cli", "adpdm.step imports adpdm.cli, which is not in an earlier layer"),
-        ("io", "def f():\n    import diffusers.models", "adpdm.io imports diffusers; only "),
+        ("nn", "def f():\n    import diffusers.models", "adpdm.nn imports diffusers; only "),
         ("nn", "import torch\ntorch.ops.adpdm.linear", "adpdm.nn uses torch.ops.adpdm; only adpdm.ops may"),
         ("helpers", "", "adpdm.helpers has no layer: add it to LAYERS"),
     ],

@@ -187,6 +187,11 @@ def test_conv2d_does_not_depend_on_threads(generator: torch.Generator) -> None:
     assert torch.equal(results[0], results[2])
 
 
+def test_geometry_is_read_back_from_its_numbers() -> None:
+    g = ConvGeometry(9, (3, 2), (2, 1), (1, 0), (4, 5), 3, padding_end=(7, 8), upsample=2)
+    assert ConvGeometry.from_numbers(g.numbers()) == g
+
+
 def test_conv2d_opcheck(generator: torch.Generator) -> None:
     g = ConvGeometry(6, (3, 2), stride=(2, 1), padding=(1, 0))
     segments, _ = make_layer(generator, [2, 5, 4], [4, 3], g, 8, unit=False)

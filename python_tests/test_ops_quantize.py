@@ -154,6 +154,14 @@ def test_pack_int4_literal_bytes(device: torch.device) -> None:
     assert ops.pack_int4(codes).tolist() == [[0x81, 0x2F, 0x07, *[0] * 13]]
 
 
+def test_int4_packing_runs_on_devices_without_kernels(generator: torch.Generator) -> None:
+    codes = torch.randint(-8, 8, (3, 40), dtype=torch.int8, generator=generator)
+    elsewhere = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)  # on what is registered there, CPU tensors
+    packed = torch.ops.adpdm.pack_int4.default.redispatch(elsewhere, codes)
+    assert torch.equal(packed, ops.pack_int4(codes))
+    assert torch.equal(torch.ops.adpdm.unpack_int4.default.redispatch(elsewhere, packed, 40), codes)
+
+
 @pytest.mark.parametrize("layout", ["channel_slice", "planes_slice"])
 def test_quantize_same_codes_for_any_thread_count(layout: str) -> None:
     x = tensor_in_layout([4, 64, 40, 40], layout, 1)

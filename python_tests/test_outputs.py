@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from adpdm import QuantConfig, cli, load_pipeline
 from adpdm.demo import save_image_grid
-from adpdm.files import filling, replacing
+from adpdm.files import filling, replacing, share
 from adpdm.layer_runs import read_record
 from adpdm.outputs import STATE_NAME, checked_state, folder_of, state_file
 from adpdm.testing import ONE_BLOCK, tiny_pipeline
@@ -353,9 +353,13 @@ def test_weights_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
         save_file({"a": torch.zeros(2)}, folder / "a.safetensors")
     with replacing(tmp_path / "b") as file:
         save_file({"a": torch.zeros(2)}, file)
+    (tmp_path / "out" / "late").mkdir()
+    save_file({"a": torch.zeros(2)}, tmp_path / "out" / "late" / "c")
+    share(tmp_path / "out")
     (tmp_path / "other").touch()
-    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("out/a.safetensors", "b", "other")}
-    assert len(modes) == 1
+    names = ("out/a.safetensors", "b", "out/late/c", "other")
+    assert len({stat.S_IMODE((tmp_path / name).stat().st_mode) for name in names}) == 1
+    assert names_in(tmp_path / "out") == {"a.safetensors", "late"}
 
 
 @pytest.mark.parametrize("writer", [filling, replacing])
@@ -390,6 +394,23 @@ def test_resume_of_nothing_starts_anew_and_says_so(tmp_path: Path) -> None:
     assert checked_state(tmp_path / "q", QuantConfig(), True, told.append) == state
     (sentence,) = told
     assert sentence.startswith(f"--resume wanted an unfinished search in {state}, got nothing there")
+
+
+@pytest.mark.parametrize("settings", [{"grouping": "dp"}, {"num_groups": 1}])
+def test_what_does_not_search_has_no_state_and_is_told_nothing(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    told: list[str] = []
+    (tmp_path / "q.partial").touch()  # no folder can be made there
+    assert checked_state(tmp_path / "q", QuantConfig(**settings), False, told.append) is None
+    assert told == []
+    (tmp_path / "q.partial").unlink()
+    assert checked_state(tmp_path / "q", QuantConfig(**settings), False, told.append) is None
+    state = state_file(tmp_path / "q")
+    state.parent.mkdir()
+    state.touch()
+    with pytest.raises(ValueError, match="is an unfinished search; continue it with --resume, or remove"):
+        checked_state(tmp_path / "q", QuantConfig(**settings), False, told.append)
 
 
 @pytest.mark.usefixtures("no_model")

@@ -133,6 +133,15 @@ def test_arguments_of_another_class_are_refused(arguments: dict[str, Any], messa
     refused(tiny_unet(), TypeError, message, **{"scheduler": ddim_scheduler(), **arguments})
 
 
+def test_scheduler_without_a_config_is_refused() -> None:
+    class Scheduler:
+        def set_timesteps(self, count: int) -> None: ...
+        def step(self, *given: Any) -> None: ...
+
+    message = "wanted a diffusers scheduler with config, got Scheduler"
+    refused(tiny_unet(), TypeError, message, scheduler=Scheduler())
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -40,24 +40,31 @@ def chain(bits: tuple[int, int] = (4, 4)) -> tuple[nn.Sequential, dict[str, Quan
 def test_estimate_is_the_error_that_each_layer_alone_causes() -> None:
     net, layers = chain((7, 7))  # small errors: the estimate is of first order
     x = torch.randn(2000, 6, generator=torch.Generator().manual_seed(1)).clamp(-3, 3)
-    found: dict[str, Sensitivity] = {}
-    _probe(layers, lambda: net(x.clone().requires_grad_()), 0, found)
+    found = _probe(list(layers.values()), lambda: net(x.clone().requires_grad_()), 0)
     exact = net(x)
-    for name, layer in layers.items():
+    for layer, (by_weight, by_activation) in zip(layers.values(), found.tolist(), strict=True):
         layer.set_mode(Mode.FAKE)  # both errors of this layer, which are independent of each other
         together = float((net(x) - exact).square().sum())
         layer.set_mode(Mode.FLOAT)
-        estimate = found[name].weight + found[name].activation
         # (g . e)^2 scatters by sqrt(2) of its mean: 3 per cent over 2000 samples, here 4 deviations.
-        assert estimate == pytest.approx(together, rel=0.13)
+        assert by_weight + by_activation == pytest.approx(together, rel=0.13)
 
 
-def test_costs_are_those_of_one_sample() -> None:
-    net, layers = chain()
-    found: dict[str, Sensitivity] = {}
-    for seed in range(2):
-        _probe(layers, lambda: net(torch.zeros(3, 6).requires_grad_()), seed, found)
-    assert [(s.macs, s.parameters) for s in found.values()] == [(40, 40), (48, 48)]  # gradients run backwards
+def test_costs_are_those_that_the_report_lists() -> None:
+    _, report = quantize_tiny()
+    costs = {x.name: (x.macs, x.parameters) for x in report.layers if x.bits is not None}
+    found = report.trace.sensitivity
+    assert {name: (row["macs"], row["parameters"]) for name, row in found.items()} == costs
+
+
+def test_a_layer_that_runs_twice_costs_both_runs() -> None:
+    unet = tiny_unet()
+    unet.mid_block.resnets[1] = unet.mid_block.resnets[0]
+    report = adpdm.quantize(unet, tiny_config(), scheduler=ddim_scheduler())
+    found = report.trace.sensitivity
+    names = ["mid_block.resnets.0.conv1", "up_blocks.0.resnets.0.conv2"]  # of the same shape
+    assert found[names[0]]["parameters"] == found[names[1]]["parameters"]
+    assert found[names[0]]["macs"] == 2 * found[names[1]]["macs"]
 
 
 def test_most_sensitive_takes_the_best_per_cost_that_fit() -> None:
@@ -83,8 +90,7 @@ def test_layers_that_have_8_bits_use_none_of_the_share() -> None:
     assert [layer.bits for layer in layers.values()] == [(4, 8), (8, 8)]
 
 
-def quantize_tiny(**changes: Any) -> tuple[UNet2DModel, Any]:
-    unet = tiny_unet()
+def tiny_config(**changes: Any) -> QuantConfig:
     settings: dict[str, Any] = {
         "weight_bits": 4,
         "activation_bits": 4,
@@ -93,7 +99,12 @@ def quantize_tiny(**changes: Any) -> tuple[UNet2DModel, Any]:
         "num_inference_steps": STEPS,
         "histogram_images": 4,
     }
-    return unet, adpdm.quantize(unet, QuantConfig(**{**settings, **changes}), scheduler=ddim_scheduler())
+    return QuantConfig(**{**settings, **changes})
+
+
+def quantize_tiny(**changes: Any) -> tuple[UNet2DModel, Any]:
+    unet = tiny_unet()
+    return unet, adpdm.quantize(unet, tiny_config(**changes), scheduler=ddim_scheduler())
 
 
 def test_a_denoiser_gets_no_more_than_the_share_and_a_smaller_error() -> None:

@@ -180,6 +180,19 @@ def test_frechet_spread_is_called_what_it_is():
     assert "95 % interval" not in text
 
 
+def test_curves_of_calls_say_where_the_sampler_came_back_and_group_maps_have_the_same_labels():
+    steps = np.array([2, 1, 0], np.float32) / 3
+    calls = steps[[0, 1, 1, 2, 2]]  # as Heun's method
+    curve = report.StepCurve("W8A8", calls, np.linspace(40, 20, 5))
+    groups = report.GroupMap("W8A8", ("a",), steps, np.zeros((1, 3), int), 1)
+    data = report.ReportData("x", "x", 0, group_maps=(groups,), step_curves=(curve,))
+    page = Page(report.render(data))
+    assert page.words.count("0.6667") == 2
+    assert "call 2, timestep 0.333333\nW8A8: 30.0 dB" in page.values("data-tip")
+    assert "calls the model more than once at a timestep, and every call is a column" in page.text
+    assert "more than once" not in Page(report.render(full_data())).text
+
+
 def test_best_row_is_marked_only_where_there_is_a_choice():
     assert Page(report.render(full_data())).has_class("best") == 1
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import html
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import adpdm
 from adpdm import QuantConfig, report
-from adpdm.layer_runs import recorded_coverage
+from adpdm.layer_runs import read_record, recorded_coverage
 from adpdm.nn import FusionInfo, block_around
 from adpdm.report import Coverage, LayerRun
 from adpdm.testing import ONE_BLOCK, tiny_pipeline
@@ -111,3 +113,23 @@ def test_innermost_block_says_how_a_layer_runs() -> None:
 def test_record_of_a_later_version_is_read() -> None:
     info = FusionInfo("up.1", "Block", True, "")
     assert FusionInfo.from_dict({**info.to_dict(), "told_later": 1}) == info
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"layers": [{}]},
+        {"layers": 3},
+        {"coverage": {}},
+        {"fusion": [{}]},
+        {"layers": [{"name": "a", "macs": 1, "bits": [8, 8], "reason": ""}], "fusion": []},
+    ],
+    ids=str,
+)
+def test_record_that_is_damaged_is_named(tmp_path: Path, damage: dict[str, Any]) -> None:
+    whole = {"config": {}, "trace": {}, "layers": [], "coverage": {"macs": 1.0, "parameters": 1.0}}
+    (tmp_path / "r.json").write_text(json.dumps(whole))
+    read_record(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text(json.dumps({**whole, **damage}))
+    with pytest.raises(ValueError, match=r"r.json must be the record that .*, got one with damaged layers"):
+        read_record(tmp_path / "r.json")

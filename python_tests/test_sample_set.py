@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import nn
 
 import adpdm.evaluate.distance
 from adpdm import AdpdmConfig, DenoiserCall, QuantConfig
 from adpdm.cli import main
 from adpdm.evaluate import GuidedDenoiser, SampleSet, SampleSettings, generate, sample_set, set_distance
+from adpdm.evaluate.extractors import LPIPS_FILE
 from adpdm.evaluate.sampling import to_uint8
 from adpdm.nn.fusion import describe_fusion, fuse_blocks
 from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_conditional_unet, tiny_pipeline, tiny_unet
@@ -235,6 +236,19 @@ def test_samples_of_another_call_or_decoder_are_left_alone(tmp_path: Path, other
         make(tmp_path / "set", **{"decode": decoder, **other})
 
 
+def test_samples_of_another_schedule_in_tensors_are_left_alone(tmp_path: Path) -> None:
+    def fill(last: float) -> None:
+        call = DenoiserCall(schedule={"sigmas": torch.tensor([1.0, last])})
+        sample_set(
+            tiny_unet(**ONE_BLOCK), FlowMatchEulerDiscreteScheduler(), tmp_path / "set", SETTINGS, call=call
+        )
+
+    fill(0.5)
+    fill(0.5)
+    with pytest.raises(ValueError, match="holds samples of another model"):
+        fill(0.9)
+
+
 def test_samples_of_other_arithmetic_on_the_same_tensors_are_left_alone(tmp_path: Path) -> None:
     tiny_unet(**ONE_BLOCK).save_pretrained(tmp_path / "unet")
 
@@ -292,6 +306,21 @@ def test_folders_without_a_manifest_are_refused(tmp_path: Path) -> None:
     (tmp_path / "samples.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="must have format 4"):
         make(tmp_path)
+    (tmp_path / "samples.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="must be a folder that `adpdm dataset` wrote"):
+        SampleSet.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other", [{"settings": None}, {"settings": {"num_images": 0}}, {"settings": {"a": 1}}, {"conditions": 3}]
+)
+def test_manifests_that_lack_something_are_refused(tmp_path: Path, other: dict[str, Any]) -> None:
+    make(tmp_path)
+    file = tmp_path / "samples.json"
+    for manifest in ({**json.loads(file.read_text()), **other}, {"format": 4}):
+        file.write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match="must hold the settings, fingerprint and conditions of a set"):
+            SampleSet.open(tmp_path)
 
 
 class Features:
@@ -353,6 +382,18 @@ def test_sets_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             set_distance(first, tmp_path / name)
+
+
+def test_damaged_networks_are_found_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adpdm.evaluate.distance, "load_lite0", Features)
+    monkeypatch.setattr(Features, "features", lambda *_: pytest.fail("measured"))
+    (tmp_path / LPIPS_FILE).write_bytes(b"not safetensors")
+    images = np.zeros((20, 4, 4, 1), np.uint8)
+    sets = [write_set(tmp_path / name, images) for name in ("a", "b")]
+    with pytest.raises(ValueError, match="is damaged"):
+        set_distance(*sets, cache_dir=tmp_path)
 
 
 @pytest.mark.usefixtures("networks")

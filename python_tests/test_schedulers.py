@@ -156,13 +156,13 @@ def test_more_groups_than_visited_timesteps_are_refused() -> None:
 def test_noise_objective_scales_the_input_by_the_noise_of_its_own_timestep(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from adpdm.calibrate import Calibration
+    from adpdm.search_run import SearchRun
 
     scheduler = make_scheduler("EulerDiscreteScheduler", {})
     scales: dict[int, float] = {}
-    original = Calibration._batch
+    original = SearchRun._batch
 
-    def watched(self: Calibration, trajectory: Any, call: int, images: Tensor, draw: int) -> Any:
+    def watched(self: SearchRun, trajectory: Any, call: int, images: Tensor, draw: int) -> Any:
         batch = original(self, trajectory, call, images, draw)
         noised = self.sampler.scheduler.add_noise(
             trajectory.final[images], batch.target, batch.timestep.expand(len(images))
@@ -170,7 +170,7 @@ def test_noise_objective_scales_the_input_by_the_noise_of_its_own_timestep(
         scales[call] = float((noised / batch.sample).median())
         return batch
 
-    monkeypatch.setattr(Calibration, "_batch", watched)
+    monkeypatch.setattr(SearchRun, "_batch", watched)
     search = SearchConfig(num_steps=4, refit_steps=0, batch_size=2, objective="noise")
     settings = config(grouping="search", calibration_images=4, round_size=2, search=search)
     adpdm.quantize(tiny_unet(**ONE_BLOCK), settings, scheduler=scheduler)

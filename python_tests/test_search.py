@@ -47,7 +47,12 @@ class Network(nn.Module):
         x = torch.randn(8, FEATURES, generator=torch.Generator().manual_seed(seed)) * (1 + step)
         with torch.no_grad():
             target = self.reference(x)
-        return Batch(step, torch.tensor(float(step)), x, target, weight, {})
+        return Batch(torch.tensor(step), x, target, weight, {})
+
+    def predict(self, batch: Batch) -> Tensor:
+        """As a denoiser, whose hook sets the step by the timestep; here the two are the same."""
+        self.step.set_step(int(batch.timestep))
+        return self(batch.sample)
 
 
 def make_search(network: Network, shared: bool = False, **settings: float) -> GroupSearch:
@@ -59,9 +64,7 @@ def make_search(network: Network, shared: bool = False, **settings: float) -> Gr
         shared_groups=shared,
         search=SearchConfig(**{"num_steps": 40, **settings}),  # type: ignore[arg-type]
     )
-    return GroupSearch(
-        network.quantizers, network.step, config, lambda batch: network(batch.sample), held_out(network)
-    )
+    return GroupSearch(network.quantizers, config, network.predict, held_out(network))
 
 
 def held_out(network: Network) -> list[Batch]:
@@ -190,8 +193,7 @@ def test_relative_loss_is_weighted_squared_error_over_energy(weight: float) -> N
     network = Network()
     search = make_search(network)
     batch = network.batch(0, weight=weight)
-    network.step.set_step(0)
-    prediction = network(batch.sample).detach()
+    prediction = network.predict(batch).detach()
     wanted = (prediction - batch.target).double().square().sum() / batch.target.double().square().sum()
     assert float(search.relative_loss(batch).detach()) == pytest.approx(weight * float(wanted), rel=1e-5)
 
@@ -298,8 +300,7 @@ def test_start_loss_is_that_of_the_hard_partition() -> None:
     network, plain = Network(), Network()
     losses = []
     for batch in held_out(plain):
-        plain.step.set_step(batch.step_index)
-        error = (plain(batch.sample) - batch.target).detach().double().square().sum()
+        error = (plain.predict(batch) - batch.target).detach().double().square().sum()
         losses.append(batch.weight * float(error / batch.target.double().square().sum()))
     # Sums of 48 float32 squares.
     assert make_search(network).start_loss == pytest.approx(sum(losses) / STEPS, rel=1e-5)

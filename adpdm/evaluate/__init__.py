@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from adpdm.evaluate.comparison import EvaluationConfig, EvaluationResult, compare
-from adpdm.evaluate.distance import SetDistance, set_distance
-from adpdm.evaluate.extractors import INSTALL_SENTENCE, fetch_extractors, load_lite0, load_lpips
-from adpdm.evaluate.frechet import FrechetResult, frechet_distance
-from adpdm.evaluate.guidance import GuidedDenoiser
-from adpdm.evaluate.kernel import KernelResult, kernel_distance
-from adpdm.evaluate.layers import layer_sqnr
-from adpdm.evaluate.metrics import PEAK_TO_PEAK, pooled_sqnr, psnr, psnr_per_image, sqnr, sqnr_per_image
-from adpdm.evaluate.sample_set import SampleSet, SampleSettings, rows_in_turn, sample_set
-from adpdm.evaluate.sampling import GenerationResult, generate, image_seeds
-from adpdm.evaluate.sizes import file_bytes
-from adpdm.evaluate.timing import PairTiming, time_pair
+from .comparison import EvaluationConfig, EvaluationResult, compare
+from .distance import SetDistance, set_distance
+from .extractors import INSTALL_SENTENCE, fetch_extractors, load_lite0, load_lpips
+from .frechet import FrechetResult, frechet_distance
+from .guidance import GuidedDenoiser
+from .kernel import KernelResult, kernel_distance
+from .layers import layer_sqnr
+from .metrics import PEAK_TO_PEAK, pooled_sqnr, psnr, psnr_per_image, sqnr, sqnr_per_image
+from .sample_set import SampleSet, SampleSettings, rows_in_turn, sample_set
+from .sampling import GenerationResult, generate, image_seeds
+from .sizes import file_bytes
+from .timing import PairTiming, time_pair
 
 __all__ = [
     "INSTALL_SENTENCE",

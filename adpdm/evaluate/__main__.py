@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from adpdm.evaluate.extractors import fetch_extractors
+from .extractors import fetch_extractors
 
 
 def main(arguments: list[str] | None = None) -> int:

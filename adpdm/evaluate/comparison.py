@@ -13,25 +13,27 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
-from adpdm.evaluate import metrics
-from adpdm.evaluate.extractors import INSTALL_SENTENCE, Lite0, Lpips, load_lite0, load_lpips
-from adpdm.evaluate.frechet import MIN_IMAGES, FrechetResult, frechet_distance
-from adpdm.evaluate.kernel import KernelResult, kernel_distance
-from adpdm.evaluate.sampling import (
+from ..trajectory import Conditioning, DenoiserCall, pick
+from . import metrics
+from .extractors import INSTALL_SENTENCE, Lite0, Lpips, load_lite0, load_lpips
+from .frechet import MIN_IMAGES, FrechetResult, frechet_distance
+from .kernel import MIN_VECTORS, KernelResult, kernel_distance
+from .sampling import (
+    IMAGE_CHANNELS,
     Progress,
     Trajectory,
     batches,
     demand_images,
     device_of,
     image_seeds,
+    in_batches,
     rows_of,
     sample_shape,
     shape_of_call,
     to_uint8,
 )
-from adpdm.evaluate.sizes import file_bytes
-from adpdm.evaluate.timing import PairTiming, time_pair
-from adpdm.trajectory import Conditioning, DenoiserCall, pick
+from .sizes import file_bytes
+from .timing import PairTiming, time_pair
 
 FRECHET_NAME = "Frechet distance (EfficientNet-Lite0)"
 KERNEL_NAME = "Kernel distance (EfficientNet-Lite0)"
@@ -49,6 +51,9 @@ class EvaluationConfig:
         timing_batch_sizes, timing_pairs: of the interleaved timing; an empty tuple times nothing.
         kept_images: returned as uint8 for the report.
         cache_dir: where the LPIPS weights lie; None is the platform's cache.
+
+    Raises:
+        ValueError: for a count below 1, or below 0 where nothing may be wanted.
     """
 
     num_images: int = 16
@@ -78,12 +83,12 @@ class EvaluationResult:
 
     Args:
         config: as given.
-        timesteps: [T] as given to the denoiser, noisiest first.
+        timesteps: [M] as given to the denoiser, in the order of its calls.
         psnr_db, sqnr_db: final samples, all pixels of all images pooled.
         psnr_per_image_db, sqnr_per_image_db: [N].
-        noise_sqnr_same_input_db: [T], noise predictions when both models see the reference model's samples
+        noise_sqnr_same_input_db: [M], noise predictions when both models see the reference model's samples
             (teacher forced): the error one step makes.
-        noise_sqnr_own_trajectory_db: [T], noise predictions when each model follows its own samples: the
+        noise_sqnr_own_trajectory_db: [M], noise predictions when each model follows its own samples: the
             error that has accumulated.
         lpips, lpips_per_image: mean and [N]; None without the network.
         frechet: quantized against reference samples; None without the network.
@@ -156,19 +161,20 @@ def compare(
         progress: called with (done, total, what).
 
     Raises:
-        ValueError: a setting or shape does not fit; before anything runs.
+        ValueError: a setting or shape does not fit, or a feature network is damaged; before anything runs.
     """
     config, progress = config or EvaluationConfig(), progress or _no_progress
     shape, conditioning = shape or shape_of_call(call) or sample_shape(reference), dict(conditioning or {})
-    _check_given(conditioning, config.num_images, shape, decode)
+    _check_given(conditioning, config.num_images, shape, decode, real_images)
     sizes = tuple(file_bytes(path) for path in paths) if paths else (None, None)
+    networks = (load_lpips(config.cache_dir), load_lite0()) if config.use_extractors else (None, None)
     pair = _PairedSampling(reference, quantized, scheduler, config, shape, conditioning, call)
     samples = pair.run(progress)
     if decode is not None:
         with torch.no_grad():
             samples = (decode(samples[0]), decode(samples[1]))
     images = tuple(x.float().clamp(-1, 1).cpu() for x in samples)
-    features = _measure_features(images[0], images[1], real_images, config, progress)
+    features = _measure_features(images, real_images, networks, config, progress)
     timings = _measure_times(reference, quantized, pair, config, progress)
     return EvaluationResult(
         config=config,
@@ -193,6 +199,7 @@ def _check_given(
     num_images: int,
     shape: tuple[int, ...],
     decode: Callable[[Tensor], Tensor] | None,
+    real: Tensor | None,
 ) -> None:
     for path, value in tree_flatten_with_path(conditioning)[0]:
         if len(value) != num_images:
@@ -200,12 +207,19 @@ def _check_given(
             raise ValueError(f"compare: {name} must have num_images={num_images} rows, got {len(value)}")
     if decode is None:
         demand_images("compare", shape)
+    if real is None:
+        return
+    if real.dim() != 4 or real.shape[1] not in IMAGE_CHANNELS or len(real) < MIN_VECTORS:
+        raise ValueError(
+            f"compare: real_images must be [M, C, H, W] with {IMAGE_CHANNELS} channels, at least "
+            f"{MIN_VECTORS} of them, got {tuple(real.shape)}"
+        )
 
 
 class _PairedSampling:
     """Steps both models side by side and adds up the energies of their noise predictions.
 
-    signal, error_same_input, error_own_trajectory: [T] float64, sums over all images.
+    signal, error_same_input, error_own_trajectory: [M] float64, sums over all images.
     """
 
     def __init__(
@@ -221,7 +235,7 @@ class _PairedSampling:
         self.reference, self.quantized, self.scheduler = reference, quantized, scheduler
         self.config, self.shape, self.conditioning, self.call = config, shape, conditioning, call
         self.device = device_of(reference)
-        self.timesteps = self.trajectory([0]).timesteps.cpu().numpy()
+        self.timesteps = self.trajectory([0]).given_timesteps
         self.signal, self.error_same_input, self.error_own_trajectory = np.zeros((3, len(self.timesteps)))
 
     def trajectory(self, seeds: list[int]) -> Trajectory:
@@ -262,14 +276,18 @@ class _PairedSampling:
 
 
 def _measure_features(
-    reference: Tensor, quantized: Tensor, real: Tensor | None, config: EvaluationConfig, progress: Progress
+    images: tuple[Tensor, ...],
+    real: Tensor | None,
+    networks: tuple[Lpips | None, Lite0 | None],
+    config: EvaluationConfig,
+    progress: Progress,
 ) -> dict[str, Any]:
     """LPIPS, Frechet and kernel distances, or None and the sentence that says why."""
     values: dict[str, Any] = dict.fromkeys(
         ("lpips", "lpips_per_image", "frechet", "frechet_reference_real", "frechet_quantized_real")
     )
     missing: list[str] = []
-    lpips, lite0 = (load_lpips(config.cache_dir), load_lite0()) if config.use_extractors else (None, None)
+    lpips, lite0 = networks
     why = (
         f"To measure it {INSTALL_SENTENCE}."
         if config.use_extractors
@@ -278,7 +296,7 @@ def _measure_features(
     if lpips is None:
         missing.append(f"LPIPS (AlexNet) was not measured. {why}")
     else:
-        distances = _lpips_in_batches(lpips, reference, quantized, config, progress)
+        distances = in_batches(lpips.distance, config.batch_size, "LPIPS", progress, *images).astype(float)
         values.update(lpips=float(distances.mean()), lpips_per_image=distances)
     if lite0 is None:
         missing.append(f"{FRECHET_NAME}, and the kernel distance with it, was not measured. {why}")
@@ -288,11 +306,12 @@ def _measure_features(
             f"{MIN_IMAGES} images."
         )
     else:
-        sets = [_features_in_batches(lite0, x, config, progress) for x in (reference, quantized)]
+        what = "EfficientNet-Lite0 features"
+        sets = [in_batches(lite0.features, config.batch_size, what, progress, x) for x in images]
         values["frechet"] = _frechet(sets[0], sets[1], config, is_paired=True)
         values["kernel"] = kernel_distance(sets[0], sets[1], seed=config.seed, is_paired=True)
         if real is not None:
-            data = _features_in_batches(lite0, real, config, progress)
+            data = in_batches(lite0.features, config.batch_size, what, progress, real)
             values["frechet_reference_real"] = _frechet(data, sets[0], config)
             values["frechet_quantized_real"] = _frechet(data, sets[1], config)
             values["kernel_reference_real"] = kernel_distance(data, sets[0], seed=config.seed)
@@ -312,28 +331,6 @@ def _frechet(
         seed=config.seed,
         is_paired=is_paired,
     )
-
-
-def _lpips_in_batches(
-    lpips: Lpips, a: Tensor, b: Tensor, config: EvaluationConfig, progress: Progress
-) -> np.ndarray:
-    """[N] float64."""
-    parts = []
-    for rows in batches(len(a), config.batch_size):
-        parts.append(lpips.distance(a[rows], b[rows]).double().numpy())
-        progress(rows.stop, len(a), "LPIPS")
-    return np.concatenate(parts)
-
-
-def _features_in_batches(
-    lite0: Lite0, images: Tensor, config: EvaluationConfig, progress: Progress
-) -> np.ndarray:
-    """[N, 1280] f32."""
-    parts = []
-    for rows in batches(len(images), config.batch_size):
-        parts.append(lite0.features(images[rows]))
-        progress(rows.stop, len(images), "EfficientNet-Lite0 features")
-    return np.concatenate(parts)
 
 
 def _measure_times(

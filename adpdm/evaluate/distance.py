@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adpdm.evaluate.extractors import INSTALL_SENTENCE, Lite0, load_lite0, load_lpips
-from adpdm.evaluate.frechet import MIN_IMAGES, FrechetResult, frechet_distance
-from adpdm.evaluate.inception import Inception, fid
-from adpdm.evaluate.kernel import KernelResult, kernel_distance
-from adpdm.evaluate.metrics import psnr_per_image
-from adpdm.evaluate.sample_set import SampleSet
-from adpdm.evaluate.sampling import Progress, batches
+from .extractors import INSTALL_SENTENCE, Lpips, load_lite0, load_lpips
+from .frechet import MIN_IMAGES, FrechetResult, frechet_distance
+from .inception import Inception, fid
+from .kernel import KernelResult, kernel_distance
+from .metrics import psnr_per_image
+from .sample_set import SampleSet
+from .sampling import Progress, in_batches
 
 MOST_DB = 60.0  # of one image: more than 8-bit pixels can tell apart
 
@@ -66,7 +67,9 @@ def set_distance(
         inception: file of the network of FID and KID, see `Inception`; None measures neither.
 
     Raises:
-        ValueError: for other files, for images of different shapes and for too few.
+        ValueError: before anything is measured for other files, for images of different shapes, for too few,
+            for a batch size below 1, and for networks that are damaged; then for one of `inception` that
+            measures something else.
         ImportError: without EfficientNet-Lite0.
     """
     first, second = Path(first), Path(second)
@@ -82,15 +85,19 @@ def set_distance(
     network = None if inception is None else Inception(inception)
     report = progress or _no_progress
     is_paired = _origin(first) == _origin(second) is not None and len(a) == len(b)
+    lpips_network = load_lpips(cache_dir) if is_paired else None
+
+    def lite0_features(images: np.ndarray) -> np.ndarray:
+        return lite0.features(_as_float(images))
+
     sets = [
-        _lite0_features(lite0, images, batch_size, f"features of the {name} set", report)
+        in_batches(lite0_features, batch_size, f"features of the {name} set", report, images)
         for images, name in ((a, "first"), (b, "second"))
     ]
     frechet = frechet_distance(*sets, dimensions=dimensions, resamples=resamples, is_paired=is_paired)
     kernel = kernel_distance(*sets, is_paired=is_paired)
-    psnr_db = lpips = fid_found = kid = None
-    if is_paired:
-        psnr_db, lpips = _paired(a, b, batch_size, cache_dir, report)
+    psnr_db, lpips = _paired(a, b, lpips_network, batch_size, report) if is_paired else (None, None)
+    fid_found = kid = None
     if network is not None:
         sets = [
             network.features(images, batch_size, f"Inception, {name} set", report)
@@ -100,31 +107,17 @@ def set_distance(
     return SetDistance(frechet, (len(a), len(b)), psnr_db, lpips, fid_found, kernel, kid)
 
 
-def _lite0_features(
-    lite0: Lite0, images: np.ndarray, batch_size: int, what: str, progress: Progress
-) -> np.ndarray:
-    """[N, 1280] f32 of images [N, H, W, C] u8."""
-    parts = []
-    for rows in batches(len(images), batch_size):
-        parts.append(lite0.features(_as_float(images[rows])))
-        progress(rows.stop, len(images), what)
-    return np.concatenate(parts)
-
-
 def _paired(
-    a: np.ndarray, b: np.ndarray, batch_size: int, cache_dir: Path | None, progress: Progress
+    a: np.ndarray, b: np.ndarray, network: Lpips | None, batch_size: int, progress: Progress
 ) -> tuple[float, float | None]:
     """PSNR and LPIPS, means over images; equal images, whose PSNR is infinite, count as MOST_DB."""
-    network = load_lpips(cache_dir)
-    decibels, distances = [], []
-    for rows in batches(len(a), batch_size):
-        x, y = _as_float(a[rows]), _as_float(b[rows])
-        decibels.append(np.minimum(psnr_per_image(x, y), MOST_DB))
-        if network is not None:
-            distances.append(network.distance(x, y).double().numpy())
-        progress(rows.stop, len(a), "images in pairs")
-    lpips = float(np.concatenate(distances).mean()) if distances else None
-    return float(np.concatenate(decibels).mean()), lpips
+
+    def measured(distance: Callable[[Tensor, Tensor], Any], what: str) -> np.ndarray:
+        return in_batches(lambda x, y: distance(_as_float(x), _as_float(y)), batch_size, what, progress, a, b)
+
+    decibels = np.minimum(measured(psnr_per_image, "PSNR of pairs"), MOST_DB)
+    lpips = None if network is None else float(measured(network.distance, "LPIPS of pairs").mean(dtype=float))
+    return float(decibels.mean()), lpips
 
 
 def _images(path: Path) -> np.ndarray:

@@ -53,7 +53,11 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
 def as_rgb64(
     images: Tensor,  # [N, 1 or 3, H, W] float in [-1, 1]
 ) -> Tensor:
-    """Grey repeated to three channels, sides under 64 pixels enlarged (bilinear): [N, 3, >=64, >=64] f32."""
+    """Grey repeated to three channels, sides under 64 pixels enlarged (bilinear): [N, 3, >=64, >=64] f32.
+
+    Raises:
+        ValueError: for other than four dimensions, and for other numbers of channels.
+    """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"extractors: images must be [N, 1 or 3, H, W], got {tuple(images.shape)}")
     images = images.float().expand(-1, 3, -1, -1)
@@ -69,6 +73,9 @@ class Lpips:
 
     Args:
         weights: `conv{0..4}.weight` [O, I, K, K], `conv{0..4}.bias` [O], `head{0..4}` [O], all f32.
+
+    Raises:
+        ValueError: for other names or shapes.
     """
 
     def __init__(self, weights: dict[str, Tensor]) -> None:

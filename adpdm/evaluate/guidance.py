@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adpdm.trajectory import guide
+from ..trajectory import guide
 
 
 class GuidedDenoiser(nn.Module):
@@ -53,7 +53,12 @@ class GuidedDenoiser(nn.Module):
         class_labels: Tensor | None = None,  # [B] i64
         encoder_hidden_states: Tensor | None = None,  # [B, L, D] float
     ) -> tuple[Tensor]:
-        """The guided prediction [B, *], of the shape and dtype that the denoiser predicts."""
+        """The guided prediction [B, *], of the shape and dtype that the denoiser predicts.
+
+        Raises:
+            ValueError: for another condition than what stands for none, for none, and for texts of another
+                shape.
+        """
         output = self.denoiser(
             torch.cat([sample] * 2),
             timestep=torch.cat([timestep] * 2),

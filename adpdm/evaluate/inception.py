@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .frechet import gaussian_distance
-from .sampling import Progress, batches
+from .sampling import Progress, in_batches
 
 FEATURES = 2048
 FILE_NAME = "inception-2015-12-05.pt"  # as NVIDIA publishes it with StyleGAN 2 and 3
@@ -45,23 +45,26 @@ class Inception:
         what: str,
         progress: Progress,
     ) -> np.ndarray:
-        """[N, 2048] f64 of all images; tells `progress` how far it is, and `what` that is."""
-        parts = []
-        for rows in batches(len(images), batch_size):
-            pixels = torch.from_numpy(np.ascontiguousarray(images[rows])).permute(0, 3, 1, 2)
-            try:
-                found = self.network(pixels.expand(-1, 3, -1, -1), return_features=True)
-            except RuntimeError as error:
-                last = str(error).strip().splitlines()[-1]
-                raise ValueError(f"{self.path} must take images with return_features=True: {last}") from error
-            if not isinstance(found, torch.Tensor) or found.shape != (len(pixels), FEATURES):
-                raise ValueError(
-                    f"{self.path} must give [{len(pixels)}, {FEATURES}] features, got "
-                    f"{list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__}"
-                )
-            parts.append(found.double().numpy())
-            progress(rows.stop, len(images), what)
-        return np.concatenate(parts)
+        """[N, 2048] f64 of all images; tells `progress` how far it is, and `what` that is.
+
+        Raises:
+            ValueError: the network takes no such images, or gives no such features.
+        """
+        return in_batches(self._features, batch_size, what, progress, images)
+
+    def _features(self, images: np.ndarray) -> torch.Tensor:
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        try:
+            found = self.network(pixels.expand(-1, 3, -1, -1), return_features=True)
+        except RuntimeError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise ValueError(f"{self.path} must take images with return_features=True: {last}") from error
+        if not isinstance(found, torch.Tensor) or found.shape != (len(pixels), FEATURES):
+            raise ValueError(
+                f"{self.path} must give [{len(pixels)}, {FEATURES}] features, got "
+                f"{list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__}"
+            )
+        return found.double()
 
 
 def fid(

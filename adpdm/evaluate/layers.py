@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adpdm.evaluate.metrics import energies, sqnr_db
-from adpdm.nn import loaded_layers, quant_layers
-from adpdm.trajectory import own_containers
+from ..nn import loaded_layers, quant_layers
+from ..trajectory import own_containers
+from .metrics import energies, sqnr_db
 
 
 @torch.no_grad()

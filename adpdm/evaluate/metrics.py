@@ -13,7 +13,11 @@ def psnr(
     reference: Tensor,  # [...] float, in [-1, 1]
     test: Tensor,  # same shape
 ) -> float:
-    """Peak signal-to-noise ratio 10 log10(peak_to_peak^2 / mse) in dB, mse over all elements together."""
+    """Peak signal-to-noise ratio 10 log10(peak_to_peak^2 / mse) in dB, mse over all elements together.
+
+    Raises:
+        ValueError: for different shapes, and without elements.
+    """
     _, error = _energies(reference, test, "psnr")
     return sqnr_db(PEAK_TO_PEAK**2 * reference.numel(), float(error.sum()))
 
@@ -22,7 +26,11 @@ def psnr_per_image(
     reference: Tensor,  # [N, ...] float, in [-1, 1]
     test: Tensor,  # same shape
 ) -> np.ndarray:
-    """PSNR of every image in dB, [N] float64."""
+    """PSNR of every image in dB, [N] float64.
+
+    Raises:
+        ValueError: for different shapes, and without elements.
+    """
     _, error = _energies(reference, test, "psnr_per_image")
     elements = reference[0].numel() if len(reference) else 0
     return np.array([sqnr_db(PEAK_TO_PEAK**2 * elements, float(e)) for e in error])
@@ -32,7 +40,11 @@ def sqnr(
     reference: Tensor,  # [...] float
     test: Tensor,  # same shape
 ) -> float:
-    """Signal to quantization noise ratio 10 log10(sum reference^2 / sum (reference - test)^2) in dB."""
+    """Signal to quantization noise ratio 10 log10(sum reference^2 / sum (reference - test)^2) in dB.
+
+    Raises:
+        ValueError: for different shapes, and without elements.
+    """
     signal, error = _energies(reference, test, "sqnr")
     return sqnr_db(float(signal.sum()), float(error.sum()))
 
@@ -41,7 +53,11 @@ def sqnr_per_image(
     reference: Tensor,  # [N, ...] float
     test: Tensor,  # same shape
 ) -> np.ndarray:
-    """SQNR of every image in dB, [N] float64."""
+    """SQNR of every image in dB, [N] float64.
+
+    Raises:
+        ValueError: for different shapes, and without elements.
+    """
     signal, error = _energies(reference, test, "sqnr_per_image")
     return np.array([sqnr_db(float(s), float(e)) for s, e in zip(signal, error, strict=True)])
 
@@ -55,7 +71,11 @@ def pooled_sqnr(
 
 
 def energies(reference: Tensor, test: Tensor) -> tuple[float, float]:
-    """Sums of reference^2 and of (reference - test)^2, added in float64."""
+    """Sums of reference^2 and of (reference - test)^2, added in float64.
+
+    Raises:
+        ValueError: for different shapes, and without elements.
+    """
     signal, error = _energies(reference, test, "energies")
     return float(signal.sum()), float(error.sum())
 

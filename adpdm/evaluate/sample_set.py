@@ -14,8 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from adpdm.evaluate.guidance import GuidedDenoiser
-from adpdm.evaluate.sampling import (
+from ..files import replacing
+from ..fingerprint import fingerprint_of, named_tensors
+from ..nn.fusion import describe_fusion
+from ..schedulers import identity
+from ..trajectory import Conditioning, DenoiserCall, pick
+from .guidance import GuidedDenoiser
+from .sampling import (
     Progress,
     demand_images,
     generate,
@@ -23,11 +28,6 @@ from adpdm.evaluate.sampling import (
     shape_of_call,
     to_uint8,
 )
-from adpdm.files import replacing
-from adpdm.fingerprint import fingerprint_of, named_tensors
-from adpdm.nn.fusion import describe_fusion
-from adpdm.schedulers import identity
-from adpdm.trajectory import Conditioning, DenoiserCall, pick
 
 MANIFEST_NAME = "samples.json"
 # 1 did not know how the denoiser was called, nor the decoder; 2 not how it computes; 3 not what sets of two
@@ -43,6 +43,9 @@ class SampleSettings:
         num_images: of the whole set; a set may grow, its full files stay.
         chunk_size: images per file and per call of the denoiser. Rounding of a denoiser may depend on the
             batch, so it is fixed for a set, whatever the number of processes.
+
+    Raises:
+        ValueError: for a count below 1.
     """
 
     num_images: int
@@ -68,16 +71,20 @@ class SampleSet:
         """The set in a folder, complete or not.
 
         Raises:
-            ValueError: for a folder without a manifest of this format.
+            ValueError: for a folder without a manifest of this format, or with one that lacks something.
         """
         folder = Path(folder)
         file = folder / MANIFEST_NAME
         try:
             manifest = json.loads(file.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: no JSON, or no text
             raise ValueError(f"{folder} must be a folder that `adpdm dataset` wrote: {error}") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise ValueError(f"{file} must have format {FORMAT}, got {manifest!r:.80}")
+        if not _is_whole(manifest):
+            raise ValueError(
+                f"{file} must hold the settings, fingerprint and conditions of a set, got {manifest!r:.80}"
+            )
         return cls(folder, manifest)
 
     @property
@@ -179,6 +186,15 @@ def sample_set(
         if progress is not None:
             progress(done + 1, len(mine), "files of samples")
     return result
+
+
+def _is_whole(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest holds what `_begin` writes."""
+    try:
+        SampleSettings(**manifest["settings"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    return all(isinstance(manifest.get(name), str) for name in ("fingerprint", "conditions"))
 
 
 def _begin(folder: Path, settings: SampleSettings, fingerprint: str, conditions: str) -> SampleSet:

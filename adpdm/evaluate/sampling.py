@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from adpdm.schedulers import first_sample, model_input
-from adpdm.trajectory import Conditioning, DenoiserCall, call_denoiser
+from ..schedulers import first_sample, model_input
+from ..trajectory import Conditioning, DenoiserCall, call_denoiser
 
 IMAGE_CHANNELS = (1, 3)  # grey and colour; samples of other numbers of channels are latents
 Progress = Callable[[int, int, str], None]  # (done, total, what)
-StepObserver = Callable[[int, Tensor, Tensor, Tensor], None]  # (step_index, timestep, sample, noise_pred)
+# (number of the call, timestep of the scheduler, sample, noise_pred)
+StepObserver = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class GenerationResult:
 
     Args:
         samples: [N, *] f32, as the scheduler leaves them: images in [-1, 1] or a little beyond, or latents.
-        timesteps: [M] values given to the denoiser, in the order of its calls.
+        timesteps: [M] values given to the denoiser, in the order of its calls: those of the scheduler times
+            the factor of the call, some of them twice under schedulers that come back, as Heun's.
         seconds_per_step: [batches, M] wall time of one denoiser call and scheduler step of one batch.
     """
 
@@ -57,6 +59,8 @@ class Trajectory:
         shape: of one sample, (C, H, W), or (L, C) for packed latents.
         device: where the samples live.
         call: what denoisers are given besides samples, timestep and conditioning.
+
+    `timesteps` [M] are the scheduler's, one per call of a denoiser.
     """
 
     def __init__(
@@ -83,6 +87,12 @@ class Trajectory:
         if "generator" in accepted:
             self._step_arguments["generator"] = self.generators
 
+    @property
+    def given_timesteps(self) -> np.ndarray:
+        """[M] what the denoiser is given for `timesteps`."""
+        given: np.ndarray = self.call.given_timestep(self.timesteps).cpu().numpy()
+        return given
+
     def model_input(self, step_index: int) -> Tensor:
         """The sample as the denoiser wants it at this step (sigma schedulers scale it)."""
         return model_input(self.scheduler, self.sample, self.timesteps[step_index])
@@ -101,15 +111,21 @@ class Trajectory:
 
 
 def sample_shape(denoiser: Any) -> tuple[int, ...]:
-    """(C, H, W) from the denoiser's config."""
+    """(C, H, W) from the denoiser's config.
+
+    Raises:
+        ValueError: the config does not say it, or there is none.
+    """
     config = getattr(denoiser, "config", None)
     channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-    if channels is None or size is None:
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    if channels is None or len(sides) != 2:
         raise ValueError(
-            "generate: shape=(C, H, W) is needed, the denoiser has no config with in_channels and sample_size"
+            f"the shape of a sample must be given, by shape=(C, H, W) or by sample_shape of a DenoiserCall "
+            f"(--call), where the config of a denoiser does not say it; that of {type(denoiser).__name__} "
+            f"has in_channels {channels} and sample_size {size}"
         )
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(channels), int(height), int(width)
+    return int(channels), int(sides[0]), int(sides[1])
 
 
 def shape_of_call(call: DenoiserCall | None) -> tuple[int, ...] | None:
@@ -136,10 +152,34 @@ def rows_of(conditioning: Conditioning, rows: slice) -> Conditioning:
 
 
 def batches(total: int, batch_size: int) -> Iterator[slice]:
-    """Slices of at most `batch_size` that cover range(total)."""
+    """Slices of at most `batch_size` that cover range(total).
+
+    Raises:
+        ValueError: for a batch size below 1.
+    """
     if batch_size < 1:
-        raise ValueError(f"generate: batch_size must be at least 1, got {batch_size}")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     return (slice(i, min(i + batch_size, total)) for i in range(0, total, batch_size))
+
+
+def in_batches(
+    measure: Callable[..., Any], batch_size: int, what: str, progress: Progress, *sets: Any
+) -> np.ndarray:
+    """[N, ...] what `measure` says of N images, some at a time.
+
+    Args:
+        measure: takes as many images of each set, gives an array or a CPU tensor with a row for each.
+        what: is said to `progress`.
+        sets: [N, ...] each; image i of all of them is measured together.
+
+    Raises:
+        ValueError: for a batch size below 1.
+    """
+    parts = []
+    for rows in batches(len(sets[0]), batch_size):
+        parts.append(np.asarray(measure(*(images[rows] for images in sets))))
+        progress(rows.stop, len(sets[0]), what)
+    return np.concatenate(parts)
 
 
 def device_of(denoiser: Any) -> torch.device:
@@ -185,20 +225,23 @@ def generate(
         conditioning: keyword tensors with one row per image, such as encoder_hidden_states, or dicts of them.
         call: what else the denoiser is given, as for `adpdm.quantize`.
         first: number of the first image: images `first` .. `first + num_images - 1` of the seed are sampled.
-        on_step: sees (step_index, timestep, model input [B, *], noise_pred) of every step.
+        on_step: sees (number, timestep of the scheduler, model input [B, *], noise_pred) of every call.
 
     Returns:
         Samples in image order. Another batch size gives the same images up to the denoiser's own rounding.
+
+    Raises:
+        ValueError: for no images, a batch size below 1, and where nothing says the shape of a sample.
     """
     if num_images < 1:
         raise ValueError(f"generate: num_images must be at least 1, got {num_images}")
     shape, device = shape or shape_of_call(call) or sample_shape(denoiser), device_of(denoiser)
     seeds, slices = image_seeds(seed, num_images, first), list(batches(num_images, batch_size))
-    samples, seconds, timesteps = [], [], np.zeros(0)
+    samples, seconds, given = [], [], np.zeros(0)
     for number, rows in enumerate(slices):
         path = Trajectory(scheduler, num_inference_steps, seeds[rows], shape, device, call)
         extra = rows_of(conditioning or {}, rows)
-        timesteps, row = path.timesteps.cpu().numpy(), []
+        given, row = path.given_timesteps, []
         for k, timestep in enumerate(path.timesteps):
             start = time.perf_counter()
             model_input = path.model_input(k)
@@ -208,7 +251,7 @@ def generate(
             if on_step is not None:
                 on_step(k, timestep, model_input, noise_pred)
             if progress is not None:
-                progress(number * len(timesteps) + k + 1, len(slices) * len(timesteps), "sampling")
+                progress(number * len(given) + k + 1, len(slices) * len(given), "sampling")
         samples.append(path.sample.float())
         seconds.append(row)
-    return GenerationResult(torch.cat(samples), timesteps, np.array(seconds))
+    return GenerationResult(torch.cat(samples), given, np.array(seconds))

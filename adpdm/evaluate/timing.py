@@ -44,6 +44,9 @@ def time_pair(
     """Runs two denoiser calls on `batch_size` images in turn, the order swapped from pair to pair.
 
     Returns: medians and paired ratios of wall time; the clock waits for a CUDA device.
+
+    Raises:
+        ValueError: for less than one pair.
     """
     if num_pairs < 1:
         raise ValueError(f"time_pair: num_pairs must be at least 1, got {num_pairs}")

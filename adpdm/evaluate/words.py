@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from adpdm.evaluate.comparison import FRECHET_NAME, KERNEL_NAME, EvaluationResult
-from adpdm.evaluate.distance import SetDistance
-from adpdm.evaluate.frechet import FrechetResult
-from adpdm.evaluate.kernel import KernelResult
+from .comparison import FRECHET_NAME, KERNEL_NAME, EvaluationResult
+from .distance import SetDistance
+from .frechet import FrechetResult
+from .kernel import KernelResult
 
 
 def evaluation_rows(result: EvaluationResult) -> dict[str, str]:

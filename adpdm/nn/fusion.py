@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import AttentionProducts
-from ..quantizers.activation import Mode
 from .adapters import BASE
 from .coded import BlockPlan
 from .layers import QuantLayer
@@ -167,9 +166,6 @@ class FusedBlock:
         for module in self._modules[1:]:
             if "forward" in module.__dict__:
                 return False
-        for quantizer in self._quantizers:
-            if quantizer.mode is not Mode.FLOAT:
-                return False
         return all(p.block.__dict__.get("forward") is p and p.applies() for p in self._parts)
 
     def _has_gradient(self, inputs: Sequence[Tensor | None]) -> bool:
@@ -189,8 +185,6 @@ class FusedBlock:
                 return f"{kind} has hooks"
             if module is not self.block and "forward" in module.__dict__:
                 return f"the forward of {kind} was replaced"
-        if any(q.mode is not Mode.FLOAT for q in self._quantizers):
-            return "a quantizer is not in integer mode"
         return next((sentence for part in self._parts if (sentence := self._reason_of(part))), "")
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from ..quantizers.weight import WeightQuantizer
 from ..step import StepState
 from .coded import CodedConv2d, CodedLayer, CodedLinear
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class QuantLayer(CodedLayer):
     """What both layers share: one activation quantizer per input segment, and the weight in two forms.
@@ -19,27 +23,45 @@ class QuantLayer(CodedLayer):
     Until `freeze`, `weight` is the float original; after it, integer codes as saved (int8, or packed int4).
     """
 
-    def setup(
-        self, bits: tuple[int, int], num_groups: int, slot: int, step: StepState, split: int | None
-    ) -> None:
-        """Add quantizers of bits (weight, activation); slots count up from `slot`, one per segment."""
-        self.set_up_weight(WeightQuantizer(bits[0], split), step.table.device)
+    channel_dim: int  # dimension of the input that holds the channels
+    input_quantizers: nn.ModuleList
+    bias_shift: Tensor | None  # [O], joins the bias when the layer is frozen
+    _codes: Tensor | None  # [O, C, *] i8, until they become the weight
+    _fake_weight: Tensor | None  # [O, C, *] float, the values of `_codes`
+
+    @classmethod
+    def of(
+        cls,
+        layer: nn.Conv2d | nn.Linear,
+        bits: tuple[int, int],
+        num_groups: int,
+        slot: int,
+        step: StepState,
+        split: int | None,
+    ) -> Self:
+        """Take over a float layer; its parameters are shared, not copied.
+
+        Args:
+            bits: of the weight, and of the activations.
+            slot: of the first input quantizer; slots count up, one per segment.
+            split: input channels of the first segment, None for a single segment.
+        """
+        twin = cls.taking_over(layer)
+        twin.set_up_weight(WeightQuantizer(bits[0], split), step.table.device)
         segments = 1 if split is None else 2
-        self.input_quantizers = nn.ModuleList(
+        twin.input_quantizers = nn.ModuleList(
             ActivationQuantizer(bits[1], num_groups, slot + s, step) for s in range(segments)
         )
-        self.bias_shift: Tensor | None = None  # [O], joins the bias when the layer is frozen
-        self._codes: Tensor | None = None  # [O, C, *] i8, until they become the weight
-        self._fake_weight: Tensor | None = None
+        twin.bias_shift = twin._codes = twin._fake_weight = None
+        return twin
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W] or [*, K] float to the result of the layer, of the same dtype."""
+        return self.with_gradient(x) if self.is_frozen else self.matmul(x)
 
     @property
     def quantizers(self) -> list[ActivationQuantizer]:
         return list(self.input_quantizers)  # type: ignore[arg-type]
-
-    @property
-    def channel_dim(self) -> int:
-        """Dimension of the input that holds the channels."""
-        raise AssertionError("a subclass says where its channels are")
 
     def split_input(self, x: Tensor) -> list[Tensor]:
         """The input segments of x, views."""
@@ -89,11 +111,6 @@ class QuantLayer(CodedLayer):
         self._codes = self._fake_weight = None
         super()._become_integer(stored)
 
-    @property
-    def runs_in_integers(self) -> bool:
-        """Frozen, and not put back to floats by a mode."""
-        return self.is_frozen and all(q.mode is Mode.FLOAT for q in self.quantizers)
-
     def integer(self, x: Tensor) -> Tensor:
         """The layer in integers, without anything fused."""
         packed = self.packed(x.device)
@@ -110,14 +127,14 @@ class QuantLayer(CodedLayer):
         if len(quantizers) == 1:
             return quantizers[0](x)  # type: ignore[no-any-return]
         parts = self.split_input(x)
-        if quantizers[0].mode in (Mode.FLOAT, Mode.OBSERVE):
+        if not quantizers[0].mode.quantizes:
             for quantizer, part in zip(quantizers, parts, strict=True):
                 quantizer(part)
             return x
         return torch.cat([q(p) for q, p in zip(quantizers, parts, strict=True)], self.channel_dim)
 
     def matmul(self, x: Tensor) -> Tensor:
-        """The float form of the layer, by the mode of its quantizers."""
+        """The layer before it is frozen, by the mode of its quantizers."""
         return self.multiply(self.fake_input(x), self.effective_weight(), self.effective_bias())
 
     def output_shift(self, x: Tensor) -> Tensor:
@@ -156,21 +173,14 @@ class QuantLayer(CodedLayer):
             quantizer.mode = mode
 
     def effective_bias(self) -> Tensor | None:
-        """The bias of the float path, by the mode: corrected where the weight is quantized."""
-        if (
-            self.bias is None
-            or self.bias_shift is None
-            or self.quantizers[0].mode in (Mode.FLOAT, Mode.OBSERVE)
-        ):
+        """The bias that `matmul` adds, by the mode: corrected where the weight is quantized."""
+        if self.bias is None or self.bias_shift is None or not self.quantizers[0].mode.quantizes:
             return self.bias
         return self.bias + self.bias_shift
 
     def effective_weight(self) -> Tensor:
-        """The weight that the float path multiplies with, by the mode."""
-        quantized = self.quantizers[0].mode in (Mode.FAKE, Mode.MIXTURE)
-        if self.is_frozen:
-            return self.dequantized_weight()
-        if not quantized:
+        """The weight that `matmul` multiplies with, by the mode."""
+        if not self.quantizers[0].mode.quantizes:
             return self.weight
         assert self._fake_weight is not None, "quantize_weight comes before the fake-quantized forward"
         return self._fake_weight
@@ -179,50 +189,10 @@ class QuantLayer(CodedLayer):
 class QuantConv2d(QuantLayer, CodedConv2d):
     """Group-quantized twin of nn.Conv2d: [N, C, H, W] float to [N, O, Ho, Wo] of the same dtype."""
 
-    @classmethod
-    def of(
-        cls,
-        layer: nn.Conv2d,
-        bits: tuple[int, int],
-        num_groups: int,
-        slot: int,
-        step: StepState,
-        split: int | None,
-    ) -> QuantConv2d:
-        """Take over a float convolution; its parameters are shared, not copied."""
-        twin = cls.taking_over(layer)
-        twin.setup(bits, num_groups, slot, step, split)
-        return twin
-
-    @property
-    def channel_dim(self) -> int:
-        return 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.with_gradient(x) if self.runs_in_integers else self.matmul(x)
+    channel_dim = 1
 
 
 class QuantLinear(QuantLayer, CodedLinear):  # type: ignore[misc]  # torch types the bias as never None
     """Group-quantized twin of nn.Linear: [*, K] float to [*, O] of the same dtype."""
 
-    @classmethod
-    def of(
-        cls,
-        layer: nn.Linear,
-        bits: tuple[int, int],
-        num_groups: int,
-        slot: int,
-        step: StepState,
-        split: int | None,
-    ) -> QuantLinear:
-        """Take over a float linear layer; its parameters are shared, not copied."""
-        twin = cls.taking_over(layer)
-        twin.setup(bits, num_groups, slot, step, split)
-        return twin
-
-    @property
-    def channel_dim(self) -> int:
-        return -1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.with_gradient(x) if self.runs_in_integers else self.matmul(x)
+    channel_dim = -1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,6 @@ class LoadedLayer(CodedLayer):
     """A layer whose scales come from its weight, and whose inputs stay float or are measured at each call."""
 
     activation_bits: int | None
-    takes_channels_last = False
 
     @classmethod
     def of(cls, layer: nn.Conv2d | nn.Linear, bits: tuple[int, int | None]) -> LoadedLayer:
@@ -69,11 +70,9 @@ class LoadedLayer(CodedLayer):
         assert self.activation_bits is not None
         packed = self.packed(x.device)
         q = measure(x, self.activation_bits)
-        codes = quantize(x, q, self.takes_channels_last)
+        codes = quantize(x, q, packed.reads_channels_last)
         segment = ops.Segment(codes, q.scale, q.zero_point, q.group_index, *packed.weights[0])
-        if isinstance(packed.outputs, int):
-            return ops.linear([segment], packed.epilogue, packed.outputs, packed.weight_bits, x.dtype)
-        return ops.conv2d([segment], packed.epilogue, packed.outputs, packed.weight_bits, x.dtype)
+        return packed.run([segment], packed.epilogue, x.dtype)
 
     def extra_repr(self) -> str:
         activations = "float" if self.activation_bits is None else f"{self.activation_bits} bits, measured"
@@ -82,8 +81,6 @@ class LoadedLayer(CodedLayer):
 
 class LoadedConv2d(LoadedLayer, CodedConv2d):
     """Quantized twin of nn.Conv2d without calibration."""
-
-    takes_channels_last = True
 
 
 class LoadedLinear(LoadedLayer, CodedLinear):  # type: ignore[misc]  # torch types the bias as never None
@@ -114,12 +111,10 @@ def measure(x: Tensor, num_bits: int) -> ops.OutputQuantizer:
 
 def load_layer(model: nn.Module, name: str, bits: tuple[int, int | None]) -> LoadedLayer:
     """Replace the Conv2d or Linear `name` by its twin, which waits for its codes."""
-    parent_name, _, child_name = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    layer = getattr(parent, child_name)
+    layer: Any = model.get_submodule(name)
     kind = LoadedConv2d if isinstance(layer, nn.Conv2d) else LoadedLinear
     twin = kind.of(layer, bits)
-    setattr(parent, child_name, twin)
+    model.set_submodule(name, twin)
     return twin
 
 

@@ -33,6 +33,11 @@ class Packed:
     def device(self) -> torch.device:
         return self.weights[0][0].device
 
+    @property
+    def reads_channels_last(self) -> bool:
+        """Whether codes are wanted in this memory format, as by convolutions."""
+        return not isinstance(self.outputs, int)
+
     @cached_property
     def known(self) -> list[tuple[Tensor, ...]]:
         """What a segment consists of besides codes."""
@@ -41,8 +46,8 @@ class Packed:
 
     def quantize(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Codes i8 of float input segments, as the layer reads them."""
-        last = isinstance(self.outputs, ops.ConvGeometry)
-        return [quantize(part, q, last) for part, q in zip(parts, self.quantizers, strict=True)]
+        pairs = zip(parts, self.quantizers, strict=True)
+        return [quantize(part, q, self.reads_channels_last) for part, q in pairs]
 
     def __call__(
         self,
@@ -55,6 +60,16 @@ class Packed:
         known = derived(self, "known")
         segments = [ops.Segment(part, *rest) for part, rest in zip(codes, known, strict=True)]
         end = ops.Epilogue(self.epilogue.bias, **epilogue) if epilogue else self.epilogue
+        return self.run(segments, end, dtype, geometry)
+
+    def run(
+        self,
+        segments: Sequence[ops.Segment],
+        end: ops.Epilogue,
+        dtype: torch.dtype,
+        geometry: ops.ConvGeometry | None = None,
+    ) -> Tensor:
+        """The operator of the layer's kind; arguments as of `__call__`."""
         if isinstance(self.outputs, int):
             return ops.linear(segments, end, self.outputs, self.weight_bits, dtype)
         return ops.conv2d(segments, end, geometry or self.outputs, self.weight_bits, dtype)
@@ -109,15 +124,12 @@ def _joined_bias(layers: Sequence[CodedLayer]) -> Tensor | None:
 
 def agree(first: QuantLayer, second: QuantLayer) -> bool:
     """Whether two layers give one input the same codes at every step, and so can share them."""
-    pairs = list(zip(first.quantizers, second.quantizers, strict=False))
+    if not len(first.quantizers) == len(second.quantizers) == 1:
+        return False
+    a, b = first.quantizers[0], second.quantizers[0]
     return (
-        len(first.quantizers) == len(second.quantizers) == 1
-        and first.weight_quantizer.num_bits == second.weight_quantizer.num_bits
-        and all(
-            a.num_bits == b.num_bits
-            and torch.equal(a.scale, b.scale)
-            and torch.equal(a.zero_point, b.zero_point)
-            and torch.equal(a.table, b.table)
-            for a, b in pairs
-        )
+        first.bits == second.bits
+        and torch.equal(a.scale, b.scale)
+        and torch.equal(a.zero_point, b.zero_point)
+        and torch.equal(a.table, b.table)
     )

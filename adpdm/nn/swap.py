@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..config import QuantConfig
 from ..step import StepState
 from .layers import QuantConv2d, QuantLayer, QuantLinear
+from .loaded import runs_on_kernels
 
 # The embedding path sees a finite set of inputs, one per timestep (method.md section 8): full precision.
 EMBEDDING_PATTERNS = (
@@ -28,6 +29,8 @@ EMBEDDING_PATTERNS = (
     "*norm*.linear",
     "proj_out_1",  # scale and shift of the last norm of DiT
 )
+# Of exactly these: who derives from them may compute something else, or read the weight without a call.
+LAYER_CLASSES = (nn.Conv2d, nn.Linear)
 INPUT_OUTPUT_NAMES = ("conv_in", "conv_out", "proj_out", "pos_embed.proj", "x_embedder", "proj_out_2")
 
 
@@ -120,9 +123,10 @@ def describe_layers(
     names = {module: name for name, module in _layers(denoiser)}
     recorder = _CatRecorder()
 
-    def after_layer(module: nn.Module, args: Any, output: Tensor) -> None:
+    def after_layer(module: nn.Module, args: Any, output: Any) -> None:
         assert isinstance(module, nn.Conv2d | nn.Linear)
-        macs[names[module]] = macs.get(names[module], 0) + _layer_macs(module, output)
+        work = _layer_macs(module, output) if isinstance(output, Tensor) else 0  # of a forward of its own
+        macs[names[module]] = macs.get(names[module], 0) + work
 
     def before_module(module: nn.Module, args: tuple[Any, ...]) -> None:
         first = recorder.split_of(args[0]) if args else None
@@ -148,12 +152,7 @@ def _decide(
     denoiser: nn.Module, config: QuantConfig, macs: dict[str, int], splits: dict[str, int]
 ) -> list[LayerInfo]:
     found = dict(_layers(denoiser))
-    for pattern in config.modules_to_not_convert:
-        if not fnmatch.filter(found, pattern):
-            raise ValueError(
-                f"modules_to_not_convert: pattern {pattern!r} matches no layer; "
-                f"layers are e.g. {sorted(found)[:5]}"
-            )
+    excluded(found, config.modules_to_not_convert)  # refuses patterns that name nothing
     # In the order they run, so that reports follow the data and errors name the first layer concerned.
     order = {name: i for i, name in enumerate(macs)}
     infos = []
@@ -175,18 +174,50 @@ def _bits(name: str, config: QuantConfig) -> tuple[int, int]:
 
 
 def reason_to_keep(name: str, layer: nn.Conv2d | nn.Linear, config: QuantConfig, runs: bool) -> str:
-    """Why a layer stays in full precision; empty when it is quantized."""
-    if any(fnmatch.fnmatch(name, pattern) for pattern in config.modules_to_not_convert):
+    """Why a layer stays in full precision; empty when it is quantized.
+
+    Args:
+        runs: whether a forward pass was seen to reach it.
+    """
+    if any(_means(pattern, name) for pattern in config.modules_to_not_convert):
         return "excluded by modules_to_not_convert"
     if any(fnmatch.fnmatch(name, pattern) for pattern in EMBEDDING_PATTERNS):
         return "embedding path"
     if name in INPUT_OUTPUT_NAMES and config.input_output_bits is None:
         return "input or output layer"
+    if type(layer) not in LAYER_CLASSES:
+        return f"{type(layer).__name__} derives from a layer and may have a forward of its own"
+    if not runs_on_kernels(layer):
+        return f"padding {layer.padding!r} with mode {layer.padding_mode!r} is not supported"
     if not runs:
         return "not reached by the traced forward pass"
-    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-        return f"padding {layer.padding!r} with mode {layer.padding_mode!r} is not supported"
     return ""
+
+
+def excluded(layers: Collection[str], patterns: Iterable[str]) -> set[str]:
+    """Names of the layers that stay float by `modules_to_not_convert`.
+
+    A pattern is the name of a layer, of a module with layers inside, or any part of a dotted name; `*`, `?`
+    and `[...]` mean in it what they do in a shell.
+
+    Raises:
+        ValueError: for a pattern that matches no layer.
+    """
+    kept: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in layers if _means(pattern, name)}
+        if not found:
+            raise ValueError(
+                f"modules_to_not_convert: pattern {pattern!r} matches no layer; "
+                f"layers are e.g. {sorted(layers)[:5]}"
+            )
+        kept |= found
+    return kept
+
+
+def _means(pattern: str, layer: str) -> bool:
+    """Whether a pattern of `excluded` means a layer."""
+    return fnmatch.fnmatchcase(f".{layer}.", f"*.{pattern}.*")
 
 
 def swap_layers(

@@ -16,12 +16,17 @@ from ..step import StepState
 
 
 class Mode(Enum):
-    """What an activation quantizer does to what passes through."""
+    """What an activation quantizer does to what passes through, until its layer is frozen."""
 
     FLOAT = "float"  # nothing
     OBSERVE = "observe"  # record, pass on
     FAKE = "fake"  # quantize and dequantize by the current group
     MIXTURE = "mixture"  # importance-weighted sum over all groups
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the layer computes with quantized values, its weight included."""
+        return self in (Mode.FAKE, Mode.MIXTURE)
 
 
 class Importance(nn.Module):
@@ -177,4 +182,4 @@ class ActivationQuantizer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"bits={self.num_bits}, groups={self.num_groups}, mode={self.mode.value}"
+        return f"bits={self.num_bits}, groups={self.num_groups}"

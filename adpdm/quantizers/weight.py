@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..qparams import weight_codes, weight_scale_mse
-from ..reference import pack_int4, unpack_int4
+from ..reference import int4_row_bytes
 
 INT4_BITS = 4  # up to here two codes share a byte
 
@@ -31,14 +31,17 @@ class WeightQuantizer:
     num_bits: int
     split: int | None = None
 
-    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [O, C, *] i8 and scales [S, O] f32 of weight [O, C, *] float."""
-        codes, scales = [], []
-        for part in self.segments(weight):
-            scale = weight_scale_mse(part, self.num_bits)
-            codes.append(weight_codes(part, scale, self.num_bits))
-            scales.append(scale)
-        return torch.cat(codes, 1), torch.stack(scales)
+    def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Nearest codes [O, C, *] i8 of weight [O, C, *] float, and their scales [S, O] f32.
+
+        Args:
+            scales: None for those of least error.
+        """
+        parts = self.segments(weight)
+        if scales is None:
+            scales = torch.stack([weight_scale_mse(part, self.num_bits) for part in parts])
+        pairs = zip(parts, scales, strict=True)
+        return torch.cat([weight_codes(part, scale, self.num_bits) for part, scale in pairs], 1), scales
 
     def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
         """Weight values [O, C, *] f32 of codes [O, C, *] i8 and scales [S, O]."""
@@ -48,20 +51,19 @@ class WeightQuantizer:
 
     def store(self, codes: Tensor) -> Tensor:
         """Codes as they are saved: int8 as they are, or packed [O, ceil(K/32) * 16] u8 up to 4 bits."""
-        return pack_int4(codes.flatten(1)) if stored_in_int4(self.num_bits) else codes
+        return ops.pack_int4(codes.flatten(1)) if stored_in_int4(self.num_bits) else codes
 
     def restore(self, stored: Tensor, shape: torch.Size) -> Tensor:
         """Inverse of `store` for codes of `shape`."""
         if not stored_in_int4(self.num_bits):
             return stored
-        return unpack_int4(stored, int(torch.Size(shape[1:]).numel())).view(shape)
+        return ops.unpack_int4(stored, int(torch.Size(shape[1:]).numel())).view(shape)
 
     def stored_shape(self, shape: torch.Size) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype that `store` gives for codes of `shape`."""
         if not stored_in_int4(self.num_bits):
             return tuple(shape), torch.int8
-        columns = torch.Size(shape[1:]).numel()
-        return (shape[0], (columns + 31) // 32 * 16), torch.uint8
+        return (shape[0], int4_row_bytes(torch.Size(shape[1:]).numel())), torch.uint8
 
     def segments(self, tensor: Tensor) -> list[Tensor]:
         """Split along the input channels (dim 1)."""

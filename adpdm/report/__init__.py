@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adpdm.files import replacing
-from adpdm.report.data import (
+from ..files import replacing
+from .data import (
     ComparisonRow,
     Coverage,
     GroupMap,
@@ -21,7 +21,7 @@ from adpdm.report.data import (
     StepCurve,
     StepTime,
 )
-from adpdm.report.page import render
+from .page import render
 
 __all__ = [
     "ComparisonRow",

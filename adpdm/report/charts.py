@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adpdm.report.formats import plain_number
-from adpdm.report.markup import Html, join, tag
+from .formats import plain_number
+from .markup import Html, join, tag
 
 NAME_WIDTH = 6.4  # of one character of a layer name at the 10.5 px of the style sheet's monospaced font
 
@@ -90,11 +90,11 @@ def x_axis(scale: Scale, top: float, bottom: float) -> Html:
 def step_axis(timesteps: np.ndarray, left: float, cell: float, y: float, title: bool = True) -> Html:
     """Timesteps below columns of width `cell`, some of them labelled, noisy and clean named at the ends."""
     count = len(timesteps)
-    every = max(1, math.ceil(44 / cell))  # 44 px: a four-digit label and air
+    every = max(1, math.ceil(44 / cell))  # 44 px: a label of four digits, their point, and air
     marks = [k for k in range(count) if k % every == 0]
     right = left + count * cell
     parts = [
-        text(left + (k + 0.5) * cell, y + 16, plain_number(float(timesteps[k])), "middle") for k in marks
+        text(left + (k + 0.5) * cell, y + 16, plain_number(float(timesteps[k]), 4), "middle") for k in marks
     ]
     if title:
         parts.append(text(left, y + 36, "← noisy"))

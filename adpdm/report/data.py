@@ -18,6 +18,9 @@ class ImageSet:
         reference, quantized: [N, H, W, 1 or 3] uint8.
         psnr_db: of all images pooled; None when it was not measured.
         note: one sentence more for the caption.
+
+    Raises:
+        ValueError: for images of other shapes or dtypes, or none.
     """
 
     name: str
@@ -48,12 +51,15 @@ class GroupMap:
     Args:
         name: of the configuration.
         layer_names: L, in the order of the network.
-        timesteps: [T], noisiest first.
+        timesteps: [T] different ones as given to the denoiser, noisiest first.
         group_index: [L, T] integer.
         num_groups: G.
         moved_share: share of (layer, step) entries that left the group the dynamic programming gave them.
         gains_db: by which the partition lowers the quantization error of the layers' inputs against one range
             for all steps: median, largest, and the median of what a range for every step would gain.
+
+    Raises:
+        ValueError: for arrays of other shapes, and groups that there are not.
     """
 
     name: str
@@ -87,6 +93,9 @@ class LayerRange:
         observed: [T, 2] smallest and largest activation of each step.
         covered: [T, 2] range of the quantizer of that step's group.
         group_index: [T] integer.
+
+    Raises:
+        ValueError: for arrays of other shapes.
     """
 
     layer_name: str
@@ -109,6 +118,9 @@ class LayerSqnr:
         name: of the configuration.
         layer_names: L, in the order of the network.
         sqnr_db: [L].
+
+    Raises:
+        ValueError: for an array of another shape.
     """
 
     name: str
@@ -121,14 +133,18 @@ class LayerSqnr:
 
 @dataclass(frozen=True)
 class StepCurve:
-    """SQNR of the noise prediction at every step.
+    """SQNR of the noise prediction at every call of the denoiser.
 
     Args:
         name: such as "W8A8, same input".
-        timesteps: [T], noisiest first; equal for all curves of a report.
-        sqnr_db: [T].
+        timesteps: [M] as given to the denoiser, in the order of its calls, some twice under schedulers
+            that come back; equal for all curves of a report.
+        sqnr_db: [M].
         is_dashed: drawn dashed; the caption calls solid "same input" and dashed "own trajectory".
         family: curves of one family share a colour; empty takes the name.
+
+    Raises:
+        ValueError: for an array of another shape.
     """
 
     name: str
@@ -150,6 +166,9 @@ class StepCorrection:
         timesteps: [T], noisiest first.
         weights: [T, 2] of prediction and sample; 1 and 0 where a step is left alone.
         energy_left: [T] squared error of the prediction with the correction over that without.
+
+    Raises:
+        ValueError: for arrays of other shapes.
     """
 
     name: str
@@ -175,6 +194,9 @@ class SelectionTrace:
             or None.
         score: [R, T] surrogate that the choice maximised; or None for methods without one.
         mmd: [R] maximum mean discrepancy between all and chosen steps after the round; or None.
+
+    Raises:
+        ValueError: for arrays of other shapes, and steps that there are not.
     """
 
     method: str
@@ -250,7 +272,11 @@ class SampleScore:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Bytes of the weights of one model; the first of a report is the original."""
+    """Bytes of the weights of one model; the first of a report is the original.
+
+    Raises:
+        ValueError: for less than a byte.
+    """
 
     name: str
     num_bytes: int
@@ -329,6 +355,9 @@ class ReportData:
         config: settings as a flat or nested mapping of plain values.
         max_importance: largest importance weight before hardening, mean over (layer, step), of the first map.
         notes: sentences on what is missing or unusual.
+
+    Raises:
+        ValueError: for curves over different timesteps.
     """
 
     title: str

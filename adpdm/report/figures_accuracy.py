@@ -7,8 +7,8 @@ from itertools import groupby
 
 import numpy as np
 
-from adpdm.report import charts
-from adpdm.report.data import (
+from . import charts
+from .data import (
     ComparisonRow,
     LayerSqnr,
     ModelSize,
@@ -17,10 +17,10 @@ from adpdm.report.data import (
     StepCurve,
     StepTime,
 )
-from adpdm.report.figures_groups import WIDTH, simple_table
-from adpdm.report.formats import data_size, decimal, duration, percent, plain_number, with_spread
-from adpdm.report.markup import Html, join, tag
-from adpdm.report.style import SERIES_LIGHT
+from .figures_groups import WIDTH, simple_table
+from .formats import data_size, decimal, duration, percent, plain_number, with_spread
+from .markup import Html, join, tag
+from .style import SERIES_LIGHT
 
 HIGHLIGHT = "search"  # the method of the paper; the other groupings are what it is measured against
 
@@ -53,26 +53,26 @@ def step_legend(curves: Sequence[StepCurve]) -> Html:
 
 
 def step_chart(curves: Sequence[StepCurve]) -> Html:
-    """SQNR of the noise prediction over the trajectory, one line per curve."""
+    """SQNR of the noise prediction over the trajectory, a column per call, one line per curve."""
     timesteps, families = curves[0].timesteps, curve_families(curves)
-    steps = len(timesteps)
+    calls = len(timesteps)
     left, right, top, bottom = 52.0, WIDTH - 8, 12.0, 312.0
     y = charts.Scale(*charts.padded(np.concatenate([c.sqnr_db for c in curves])), bottom, top)
-    cell = (right - left) / max(1, steps)
-    centres = [left + (k + 0.5) * cell for k in range(steps)]
+    cell = (right - left) / max(1, calls)
+    centres = [left + (k + 0.5) * cell for k in range(calls)]
     parts = [charts.y_axis(y, left, right), charts.text(left + 6, top + 10, "dB")]
     for c in curves:
         line = charts.path(
             centres, [y(float(v)) for v in c.sqnr_db], "curve dash" if c.is_dashed else "curve"
         )
         parts.append(tag("g", line, class_=series_class(families[c.family or c.name])))
-    for k in range(steps):
+    for k in range(calls):
         values = "".join(f"\n{c.name}: {decimal(float(c.sqnr_db[k]))} dB" for c in curves)
-        tip = f"step {k}, timestep {plain_number(float(timesteps[k]))}{values}"
+        tip = f"call {k}, timestep {plain_number(float(timesteps[k]))}{values}"
         box = {"x": left + k * cell, "y": top, "width": cell, "height": bottom - top}
         parts.append(tag("rect", class_="hot", data_tip=tip, **box))
     parts.append(charts.step_axis(timesteps, left, cell, bottom))
-    return charts.svg(WIDTH, bottom + 44, "SQNR of the noise prediction at every timestep", *parts)
+    return charts.svg(WIDTH, bottom + 44, "SQNR of the noise prediction at every call", *parts)
 
 
 def step_table(curves: Sequence[StepCurve]) -> Html:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from adpdm.report import charts
-from adpdm.report.data import GroupMap, LayerRange, SelectionTrace
-from adpdm.report.formats import decimal, plain_number
-from adpdm.report.markup import Html, tag
-from adpdm.report.style import group_colours
+from . import charts
+from .data import GroupMap, LayerRange, SelectionTrace
+from .formats import decimal, plain_number
+from .markup import Html, tag
+from .style import group_colours
 
 WIDTH = 1200.0  # units of a figure as wide as the page: one unit is one CSS pixel there
 HALF = 576.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adpdm.report.data import Coverage, LayerRun
-from adpdm.report.formats import MISSING, percent
-from adpdm.report.markup import Html, tag
+from .data import Coverage, LayerRun
+from .formats import MISSING, percent
+from .markup import Html, tag
 
 
 def run_sentence(coverage: Coverage) -> str:

@@ -50,6 +50,6 @@ def percent(share: float | None, digits: int = 1) -> str:
     return MISSING if share is None else f"{100 * share:.{digits}f}{SPACE}%"
 
 
-def plain_number(value: float) -> str:
+def plain_number(value: float, digits: int = 6) -> str:
     """A tick label: no trailing zeros."""
-    return f"{value:.6g}".replace("-", "−")
+    return f"{value:.{digits}g}".replace("-", "−")

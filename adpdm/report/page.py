@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adpdm.report import charts, images
-from adpdm.report import figures_accuracy as accuracy
-from adpdm.report import figures_groups as groups
-from adpdm.report import figures_layers as layers
-from adpdm.report.data import Coverage, GroupMap, ImageSet, ReportData, SelectionTrace
-from adpdm.report.formats import decimal, percent
-from adpdm.report.markup import Child, Html, join, tag
-from adpdm.report.style import SCRIPT, style_sheet
+from . import charts, images
+from . import figures_accuracy as accuracy
+from . import figures_groups as groups
+from . import figures_layers as layers
+from .data import Coverage, GroupMap, ImageSet, ReportData, SelectionTrace
+from .formats import decimal, percent
+from .markup import Child, Html, join, tag
+from .style import SCRIPT, style_sheet
 
 SOFT_LIMIT = 0.9  # method.md section 6: below this importance weight hardening changes the model noticeably
 
@@ -230,7 +230,10 @@ def _accuracy(data: ReportData) -> Html:
         parts.append(tag("figure", table, tag("figcaption", tag("b", "Final samples."), words)))
     if data.step_curves:
         same = any(c.is_dashed for c in data.step_curves)
+        timesteps = data.step_curves[0].timesteps
         words = " Higher is better; 6 dB are one bit."
+        if len(set(timesteps.tolist())) < len(timesteps):
+            words += " The sampler calls the model more than once at a timestep, and every call is a column."
         if same:
             words += (
                 " Solid: both models see the full-precision samples, so this is the error one step makes. "
@@ -245,7 +248,7 @@ def _accuracy(data: ReportData) -> Html:
                     _scroll(accuracy.step_chart(data.step_curves), "SQNR per step"),
                     class_="card",
                 ),
-                tag("figcaption", tag("b", "Noise prediction against full precision, per timestep."), words),
+                tag("figcaption", tag("b", "Noise prediction against full precision, call by call."), words),
                 _table(accuracy.step_table(data.step_curves), "The numbers"),
             )
         )

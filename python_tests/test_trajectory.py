@@ -1,0 +1,56 @@
+"""How a denoiser is called: what the fingerprint of a call tells apart, and samplers with other steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch.utils._pytree import tree_flatten
+
+from adpdm import DenoiserCall
+from adpdm.fingerprint import fingerprint_of, named_tensors
+from adpdm.testing import ONE_BLOCK, tiny_unet
+from adpdm.trajectory import Sampler
+
+
+def test_fingerprint_tells_schedules_of_tensors_apart() -> None:
+    schedules: list[dict[str, Any]] = [
+        {"sigmas": torch.tensor([1.0, 0.5])},
+        {"sigmas": torch.tensor([1.0, 0.9])},
+        {"sigmas": torch.tensor([1.0, 0.5], dtype=torch.float64)},
+        {"timesteps": torch.tensor([1.0, 0.5])},
+        {"sigmas": [1.0, 0.5]},
+    ]
+    found = [DenoiserCall(schedule=schedule).fingerprint for schedule in schedules]
+    assert len(set(found)) == len(schedules)
+    assert DenoiserCall(schedule={"sigmas": torch.tensor([1.0, 0.5])}).fingerprint == found[0]
+    constant = DenoiserCall(constants={"sigmas": torch.tensor([1.0, 0.5])})
+    assert constant.fingerprint not in found
+
+
+def test_fingerprint_without_tensors_in_the_schedule_is_that_of_saved_searches_and_samples() -> None:
+    """Format 4 of sample sets: constants by their bytes, all else in words."""
+    constants = {"ids": torch.arange(3), "flag": True}
+    call = DenoiserCall((4, 8, 8), constants, 0.5, {"mu": 0.8})
+    _, structure = tree_flatten([constants, {"mu": 0.8}])
+    words = f"(4, 8, 8) 0.5 {structure} [True, 0.8]"
+    assert call.fingerprint == fingerprint_of(named_tensors(constants), words)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "calls"),
+    [({}, 3), ({"sigmas": [1.0, 0.8, 0.6, 0.4, 0.2]}, 5), ({"timesteps": [900.0] * 5}, 5)],
+    ids=["mu", "sigmas", "timesteps"],
+)
+def test_other_numbers_of_steps_are_taken_unless_the_schedule_lists_them(
+    schedule: dict[str, Any], calls: int
+) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    call = DenoiserCall(schedule={"mu": 0.8, **schedule})  # which dynamic shifting needs
+    sampler = Sampler(tiny_unet(**ONE_BLOCK), scheduler, (1, 8, 8), 5, call=call)
+    assert len(sampler.calls) == 5
+    other = sampler.with_steps(3)
+    assert len(other.calls) == calls
+    assert (other is sampler) == (calls == 5)
