@@ -190,7 +190,7 @@ class GraphedForward:
         ValueError: for tensors on several devices.
     """
 
-    is_capture = True  # pipeline.py, which this file imports, asks for it
+    is_capture = True  # pipeline_checks.py, in an earlier layer, asks for it
 
     def __init__(
         self,

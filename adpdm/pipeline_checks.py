@@ -56,9 +56,10 @@ def _kind(value: object) -> str:
 
 def check_denoiser(denoiser: nn.Module) -> None:
     """Refuse a denoiser that cannot be calibrated as it is: quantized, captured, in another dtype."""
-    if any(isinstance(m, CodedLayer) for m in denoiser.modules()):
+    by_others = getattr(denoiser, "is_quantized", False)  # as diffusers marks what any library has quantized
+    if by_others or any(isinstance(m, CodedLayer) for m in denoiser.modules()):
         raise ValueError(f"quantize: {type(denoiser).__name__} is quantized already; load the original again")
-    if getattr(denoiser.__dict__.get("forward"), "is_capture", False):  # of graph.py, which imports this file
+    if getattr(denoiser.__dict__.get("forward"), "is_capture", False):  # of graph.py, in a later layer
         name = type(denoiser).__name__
         raise ValueError(f"quantize: {name} is captured; call adpdm.graph.release() on it first")
     if not isinstance(denoiser, ModelMixin):

@@ -16,7 +16,7 @@ from torch import Tensor
 from .files import replacing
 
 # 1 generated images in batches of another size, 2 belonged to less than it depends on, 3 guided variances and
-# left TCD its eta.
+# left TCD its eta, 4 did not tell schedules of tensors apart and probed all steps of calls with a shift.
 STATE_VERSION = 5
 
 

@@ -17,15 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import results_file
 import torch
 import torch.nn.functional as F
 from gpu_layers import LAYERS, MAPS, Conv, Layer, Linear
-from gpu_timing import Call, Failed, Timing, compare
+from gpu_timing import Call, Failed, Timing, compare, reason_of
 from torch import Tensor
 
 from adpdm import ops
@@ -82,8 +83,10 @@ def read_peak(path: Path, device: str) -> Peak:
         ValueError: where it is of another card than `device`, or was written before there were all rates.
     """
     measured = json.loads(path.read_text())
-    if measured["device"] != device:
-        raise ValueError(f"--peaks: wanted rates of {device}, got those of {measured['device']} in {path}")
+    if measured.get("device") != device:
+        raise ValueError(
+            f"--peaks: wanted rates of {device}, got those of {measured.get('device')} in {path}"
+        )
     if missing := [name for name in INT8_RATES if name not in measured]:
         raise ValueError(
             f"--peaks: wanted {', '.join(missing)}, found none in {path}: run gpu_peaks.py again"
@@ -242,19 +245,29 @@ def with_share(row: Row | Failure, peak: Peak) -> Row | Failure:
     return replace(row, share_of_peak=row.rate / peak.tops)
 
 
-def map_rows(shape: tuple[int, int, int], rounds: int) -> Iterator[Rows]:
+def map_rows(shape: tuple[int, int, int], rounds: int) -> Rows:
     """Time the element-wise work on one map."""
+    rows: Rows = []
     for work, (calls, num_bytes) in map_calls(*shape).items():
         name = f"{work} {shape[0]}x{shape[1]}@{shape[2]}"
-        yield rows_of(name, compare(calls, rounds), 1e-3 * num_bytes, "GB/s")
+        rows += rows_of(name, compare(calls, rounds), 1e-3 * num_bytes, "GB/s")
+    return rows
 
 
 def measure(models: Sequence[str], rounds: int, peak: Peak | None) -> Iterator[Rows]:
     """Time one piece of work after the other: layers first, which a step spends most of its time in."""
     for layer in [layer for model in models for layer in LAYERS[model]]:
-        yield layer_rows(layer, rounds, peak)
+        yield guarded(layer.name, partial(layer_rows, layer, rounds, peak))
     for shape in MAPS:
-        yield from map_rows(shape, rounds)
+        yield guarded(f"map {shape[0]}x{shape[1]}@{shape[2]}", partial(map_rows, shape, rounds))
+
+
+def guarded(work: str, make: Callable[[], Rows]) -> Rows:
+    """The rows of a piece of work, or what is to be said of it where it cannot even be set up."""
+    try:
+        return make()
+    except Exception as error:
+        return [Failure(work, "all", reason_of(error))]
 
 
 def rows_of(work: str, timings: Mapping[str, Timing | Failed], amount: float, unit: str) -> Rows:
@@ -302,7 +315,10 @@ def parse() -> tuple[argparse.Namespace, Peak | None]:
     try:
         return args, read_peak(path, torch.cuda.get_device_name())
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        if args.peaks is not None:
+            parser.error(str(error))
+        print(f"no shares of the peak: {error}", file=sys.stderr)
+        return args, None
 
 
 def main() -> None:

@@ -95,8 +95,9 @@ def compare(contestants: Mapping[str, Call], rounds: int) -> dict[str, Timing | 
 def race(makers: Mapping[str, Callable[[], Clock]], rounds: int) -> dict[str, Timing | Failed]:
     """Time all contestants in turns, so that a clock that drifts drifts for all.
 
-    One that raises while it is made or in its first sample is left out with its reason, such as what this
-    torch or card lacks, and its traceback goes to standard error; the others are timed.
+    One that raises, such as for what this torch or card lacks, is left out with its reason, and its traceback
+    goes to standard error; the others are timed. After an error that spoils the process, such as a read out
+    of bounds, all that follow raise the same: the first is the one that did it.
     """
     clocks: dict[str, Clock] = {}
     failed: dict[str, Failed] = {}
@@ -106,17 +107,31 @@ def race(makers: Mapping[str, Callable[[], Clock]], rounds: int) -> dict[str, Ti
             clock.microseconds()
             clocks[name] = clock
         except Exception as error:  # of whatever library; scripts name it and exit with 1
-            traceback.print_exc()
-            failed[name] = Failed(": ".join([type(error).__name__, *str(error).splitlines()[:1]]))
-    samples = [{name: clock.microseconds() for name, clock in clocks.items()} for _ in range(rounds)]
-    timings = summarize(samples, next(iter(makers)))
+            failed[name] = Failed(reason_of(error))
+    samples: list[dict[str, float]] = []
+    while clocks and len(samples) < rounds:
+        sample: dict[str, float] = {}
+        for name, clock in list(clocks.items()):
+            try:
+                sample[name] = clock.microseconds()
+            except Exception as error:
+                failed[name] = Failed(reason_of(error))
+                del clocks[name]
+        samples.append(sample)
+    timings = summarize([{name: s[name] for name in clocks} for s in samples], next(iter(makers)))
     return {name: failed[name] if name in failed else timings[name] for name in makers}
+
+
+def reason_of(error: Exception) -> str:
+    """An error in a line; its traceback goes to standard error."""
+    traceback.print_exception(error)
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def summarize(samples: list[dict[str, float]], first: str) -> dict[str, Timing]:
     """Medians of times, and of the ratios to the contestant `first` within a round."""
     timings = {}
-    for name in samples[0]:
+    for name in samples[0] if samples else ():
         ratio = quartiles = None
         if first in samples[0]:
             ratios = [s[name] / s[first] for s in samples]

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from bench_gpu_kernels import conv_calls, linear_calls, packed, random_codes, segment
 from gpu_layers import LAYERS, Conv, Layer
-from gpu_timing import Call, Timed
+from gpu_timing import Call, Timed, reason_of
 from unet_results import write_whole
 
 from adpdm import ops
@@ -210,27 +210,45 @@ class Sweep:
     path: Path | None  # of the JSON file
     rows: dict[str, dict[str, dict[str, list[int]]]] = field(default_factory=dict)  # by core, mode and tile
     choices: list[Choice] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # reasons, by tile, or by layer and mode
 
     def measure_tiles(self, tiles: list[Tile], num_sms: int, megahertz: float) -> None:
         """Fill the rows."""
         for tile in tiles:
-            costs = measure_costs(tile, num_sms, megahertz)
+            try:
+                costs = measure_costs(tile, num_sms, megahertz)
+            except Exception as error:
+                self.fail(f"{tile.core} {tile.mode} {tile.name}", error)
+                continue
             self.rows.setdefault(tile.core, {}).setdefault(tile.mode, {})[tile.name] = costs
             print(f"{tile.core:5} {tile.mode:14} {tile.name:8} {costs}", flush=True)
             self.save()
 
     def judge_layers(self, layers: list[Layer], tiles: list[Tile]) -> None:
         """Fill the choices."""
-        for layer, mode in itertools.product(layers, self.rows["mma"]):
-            self.choices.append(judge_planner(layer, mode, tiles, median_microseconds))
-            print(self.choices[-1], flush=True)
+        for layer, mode in itertools.product(layers, self.rows.get("mma", {})):
+            try:
+                choice = judge_planner(layer, mode, tiles, median_microseconds)
+            except Exception as error:
+                self.fail(f"{layer.name} {mode}", error)
+                continue
+            self.choices.append(choice)
+            print(choice, flush=True)
             self.save()
+
+    def fail(self, work: str, error: Exception) -> None:
+        """Note what could not be measured."""
+        self.failed[work] = reason_of(error)
+        print(f"{work} failed: {self.failed[work]}", flush=True)
+        self.save()
 
     def save(self) -> None:
         """Write the JSON file, where there is to be one."""
         if self.path is not None:
             choices = [asdict(choice) for choice in self.choices]
             content = {"arch": self.arch, "origin": self.origin, **self.rows, "choices": choices}
+            if self.failed:
+                content["failed"] = self.failed
             write_whole(self.path, content)
 
 
@@ -258,7 +276,10 @@ def main() -> None:
     sweep = Sweep(arch, f"measured on {properties.name} at up to {megahertz:.0f} MHz", args.json)
     sweep.measure_tiles(tiles, properties.multi_processor_count, megahertz)
     sweep.judge_layers([layer for model in args.models for layer in LAYERS[model]], tiles)
-    print(f"median loss of the planner {statistics.median(c.loss for c in sweep.choices):.1%}")
+    if sweep.choices:
+        print(f"median loss of the planner {statistics.median(c.loss for c in sweep.choices):.1%}")
+    if sweep.failed:  # before a table is written that would lack them
+        sys.exit(f"sweep_tiles: failed: {'; '.join(sweep.failed)}")
     if args.table:
         new = replace_rows(json.loads(args.table.read_text()), arch, sweep.rows, sweep.origin)
         args.table.write_text(json.dumps(new, indent=2) + "\n")

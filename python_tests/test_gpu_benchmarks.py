@@ -7,7 +7,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,7 +119,7 @@ def test_kernels_are_written_with_machine_and_settings(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(kernels, "MAPS", [])
-    monkeypatch.setattr(kernels, "LAYERS", {"tiny": ["layer"]})
+    monkeypatch.setattr(kernels, "LAYERS", {"tiny": [SimpleNamespace(name="layer")]})
     monkeypatch.setattr(kernels, "PEAKS", write_peaks(tmp_path, 8.0, 6.0))
     row = kernels.Row("w", "W8A8", 2.0, 1.0, 3.0, "TOP/s")
     monkeypatch.setattr(kernels, "layer_rows", lambda layer, rounds, peak: [kernels.with_share(row, peak)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,13 +39,25 @@ def program(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_failures_take_only_their_own_suite_with_them(program: str) -> None:
+def test_failures_take_only_their_own_suite_with_them(program: str, tmp_path: Path) -> None:
     suites = gpu_cpp_tests.tests_of(program)
     assert suites["Bad"] == ["Fine", "Crashes", "Hangs"]
-    result = gpu_cpp_tests.run_suites(program, suites, limit=5, jobs=4)
-    assert result["tests"] == 8
-    assert list(result["failed"]) == ["Bad.Crashes", "Bad.Hangs", "None.Skips", "Order.*"]
-    assert "Bad.Hangs: stopped after 5 s" in result["failed"]["Bad.Hangs"]
+    tests = gpu_cpp_tests.Tests(program, tmp_path / "result.json", limit=5)
+    tests.run(suites, jobs=4)
+    assert tests.result["tests"] == 8
+    assert sorted(tests.result["failed"]) == ["Bad.Crashes", "Bad.Hangs", "None.Skips", "Order.*"]
+    assert "Bad.Hangs: stopped after 5 s" in tests.result["failed"]["Bad.Hangs"]
+    assert json.loads((tmp_path / "result.json").read_text()) == tests.result
+
+
+def test_result_is_there_when_it_is_stopped(program: str, tmp_path: Path) -> None:
+    script = [sys.executable, gpu_cpp_tests.__file__, program, "--json", str(tmp_path / "result.json")]
+    with subprocess.Popen([*script, "--jobs", "1"], stdout=subprocess.PIPE) as process:
+        while b"Bad.*" not in (process.stdout.readline() if process.stdout else b""):
+            assert process.poll() is None
+        process.kill()
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["tests"], list(found["failed"])) == (2, ["Bad.*"])
 
 
 def test_program_that_is_none_is_named(tmp_path: Path) -> None:

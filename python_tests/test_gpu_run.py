@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import sys
 import threading
@@ -151,20 +152,31 @@ def is_running(process: int) -> bool:
         return False
 
 
-def test_interrupt_stops_what_runs(gpu_run: ModuleType) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
+def test_interrupt_stops_what_runs_and_tells_what_it_had_measured(
+    gpu_run: ModuleType, tmp_path: Path
+) -> None:
+    write = f"open({str(tmp_path / 'long.json')!r}, 'w').write('[1]'); import time; time.sleep(60)"
     stages = {
-        "long": gpu_run.Stage((python("import time; time.sleep(60)"),), 1, beside=True),
+        "long": gpu_run.Stage((python(write),), 1, result="long.json", beside=True),
         "short": gpu_run.Stage((python("pass"),), 1),
     }
     state = gpu_run.State("sources", "card")
+    written: list[Any] = []
+
+    def after() -> None:
+        path = gpu_run.write_results(stages, state, tmp_path, {"date": "2026-01-02"})
+        written.append(json.loads(path.read_text())["partial"])
+        if len(written) == 1:
+            while not (tmp_path / "long.json").exists():
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        gpu_run.StageRunner(state, 100, {}, after=interrupt).run(stages)
+        gpu_run.StageRunner(state, 100, {}, after=after).run(stages)
     assert time.monotonic() - started < 30
     assert not gpu_run.RUNNING
+    assert written == [{}, {"long": [1]}]
 
 
 def test_commands_that_run_together_are_all_waited_for(gpu_run: ModuleType, tmp_path: Path) -> None:
@@ -207,6 +219,28 @@ def test_results_are_no_sources(gpu_run: ModuleType, tmp_path: Path) -> None:
     assert gpu_run.hash_sources(tmp_path) == before
     (tmp_path / "benchmarks" / "b.py").write_text("")
     assert gpu_run.hash_sources(tmp_path) != before
+
+
+def test_processes_stay_in_this_session(gpu_run: ModuleType, tmp_path: Path) -> None:
+    """Who started it and kills it by its session reaches all of it."""
+    gpu_run.run_stage(
+        "s", gpu_run.Stage((python("import os; print(os.getsid(0), os.getpgid(0))"),), 1), {}, 60
+    )
+    session, group = map(int, (tmp_path / "s.log").read_text().splitlines()[1].split())
+    assert session == os.getsid(0)
+    assert group != os.getpgid(0)
+
+
+def test_results_that_cannot_be_written_stop_no_stage(
+    gpu_run: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def after() -> None:
+        raise OSError("no space left")
+
+    stages = {name: gpu_run.Stage((python("pass"),), 1) for name in ("one", "two")}
+    state = gpu_run.State("sources", "card")
+    assert gpu_run.StageRunner(state, 100, {}, after=after).run(stages)
+    assert "results cannot be written: no space left" in capsys.readouterr().out
 
 
 def test_missing_program_is_named(gpu_run: ModuleType) -> None:

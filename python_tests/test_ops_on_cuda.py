@@ -69,7 +69,7 @@ def segment(x: Tensor, weight: Tensor, bits: tuple[int, int], groups: int, devic
         torch.tensor([0, 3], dtype=torch.int32, device=device),
         torch.tensor([1], dtype=torch.int32, device=device),
         ops.pack_weight(weight, bits[1], groups),
-        torch.linspace(0.001, 0.01, weight.shape[0], device=device),
+        torch.linspace(0.001, 0.01, weight.shape[0]).to(device),
         weight.flatten(1).sum(1, dtype=torch.int32),
     )
 

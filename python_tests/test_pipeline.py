@@ -417,6 +417,10 @@ def refused(denoiser_or_pipe: Any, error: type[Exception], message: str, **argum
 
 def test_quantized_model_is_refused(quantized: Any) -> None:
     refused(quantized, ValueError, "UNet2DModel is quantized already; load the original again")
+    by_another = tiny_unet()
+    by_another.is_quantized = True  # as diffusers says of what bitsandbytes, torchao and others have changed
+    refused(by_another, ValueError, "UNet2DModel is quantized already; load the original again")
+    assert by_another.is_quantized
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

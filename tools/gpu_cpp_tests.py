@@ -12,7 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,22 +64,49 @@ def run(program: str, chosen: str, limit: float) -> Run:
     return Run(done.returncode, done.stdout + done.stderr)
 
 
-def run_suites(program: str, suites: dict[str, list[str]], limit: float, jobs: int) -> dict[str, Any]:
-    """Run everything; what failed, by the names of tests, or of suites whose tests all pass alone."""
-    with ThreadPoolExecutor(jobs) as pool:
+class Tests:
+    """Runs suites some at a time, and notes, prints and writes what has failed as soon as it is known.
 
-        def run_each(filters: Iterable[str]) -> dict[str, Run]:
-            filters = list(filters)
-            return dict(zip(filters, pool.map(lambda x: run(program, x, limit), filters), strict=True))
+    Args:
+        path: JSON file of the result, written after every suite; None for none.
+    """
 
-        together = run_each(f"{suite}.*" for suite in suites)
-        broken = [suite for suite in suites if not together[f"{suite}.*"].has_passed]
-        alone = run_each(f"{suite}.{test}" for suite in broken for test in suites[suite])
-    texts = {name: result.text[-SHOWN:] for name, result in alone.items() if not result.has_passed}
-    for suite in broken:
-        if not any(name.startswith(f"{suite}.") for name in texts):
-            texts[f"{suite}.*"] = together[f"{suite}.*"].text[-SHOWN:]
-    return {"tests": sum(map(len, suites.values())), "failed": texts}
+    def __init__(self, program: str, path: Path | None, limit: float) -> None:
+        self.program, self.path, self.limit = program, path, limit
+        self.result: dict[str, Any] = {"tests": 0, "failed": {}}
+        self._lock = threading.Lock()
+
+    def run(self, suites: dict[str, list[str]], jobs: int) -> None:
+        """Run all suites; `result` counts the tests that have run and has the texts of those that failed.
+
+        A suite fails under its own name where all of its tests pass alone.
+        """
+        with ThreadPoolExecutor(jobs) as pool:
+            for _ in pool.map(lambda suite: self._run_suite(suite, suites[suite]), suites):
+                pass
+
+    def _run_suite(self, suite: str, tests: list[str]) -> None:
+        together = run(self.program, f"{suite}.*", self.limit)
+        failed: dict[str, str] = {}
+        if not together.has_passed:
+            self._note(0, {f"{suite}.*": together.text})  # by what follows it may be known better
+            alone = {f"{suite}.{test}": run(self.program, f"{suite}.{test}", self.limit) for test in tests}
+            failed = {name: result.text for name, result in alone.items() if not result.has_passed}
+            failed = failed or {f"{suite}.*": together.text}
+        self._note(len(tests), failed, suite)
+
+    def _note(self, num_tests: int, failed: dict[str, str], suite: str | None = None) -> None:
+        with self._lock:
+            if suite is not None:
+                self.result["failed"].pop(f"{suite}.*", None)
+            self.result["failed"].update({name: text[-SHOWN:] for name, text in failed.items()})
+            self.result["tests"] += num_tests
+            if self.path is not None:
+                temporary = self.path.with_name(f"{self.path.name}.tmp")
+                temporary.write_text(json.dumps(self.result, indent=1) + "\n")
+                temporary.replace(self.path)
+            for name, text in failed.items():
+                print(f"---- {name}\n{text[-800:]}", flush=True)
 
 
 def main() -> int:
@@ -90,15 +117,13 @@ def main() -> int:
     parser.add_argument("program")
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--jobs", type=int, default=4, help="processes at a time")
-    parser.add_argument("--limit", type=float, default=60, help="seconds of one process")
+    parser.add_argument("--limit", type=float, default=25, help="seconds of one process")
     args = parser.parse_args()
-    result = run_suites(args.program, tests_of(args.program), args.limit, args.jobs)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    for name, text in result["failed"].items():
-        print(f"---- {name}\n{text[-800:]}")
-    print(f"{result['tests']} tests, failed: {', '.join(result['failed']) or 'none'}")
-    return 1 if result["failed"] else 0
+    tests = Tests(args.program, args.json, args.limit)
+    tests.run(tests_of(args.program), args.jobs)
+    failed = sorted(tests.result["failed"])
+    print(f"{tests.result['tests']} tests, failed: {', '.join(failed) or 'none'}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import datetime
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -42,7 +43,11 @@ DEFAULT_SECONDS = 560  # leaves 40 of ten minutes for starting and copying back
 PATIENCE = 5  # seconds between asking a process to end and ending it
 UNKNOWN = "unknown"
 RUNNING: list[subprocess.Popen[bytes]] = []  # to be stopped where this script is
-PACKAGES = ("diffusers", "hypothesis", "pytest", "safetensors", "xdist")
+OWN_GROUP: dict[str, Any] = (
+    {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
+)
+SETUPTOOLS = 77  # reads the licence in pyproject.toml
+PACKAGES = ("diffusers", "hypothesis", "pytest", "safetensors", "setuptools", "xdist")
 PROGRAMS = ("cmake", "compute-sanitizer", "g++", "ninja", "nvcc", "nvidia-smi")
 
 
@@ -131,12 +136,13 @@ def run_together(
 def start_command(
     command: tuple[str, ...], environment: dict[str, str], log: IO[str]
 ) -> subprocess.Popen[bytes] | None:
-    """A process in a group of its own, with which compilers and workers end; None without the program."""
+    """A process in a group of its own, with which compilers and workers end; None without the program.
+
+    In this session all the same: who started this script and kills it by its session reaches all of it.
+    """
     try:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    except FileNotFoundError:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, **OWN_GROUP)
+    except OSError:
         return None
     RUNNING.append(process)
     return process
@@ -151,12 +157,13 @@ def end(command: tuple[str, ...], process: subprocess.Popen[bytes] | None, deadl
         code = process.wait(max(deadline - time.monotonic(), 1))
         reason = "" if code == 0 else f"exit code {code} of: {' '.join(command)}"
     except subprocess.TimeoutExpired:
-        signal_group(process, signal.SIGTERM)  # at which benchmarks write what they have
+        signal_group(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(PATIENCE)
     finally:
         signal_group(process, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that the driver holds does not end
+            process.wait(PATIENCE)
         RUNNING.remove(process)
     return reason
 
@@ -165,17 +172,6 @@ def signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> No
     """Send a signal to a process and all that it has started, where any of them is left."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-
-
-@contextlib.contextmanager
-def stopping_everything() -> Iterator[None]:
-    """Leave no process behind when the block is interrupted."""
-    try:
-        yield
-    except BaseException:
-        for process in list(RUNNING):
-            signal_group(process, signal.SIGKILL)
-        raise
 
 
 class StageRunner:
@@ -202,7 +198,7 @@ class StageRunner:
 
     def run(self, stages: dict[str, Stage]) -> bool:
         """Run what has not passed yet and fits; return whether everything has passed by now."""
-        with ThreadPoolExecutor() as pool, stopping_everything():
+        with ThreadPoolExecutor() as pool, self._stopping_everything():
             for name, stage in stages.items():
                 for need in stage.needs:
                     self._meet(need)
@@ -220,6 +216,18 @@ class StageRunner:
                 self._meet(name)
         return all(self.state.passed(name) for name in stages)
 
+    @contextlib.contextmanager
+    def _stopping_everything(self) -> Iterator[None]:
+        """Leave no process behind when the block is interrupted, and tell what it had measured by then."""
+        try:
+            yield
+        except BaseException:
+            for process in list(RUNNING):
+                signal_group(process, signal.SIGKILL)
+            for name in list(self.beside):
+                self._note(name, Outcome("failed", 0, "interrupted"))
+            raise
+
     def _reason_to_skip(self, stage: Stage) -> str:
         if missing := [need for need in stage.needs if not self.state.passed(need)]:
             return f"needs {', '.join(missing)}"
@@ -230,8 +238,10 @@ class StageRunner:
 
     def _meet(self, name: str) -> None:
         """Wait for a stage that runs."""
-        if (running := self.beside.pop(name, None)) is not None:
-            self._note(name, running.result())
+        if name in self.beside:
+            outcome = self.beside[name].result()
+            del self.beside[name]
+            self._note(name, outcome)
 
     def _note(self, name: str, outcome: Outcome) -> None:
         self.state.outcomes[name] = outcome
@@ -239,7 +249,10 @@ class StageRunner:
         print(f"{name:12} {outcome.status} in {outcome.seconds:.0f} s {outcome.reason}".rstrip(), flush=True)
         if outcome.status == "failed":
             print(tail(STATE / f"{name}.log"), flush=True)
-        self.after()
+        try:
+            self.after()
+        except OSError as error:  # a full disk, say: what is to be measured can be printed still
+            print(f"results cannot be written: {error}", flush=True)
 
 
 def tail(path: Path, lines: int = 40) -> str:
@@ -322,6 +335,9 @@ def output_of(*command: str) -> str:
 def missing() -> list[str]:
     """Packages and programs that some stage will want: nothing can be fetched later."""
     packages = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found = importlib.metadata.version("setuptools")
+        packages += [f"setuptools >= {SETUPTOOLS}, not {found}"] * (int(found.split(".")[0]) < SETUPTOOLS)
     return packages + [name for name in PROGRAMS if shutil.which(name, path=search_path()) is None]
 
 

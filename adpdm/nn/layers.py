@@ -135,6 +135,7 @@ class QuantLayer(CodedLayer):
 
     def matmul(self, x: Tensor) -> Tensor:
         """The layer before it is frozen, by the mode of its quantizers."""
+        assert not self.is_frozen, "its weight holds codes"
         return self.multiply(self.fake_input(x), self.effective_weight(), self.effective_bias())
 
     def output_shift(self, x: Tensor) -> Tensor:
