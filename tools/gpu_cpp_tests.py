@@ -9,7 +9,6 @@ only its own suite with it, and of that suite the tests that pass alone are know
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import threading
@@ -17,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from gpu_run import write_json
 
 SHOWN = 3000  # characters of what a failing process has printed
 NO_DEVICE = "wanted a CUDA device"  # of tests that skip themselves, see ADPDM_REQUIRE_GPU
@@ -102,9 +103,7 @@ class Tests:
             self.result["failed"].update({name: text[-SHOWN:] for name, text in failed.items()})
             self.result["tests"] += num_tests
             if self.path is not None:
-                temporary = self.path.with_name(f"{self.path.name}.tmp")
-                temporary.write_text(json.dumps(self.result, indent=1) + "\n")
-                temporary.replace(self.path)
+                write_json(self.path, self.result)
             for name, text in failed.items():
                 print(f"---- {name}\n{text[-800:]}", flush=True)
 
