@@ -19,8 +19,9 @@ from .nn import QuantLayer
 from .partition import partition
 from .precision import RAISED_BITS, measure_sensitivity, raise_bits
 from .processes import ALONE, Processes
+from .progress import Progress, silent
 from .quantizers import ActivationQuantizer
-from .replay import Progress, Replay
+from .replay import Replay
 from .rounding import NEAREST_FROM_BITS, round_weights
 from .search import SearchOutcome
 from .search_run import SearchRun
@@ -29,10 +30,6 @@ from .timesteps import fixed_visits
 from .trajectory import Sampler, Trajectory, run_in_units
 
 MIN_STEP_WEIGHT = 0.02  # of the mean
-
-
-def silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass

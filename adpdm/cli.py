@@ -233,7 +233,7 @@ def _dataset(args: argparse.Namespace) -> dict[str, Any]:
             conditioning=asked.conditioning,
             call=asked.call,
             decode=asked.decode,
-            progress=lambda done, total, what: progress(what, done, total),
+            progress=progress,
         )
     left = len(made.missing())
     _table(f"samples in {args.out}", {"images": str(args.images), "files that others still make": str(left)})
@@ -247,7 +247,7 @@ def _distance(args: argparse.Namespace) -> dict[str, Any]:
             Path(args.second),
             dimensions=args.dimensions,
             inception=None if args.inception is None else Path(args.inception),
-            progress=lambda done, total, what: progress(what, done, total),
+            progress=progress,
         )
     _table(f"{args.second} against {args.first}", distance_rows(found))
     return found.to_dict()
@@ -304,7 +304,7 @@ def _compare(args: argparse.Namespace) -> tuple[Any, _Asked, EvaluationResult]:
             call=asked.call,
             decode=asked.decode,
             paths=(folder_of(args.original), folder_of(args.quantized)),
-            progress=lambda done, total, what: progress(what, done, total),
+            progress=progress,
         )
     return reference.scheduler, asked, result
 

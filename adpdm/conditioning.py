@@ -148,7 +148,7 @@ def read_call(settings: Path | None, constants: Path | None, denoiser: nn.Module
 
     Raises:
         ValueError: for other files, keys or values, constants that are no arguments, and names that are a
-            tensor and a dict.
+            tensor and a dict, or in both files.
     """
     if settings is None and constants is None:
         return None
@@ -159,7 +159,13 @@ def read_call(settings: Path | None, constants: Path | None, denoiser: nn.Module
     if constants is not None:
         tensors = _tensors("--constants", constants)
         _demand_arguments("--constants", constants, tensors, denoiser)
-        fixed.update(_nested("--constants", constants, tensors))
+        nested = _nested("--constants", constants, tensors)
+        if twice := sorted(fixed.keys() & nested.keys()):
+            raise ValueError(
+                f"--call {settings} and --constants {constants}: a constant must come from one of them, "
+                f"got {twice} from both"
+            )
+        fixed.update(nested)
     return DenoiserCall(**{**values, "constants": fixed})
 
 

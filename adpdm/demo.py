@@ -41,7 +41,7 @@ from .graph import capture, release
 from .info import gather_info
 from .layer_runs import recorded_coverage
 from .pipeline import quantize
-from .replay import Progress
+from .progress import Progress
 from .trajectory import Conditioning, DenoiserCall
 
 MAIN_BITS = ((8, 8), (4, 8))
@@ -153,7 +153,7 @@ def _main_run(
         pipe.scheduler,
         config,
         paths=(model, folder),
-        progress=lambda done, total, what: label(what, done, total),
+        progress=label,
     )
     # The shipped file is float16; sizes are told against the float32 network that was quantized.
     float_bytes = sum(p.numel() * p.element_size() for p in original.parameters())

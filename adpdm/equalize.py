@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .config import QuantConfig
 from .nn.dataflow import PRODUCTS, Call, Dataflow, Node
-from .replay import Progress
+from .progress import Progress
 from .trajectory import Sampler
 
 EXPONENT = 0.5  # of the root mean square of a channel; docs/accuracy.md has others

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
-from .calibrate import Calibration, CalibrationTrace, silent
+from .calibrate import Calibration, CalibrationTrace
 from .config import AttentionProducts, QuantConfig
 from .correction import attach_correction, detach_correction, fit_correction
 from .denoisers import find_denoiser
@@ -34,7 +34,7 @@ from .nn import (
     swap_layers,
     unfuse_blocks,
 )
-from .nn.adapters import EQUALIZED
+from .nn.adapters import EQUALIZED, equalized_modules
 from .pipeline_checks import (
     check_conditioning,
     check_denoiser,
@@ -45,7 +45,7 @@ from .pipeline_checks import (
     trace_forward,
 )
 from .processes import Processes, joined
-from .replay import Progress
+from .progress import Progress, silent
 from .step import StepState, attach_step_hook, detach_step_hook
 from .trajectory import Conditioning, DenoiserCall, Guidance, Sampler
 
@@ -194,6 +194,7 @@ def _quantize(
     path = Path(state_file) if state_file is not None and config.searches else None
     fingerprint = "" if path is None else json.dumps(asked_for(sampler, config))  # before anything is changed
     layers = describe_layers(denoiser, config, lambda: trace_forward(sampler))
+    marked = equalized_modules(denoiser)  # by an earlier quantization, before `dequantize`
     equalized = _equalize(sampler, layers, config, progress)
     num_groups = config.groups_per_layer(len(sampler.timesteps))
 
@@ -219,7 +220,7 @@ def _quantize(
         _correct_predictions(step, calibration)
     timesteps = [float(t) for t in sampler.timesteps]
     fusion = describe_fusion(denoiser)
-    mark_quantized(denoiser, config, layers, equalized.changed)
+    mark_quantized(denoiser, config, layers, [*dict.fromkeys([*equalized.changed, *marked])])
     return QuantizationReport(config, layers, Coverage.of(layers), trace, timesteps, fusion)
 
 

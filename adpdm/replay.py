@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .nn import QuantLayer
 from .processes import ALONE, Processes
+from .progress import Progress
 from .quantizers.activation import Mode
 from .schedulers import in_channels_last
 from .trajectory import Sampler, Trajectory
 
-Progress = Callable[[str, int, int], None]  # phase, done, total
 Observer = Callable[[Tensor], None]  # gets an input of a layer
 
 

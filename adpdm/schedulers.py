@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ def used_output(scheduler: Any, output: Tensor, channels: int) -> Tensor:
     """What the scheduler wants of an output [N, C or 2 C, *]: without variances that it did not learn."""
     learned = str(getattr(scheduler.config, "variance_type", "")).startswith("learned")
     return output[:, :channels] if output.shape[1] == 2 * channels and not learned else output
+
+
+def step_arguments(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+    """What else `step` takes: generators of the images where it draws noise, an eta of 0 as pipelines do."""
+    values = {"generator": generators, "eta": 0.0}
+    accepted = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in values.items() if name in accepted}
 
 
 def in_channels_last(sample: Tensor) -> Tensor:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .fingerprint import fingerprint_of, named_tensors
 from .processes import Processes
-from .schedulers import first_sample, in_channels_last, model_input, used_output
+from .schedulers import first_sample, in_channels_last, model_input, step_arguments, used_output
 
 SEED_STRIDE = 1_000_003  # prime, so that streams of neighbouring seeds do not meet
 PROBE_SIZE = 0.01  # error of the noise prediction, whose variance is 1, that probes a step's sensitivity
@@ -86,7 +86,12 @@ class DenoiserCall:
     def fingerprint(self) -> str:
         """Of all that it gives to a denoiser and a scheduler."""
         leaves, structure = tree_flatten([self.constants, self.schedule])
-        plain = [x for x in leaves if not isinstance(x, Tensor)]
+        # The words of an array are rounded, and of a long one only its ends.
+        plain = [
+            (x.dtype, x.tolist()) if isinstance(x, np.ndarray) else x
+            for x in leaves
+            if not isinstance(x, Tensor)
+        ]
         words = f"{self.sample_shape} {self.timestep_factor} {structure} {plain}"
         scheduled = [(f"schedule {path}", x) for path, x in named_tensors(self.schedule)]
         return fingerprint_of([*named_tensors(self.constants), *scheduled], words)
@@ -114,10 +119,15 @@ def call_denoiser(
     """
     given = call.given_timestep(timestep).to(sample.device).expand(sample.shape[0])
     output = denoiser(sample, timestep=given, **own_containers({**conditioning, **call.constants}))
+    return used_output(scheduler, prediction_of(output), sample.shape[1])
+
+
+def prediction_of(output: Any) -> Tensor:
+    """The tensor in what a denoiser answers: itself, the first of a tuple, or `.sample` of an object."""
     if isinstance(output, tuple):
         output = output[0]
     prediction: Tensor = output if isinstance(output, Tensor) else output.sample
-    return used_output(scheduler, prediction, sample.shape[1])
+    return prediction
 
 
 def own_containers(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +279,7 @@ class Sampler:
         noise = torch.cat([torch.randn(shape, generator=g, device="cpu") for g in generators]).to(self.device)
         sample = in_channels_last(first_sample(scheduler, noise))
         conditioning = self.row_conditions(first, batch)
-        extra = self._step_arguments(scheduler, generators)
+        extra = step_arguments(scheduler, generators)
         samples, preds, sensitivity = [], [], []
         last = len(self.calls) - 1 if stop is None else stop
         for index, timestep in enumerate(scheduler.timesteps[: last + 1]):
@@ -306,7 +316,7 @@ class Sampler:
         generator = torch.Generator().manual_seed(PROBE_SEED)
         noise = torch.randn(pred.shape, generator=generator, device="cpu").to(pred.device)
         states = [g.get_state() for g in generators]
-        extra = self._step_arguments(scheduler, generators)
+        extra = step_arguments(scheduler, generators)
         other = (
             copy.deepcopy(scheduler).step(pred + PROBE_SIZE * noise, timestep, sample, **extra).prev_sample
         )
@@ -314,13 +324,6 @@ class Sampler:
             image.set_state(state)
         result: Tensor = other
         return result
-
-    @staticmethod
-    def _step_arguments(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
-        """Stochastic schedulers take the generators of the images, and an eta of 0 as from pipelines."""
-        values = {"generator": generators, "eta": 0.0}
-        accepted = inspect.signature(scheduler.step).parameters
-        return {name: value for name, value in values.items() if name in accepted}
 
 
 def run_in_units(

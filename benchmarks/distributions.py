@@ -92,7 +92,7 @@ def _sample(
     capture(denoiser)
     given = subject.conditioning()  # a row per class, so that a set can grow
 
-    def tell(done: int, total: int, what: str) -> None:
+    def tell(what: str, done: int, total: int) -> None:
         print(f"{folder.name}: {done} of {total} {what}", file=sys.stderr, flush=True)
 
     decode = subject.decoder(denoiser)

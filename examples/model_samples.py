@@ -79,7 +79,7 @@ class Samples:
         given = {name: rows.to(self.device) for name, rows in self.model.conditioning().items()}
         start = time.monotonic()
 
-        def tell(done: int, total: int, what: str) -> None:
+        def tell(what: str, done: int, total: int) -> None:
             left = (total - done) * (time.monotonic() - start) / done / 60
             print(f"{what}: {done}/{total}, {left:.0f} min left", flush=True)
 

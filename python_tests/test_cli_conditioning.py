@@ -335,6 +335,15 @@ def test_call_settings_are_read(tmp_path: Path) -> None:
     assert read_call(None, None, denoiser) is None
 
 
+def test_constants_in_both_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "call").write_text(json.dumps({"constants": {"added_cond_kwargs": {"scale": 2}}}))
+    save_file({"added_cond_kwargs.ids": LABELS}, tmp_path / "constants")
+    with pytest.raises(
+        ValueError, match=r"must come from one of them, got \['added_cond_kwargs'\] from both"
+    ):
+        read_call(tmp_path / "call", tmp_path / "constants", tiny_conditional_unet())
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [

@@ -285,15 +285,17 @@ def test_checkpoint_says_which_modules_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["to_q", "norm1.linear"])  # one quantized, one float
-@pytest.mark.parametrize("way", ["made", "loaded", "dequantized"])
+@pytest.mark.parametrize("way", ["made", "loaded", "dequantized", "quantized again", "loaded again"])
 def test_adapters_on_changed_modules_are_refused(target: str, way: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = equalized_model()
-    if way == "loaded":
+    if way in ("dequantized", "quantized again", "loaded again"):
+        model.dequantize()
+    if way in ("quantized again", "loaded again"):
+        quantized(model, equalization="off")
+    if way in ("loaded", "loaded again"):
         model.save_pretrained(tmp_path)
         model = type(model).from_pretrained(tmp_path)
-    if way == "dequantized":
-        model.dequantize()
     with pytest.raises(ValueError, match="adapters are made for the channels of the float model"):
         peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=[target]), model)
 

@@ -145,14 +145,14 @@ def test_generate_streams_steps_and_progress_and_leaves_the_scheduler_alone():
         batch_size=2,
         shape=SHAPE,
         on_step=lambda k, t, x, e: steps.append((k, int(t), tuple(x.shape), torch.equal(e, 0.3 * x))),
-        progress=lambda done, total, what: ticks.append((done, total, what)),
+        progress=lambda *tick: ticks.append(tick),
     )
     assert [s[0] for s in steps] == [0, 1, 2, 3] * 2
     assert [s[1] for s in steps[:4]] == result.timesteps.tolist()
     assert {s[2] for s in steps} == {(2, *SHAPE), (1, *SHAPE)}
     assert all(s[3] for s in steps)
-    assert ticks[0] == (1, 8, "sampling")
-    assert ticks[-1] == (8, 8, "sampling")
+    assert ticks[0] == ("sampling", 1, 8)
+    assert ticks[-1] == ("sampling", 8, 8)
     assert scheduler.num_inference_steps is None
 
 

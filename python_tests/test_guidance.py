@@ -24,21 +24,21 @@ NULL = 10
 class Labelled(nn.Module):
     """Predicts the sample times the label, and counts its images."""
 
-    def __init__(self, as_tuple: bool) -> None:
+    def __init__(self, answer: str) -> None:
         super().__init__()
-        self.as_tuple, self.batches = as_tuple, []
+        self.answer, self.batches = answer, []
         self.config = SimpleNamespace(in_channels=1, sample_size=2)
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> object:
         assert timestep.shape == class_labels.shape == sample.shape[:1]
         self.batches.append(len(sample))
         output = sample * class_labels.view(-1, 1, 1, 1)
-        return (output,) if self.as_tuple else SimpleNamespace(sample=output)
+        return {"tensor": output, "tuple": (output,), "object": SimpleNamespace(sample=output)}[self.answer]
 
 
-@pytest.mark.parametrize("as_tuple", [False, True])
-def test_guidance_extrapolates_from_none_to_the_class(as_tuple: bool) -> None:
-    denoiser = Labelled(as_tuple)
+@pytest.mark.parametrize("answer", ["tensor", "tuple", "object"])
+def test_guidance_extrapolates_from_none_to_the_class(answer: str) -> None:
+    denoiser = Labelled(answer)
     sample = torch.ones(2, 1, 2, 2)
     labels, timestep = torch.tensor([1, 4]), torch.tensor([7, 7])
     for scale, wanted in ((1.0, [1, 4]), (0.0, [10, 10]), (3.0, [-17, -8])):  # none + scale (class - none)
@@ -61,14 +61,14 @@ def test_guidance_refuses_what_it_cannot_pair() -> None:
     text, labels = torch.zeros(2, 2, 3), torch.tensor([1, 4])
     sample, timestep = torch.ones(2, 1, 2, 2), torch.tensor([7, 7])
     with pytest.raises(ValueError, match="wanted null_class or null_text, got neither"):
-        GuidedDenoiser(Labelled(True), 2.0)
+        GuidedDenoiser(Labelled("tuple"), 2.0)
     with pytest.raises(ValueError, match="wanted null_class or null_text, got both"):
-        GuidedDenoiser(Labelled(True), 2.0, NULL, text[:1])
+        GuidedDenoiser(Labelled("tuple"), 2.0, NULL, text[:1])
     with pytest.raises(ValueError, match="wanted class_labels alone"):
-        GuidedDenoiser(Labelled(True), 2.0, NULL)(sample, timestep, encoder_hidden_states=text)
+        GuidedDenoiser(Labelled("tuple"), 2.0, NULL)(sample, timestep, encoder_hidden_states=text)
     with pytest.raises(ValueError, match="wanted encoder_hidden_states alone"):
-        GuidedDenoiser(Labelled(True), 2.0, null_text=text[:1])(sample, timestep, labels, text)
-    guided = GuidedDenoiser(Labelled(True), 2.0, null_text=text[:1])
+        GuidedDenoiser(Labelled("tuple"), 2.0, null_text=text[:1])(sample, timestep, labels, text)
+    guided = GuidedDenoiser(Labelled("tuple"), 2.0, null_text=text[:1])
     with pytest.raises(ValueError, match=r"with \(L, D\) = \(2, 3\), as null_text, got \(2, 1, 3\)"):
         guided(sample, timestep, encoder_hidden_states=text[:, :1])
 
@@ -134,7 +134,7 @@ class Sized(Labelled):
     """Labelled, with a parameter to say where it is, and predictions that shrink."""
 
     def __init__(self) -> None:
-        super().__init__(as_tuple=False)
+        super().__init__("object")
         self.here = nn.Parameter(torch.zeros(1))
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> object:

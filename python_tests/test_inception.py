@@ -46,7 +46,7 @@ def images_of(means: list[int], channels: int = 1) -> np.ndarray:
     return np.stack([np.full((4, 4, channels), mean, np.uint8) for mean in means])
 
 
-def quiet(done: int, total: int, what: str) -> None:
+def quiet(phase: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
@@ -82,7 +82,7 @@ def test_distance_of_sets_measures_fid_where_the_network_is_given(
     assert without.fid is without.kid is None
     seen: list[str] = []
     found = set_distance(
-        *sets, inception=saved(tmp_path, Means()), progress=lambda done, total, what: seen.append(what)
+        *sets, inception=saved(tmp_path, Means()), progress=lambda phase, done, total: seen.append(phase)
     )
     assert found.fid == pytest.approx(5**2 + 10**2)
     assert found.to_dict()["fid"] == found.fid

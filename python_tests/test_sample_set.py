@@ -61,7 +61,7 @@ def test_a_set_holds_the_images_of_generate(tmp_path: Path) -> None:
 def test_an_interrupted_set_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     make(tmp_path / "whole")
 
-    def stop(done: int, total: int, what: str) -> None:
+    def stop(phase: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -71,7 +71,7 @@ def test_an_interrupted_set_goes_on_and_ends_with_the_same_bytes(tmp_path: Path)
     with pytest.raises(ValueError, match="2 of its 3 files are missing"):
         begun.images()
     calls: list[tuple[int, int]] = []
-    make(tmp_path / "parts", progress=lambda done, total, what: calls.append((done, total)))
+    make(tmp_path / "parts", progress=lambda phase, done, total: calls.append((done, total)))
     assert calls == [(1, 2), (2, 2)]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 

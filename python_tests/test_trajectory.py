@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -28,6 +29,14 @@ def test_fingerprint_tells_schedules_of_tensors_apart() -> None:
     assert DenoiserCall(schedule={"sigmas": torch.tensor([1.0, 0.5])}).fingerprint == found[0]
     constant = DenoiserCall(constants={"sigmas": torch.tensor([1.0, 0.5])})
     assert constant.fingerprint not in found
+
+
+def test_fingerprint_tells_arrays_apart_that_print_alike() -> None:
+    values = np.linspace(1.0, 0.1, 2000)
+    others = [values + 1e-12, np.where(np.arange(2000) == 1000, 0.0, values), values.astype(np.float32)]
+    found = [DenoiserCall(schedule={"sigmas": x}).fingerprint for x in (values, *others)]
+    assert len(set(found)) == len(found)
+    assert DenoiserCall(schedule={"sigmas": values.copy()}).fingerprint == found[0]
 
 
 def test_fingerprint_without_tensors_in_the_schedule_is_that_of_saved_searches_and_samples() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
+from ..progress import Progress, silent
 from ..trajectory import Conditioning, DenoiserCall, pick
 from . import metrics
 from .extractors import INSTALL_SENTENCE, Lite0, Lpips, load_lite0, load_lpips
@@ -20,14 +21,12 @@ from .frechet import MIN_IMAGES, FrechetResult, frechet_distance
 from .kernel import MIN_VECTORS, KernelResult, kernel_distance
 from .sampling import (
     IMAGE_CHANNELS,
-    Progress,
     Trajectory,
     batches,
     demand_images,
     device_of,
     image_seeds,
     in_batches,
-    rows_of,
     sample_shape,
     shape_of_call,
     to_uint8,
@@ -144,7 +143,7 @@ def compare(
     decode: Callable[[Tensor], Tensor] | None = None,
     real_images: Tensor | None = None,  # [M, C, H, W] float in [-1, 1]
     paths: tuple[Path, Path] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> EvaluationResult:
     """Measures `quantized` against `reference` on the same seeds.
 
@@ -158,12 +157,12 @@ def compare(
             themselves, which must be images of 1 or 3 channels.
         real_images: for the Frechet distance of each model to the data.
         paths: folders or files of both models' weights, for their sizes.
-        progress: called with (done, total, what).
+        progress: called with (phase, done, total).
 
     Raises:
         ValueError: a setting or shape does not fit, or a feature network is damaged; before anything runs.
     """
-    config, progress = config or EvaluationConfig(), progress or _no_progress
+    config = config or EvaluationConfig()
     shape, conditioning = shape or shape_of_call(call) or sample_shape(reference), dict(conditioning or {})
     _check_given(conditioning, config.num_images, shape, decode, real_images)
     sizes = tuple(file_bytes(path) for path in paths) if paths else (None, None)
@@ -254,10 +253,10 @@ class _PairedSampling:
         finals: list[tuple[Tensor, Tensor]] = []
         for number, rows in enumerate(slices):
             ours, theirs = self.trajectory(seeds[rows]), self.trajectory(seeds[rows])
-            extra = rows_of(self.conditioning, rows)
+            extra = pick(self.conditioning, rows)
             for k in range(steps):
                 self._step(ours, theirs, k, extra)
-                progress(number * steps + k + 1, len(slices) * steps, "sampling both models")
+                progress("sampling both models", number * steps + k + 1, len(slices) * steps)
             finals.append((ours.sample, theirs.sample))
         return torch.cat([f[0] for f in finals]), torch.cat([f[1] for f in finals])
 
@@ -344,7 +343,7 @@ def _measure_times(
         extra = pick(pair.conditioning, torch.arange(size) % config.num_images)
         calls = [partial(path.predict, x, path.sample, middle, extra) for x in (reference, quantized)]
         timings.append(time_pair(calls[0], calls[1], size, pair.device, config.timing_pairs))
-        progress(number + 1, len(config.timing_batch_sizes), "timing")
+        progress("timing", number + 1, len(config.timing_batch_sizes))
     return tuple(timings)
 
 
@@ -359,7 +358,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return str(value)
     return str(value) if isinstance(value, Path) else value
-
-
-def _no_progress(done: int, total: int, what: str) -> None:
-    """Tells nobody."""

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..progress import Progress, silent
 from .extractors import INSTALL_SENTENCE, Lpips, load_lite0, load_lpips
 from .frechet import MIN_IMAGES, FrechetResult, frechet_distance
 from .inception import Inception, fid
 from .kernel import KernelResult, kernel_distance
 from .metrics import psnr_per_image
 from .sample_set import SampleSet
-from .sampling import Progress, in_batches
+from .sampling import in_batches
 
 MOST_DB = 60.0  # of one image: more than 8-bit pixels can tell apart
 
@@ -57,7 +58,7 @@ def set_distance(
     batch_size: int = 64,
     cache_dir: Path | None = None,
     inception: Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> SetDistance:
     """Measure two folders of `sample_set`, or files .npy of images [N, H, W, C] u8.
 
@@ -83,7 +84,6 @@ def set_distance(
     if lite0 is None:
         raise ImportError(f"the Frechet distance needs EfficientNet-Lite0: {INSTALL_SENTENCE}")
     network = None if inception is None else Inception(inception)
-    report = progress or _no_progress
     is_paired = _origin(first) == _origin(second) is not None and len(a) == len(b)
     lpips_network = load_lpips(cache_dir) if is_paired else None
 
@@ -91,16 +91,16 @@ def set_distance(
         return lite0.features(_as_float(images))
 
     sets = [
-        in_batches(lite0_features, batch_size, f"features of the {name} set", report, images)
+        in_batches(lite0_features, batch_size, f"features of the {name} set", progress, images)
         for images, name in ((a, "first"), (b, "second"))
     ]
     frechet = frechet_distance(*sets, dimensions=dimensions, resamples=resamples, is_paired=is_paired)
     kernel = kernel_distance(*sets, is_paired=is_paired)
-    psnr_db, lpips = _paired(a, b, lpips_network, batch_size, report) if is_paired else (None, None)
+    psnr_db, lpips = _paired(a, b, lpips_network, batch_size, progress) if is_paired else (None, None)
     fid_found = kid = None
     if network is not None:
         sets = [
-            network.features(images, batch_size, f"Inception, {name} set", report)
+            network.features(images, batch_size, f"Inception, {name} set", progress)
             for images, name in ((a, "first"), (b, "second"))
         ]
         fid_found, kid = fid(*sets), kernel_distance(*sets, is_paired=is_paired)
@@ -147,7 +147,3 @@ def _origin(path: Path) -> tuple[int, int, str] | None:
 def _as_float(images: np.ndarray) -> Tensor:
     """[N, C, H, W] f32 in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def _no_progress(done: int, total: int, what: str) -> None:
-    """Tells nobody."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..trajectory import guide
+from ..trajectory import guide, prediction_of
 
 
 class GuidedDenoiser(nn.Module):
@@ -16,8 +16,8 @@ class GuidedDenoiser(nn.Module):
     Takes the place of the denoiser in `generate` and `compare`.
 
     Args:
-        denoiser: (sample, timestep=[B], class_labels=[B] or encoder_hidden_states=[B, L, D]) -> object with
-            `.sample`, or a tuple.
+        denoiser: (sample, timestep=[B], class_labels=[B] or encoder_hidden_states=[B, L, D]) -> a tensor,
+            a tuple or an object with `.sample`.
         scale: 1 is the conditional prediction alone, 0 the unconditional one.
         null_class: label of the class that stands for none, for a class-conditional denoiser.
         null_text: [1, L, D] float, embedding of the empty text, for a text-conditional one.
@@ -64,8 +64,7 @@ class GuidedDenoiser(nn.Module):
             timestep=torch.cat([timestep] * 2),
             **self._with_none(class_labels, encoder_hidden_states),
         )
-        both: Tensor = output[0] if isinstance(output, tuple) else output.sample
-        conditional, unconditional = both.chunk(2)
+        conditional, unconditional = prediction_of(output).chunk(2)
         return (guide(conditional, unconditional, self.scale, sample.shape[1]),)
 
     def _with_none(self, labels: Tensor | None, text: Tensor | None) -> dict[str, Tensor]:

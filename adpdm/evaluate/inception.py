@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..progress import Progress
 from .frechet import gaussian_distance
-from .sampling import Progress, in_batches
+from .sampling import in_batches
 
 FEATURES = 2048
 FILE_NAME = "inception-2015-12-05.pt"  # as NVIDIA publishes it with StyleGAN 2 and 3

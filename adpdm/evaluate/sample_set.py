@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 from ..files import replacing
 from ..fingerprint import fingerprint_of, named_tensors
 from ..nn.fusion import describe_fusion
+from ..progress import Progress, silent
 from ..schedulers import identity
 from ..trajectory import Conditioning, DenoiserCall, pick
 from .guidance import GuidedDenoiser
 from .sampling import (
-    Progress,
     demand_images,
     generate,
     sample_shape,
@@ -137,7 +137,7 @@ def sample_set(
     conditioning: Conditioning | None = None,
     call: DenoiserCall | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> SampleSet:
     """Sample images 0 .. num_images - 1 of a seed into a folder, those that are not there yet.
 
@@ -151,7 +151,7 @@ def sample_set(
         decode: from samples [B, *] to images [B, C, H, W] in [-1, 1]; None where samples are images, of 1
             or 3 channels. What the images owe to it is known of a module, as the command line's, by its
             state alone.
-        progress: called with (done, total, what) over the files of this process.
+        progress: called with (phase, done, total) over the files of this process.
 
     Returns: the set, which other processes may still be filling.
 
@@ -183,8 +183,7 @@ def sample_set(
             images = to_uint8(samples if decode is None else decode(samples))
         with replacing(result.chunk(number)) as temporary, temporary.open("wb") as out:
             np.save(out, images)
-        if progress is not None:
-            progress(done + 1, len(mine), "files of samples")
+        progress("files of samples", done + 1, len(mine))
     return result
 
 

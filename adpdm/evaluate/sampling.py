@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from ..schedulers import first_sample, model_input
-from ..trajectory import Conditioning, DenoiserCall, call_denoiser
+from ..progress import Progress, silent
+from ..schedulers import first_sample, model_input, step_arguments
+from ..trajectory import Conditioning, DenoiserCall, call_denoiser, pick
 
 IMAGE_CHANNELS = (1, 3)  # grey and colour; samples of other numbers of channels are latents
-Progress = Callable[[int, int, str], None]  # (done, total, what)
 # (number of the call, timestep of the scheduler, sample, noise_pred)
 StepObserver = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -80,12 +78,7 @@ class Trajectory:
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         noise = torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(device)
         self.sample = first_sample(self.scheduler, noise)
-        accepted = inspect.signature(self.scheduler.step).parameters
-        self._step_arguments: dict[str, Any] = {}
-        if "eta" in accepted:
-            self._step_arguments["eta"] = 0.0
-        if "generator" in accepted:
-            self._step_arguments["generator"] = self.generators
+        self._step_arguments = step_arguments(self.scheduler, self.generators)
 
     @property
     def given_timesteps(self) -> np.ndarray:
@@ -146,11 +139,6 @@ def demand_images(caller: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def rows_of(conditioning: Conditioning, rows: slice) -> Conditioning:
-    """The conditioning of some images."""
-    return tree_map(lambda value: value[rows], conditioning)  # type: ignore[no-any-return]
-
-
 def batches(total: int, batch_size: int) -> Iterator[slice]:
     """Slices of at most `batch_size` that cover range(total).
 
@@ -178,7 +166,7 @@ def in_batches(
     parts = []
     for rows in batches(len(sets[0]), batch_size):
         parts.append(np.asarray(measure(*(images[rows] for images in sets))))
-        progress(rows.stop, len(sets[0]), what)
+        progress(what, rows.stop, len(sets[0]))
     return np.concatenate(parts)
 
 
@@ -188,6 +176,12 @@ def device_of(denoiser: Any) -> torch.device:
         for tensor in (*denoiser.parameters(), *denoiser.buffers()):
             return tensor.device
     return torch.device("cpu")
+
+
+def wait_for(device: torch.device) -> None:
+    """Let a clock that is read next see what a CUDA device has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def to_uint8(
@@ -213,7 +207,7 @@ def generate(
     call: DenoiserCall | None = None,
     first: int = 0,
     on_step: StepObserver | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> GenerationResult:
     """Samples images, deterministic but for the seed (eta = 0; ancestral noise per image).
 
@@ -240,18 +234,18 @@ def generate(
     samples, seconds, given = [], [], np.zeros(0)
     for number, rows in enumerate(slices):
         path = Trajectory(scheduler, num_inference_steps, seeds[rows], shape, device, call)
-        extra = rows_of(conditioning or {}, rows)
+        extra = pick(conditioning or {}, rows)
         given, row = path.given_timesteps, []
         for k, timestep in enumerate(path.timesteps):
             start = time.perf_counter()
             model_input = path.model_input(k)
             noise_pred = path.predict(denoiser, model_input, k, extra)
             path.advance(noise_pred, k)
+            wait_for(device)
             row.append(time.perf_counter() - start)
             if on_step is not None:
                 on_step(k, timestep, model_input, noise_pred)
-            if progress is not None:
-                progress(number * len(given) + k + 1, len(slices) * len(given), "sampling")
+            progress("sampling", number * len(given) + k + 1, len(slices) * len(given))
         samples.append(path.sample.float())
         seconds.append(row)
     return GenerationResult(torch.cat(samples), given, np.array(seconds))

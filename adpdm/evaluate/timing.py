@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .sampling import wait_for
+
 WARM_UP_PAIRS = 2  # first calls allocate and choose kernels
 
 
@@ -55,8 +57,7 @@ def time_pair(
         for which in (0, 1) if pair % 2 else (1, 0):
             start = time.perf_counter()
             (reference, quantized)[which]()
-            if device.type == "cuda":  # measuring code: the clock must wait for the device
-                torch.cuda.synchronize(device)
+            wait_for(device)
             if pair >= 0:
                 seconds[pair, which] = time.perf_counter() - start
     ratios = seconds[:, 0] / seconds[:, 1]

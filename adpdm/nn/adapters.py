@@ -40,6 +40,11 @@ def mark_equalized(model: nn.Module, names: Iterable[str]) -> None:
         setattr(modules[name], EQUALIZED, True)
 
 
+def equalized_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that `mark_equalized` has marked."""
+    return [name for name, module in model.named_modules() if getattr(module, EQUALIZED, False)]
+
+
 def _notice(owner: nn.Module, name: str, child: nn.Module | None) -> None:
     """Give a PEFT layer that wraps a quantized one the class that knows codes."""
     peft = sys.modules.get("peft.tuners.tuners_utils") if name == BASE else None
