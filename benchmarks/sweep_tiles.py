@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from bench_gpu_kernels import conv_calls, linear_calls, packed, random_codes, segment
 from gpu_layers import LAYERS, Conv, Layer
-from gpu_timing import Call, Timed, reason_of
+from gpu_timing import Call, Clock, Timed, reason_of
 from unet_results import write_whole
 
 from adpdm import ops
@@ -41,6 +41,7 @@ SHORT, LONG = 16, 80  # k tiles of the two reductions between which a slope is t
 WAVES = 4  # of a full device
 OUTPUT_TILES = 16  # of the full device's matrix, so that it is not bound by memory
 CORES = ("mma", "wgmma")
+PLANNED = "planned"  # what the planner chooses by itself
 CONTESTANTS = {"a8w8": "W8A8", "a8w4": "W4A8", "a4w4": "W4A4", "a4w4-unpacked": "W4A4"}
 
 
@@ -168,22 +169,29 @@ class Choice:
         )
 
 
-def judge_planner(layer: Layer, mode: str, tiles: list[Tile], time: Callable[[Call], float]) -> Choice:
-    """Time every tile and number of splits on a layer, and what the planner makes of it.
+def judge_planner(
+    layer: Layer, mode: str, tiles: list[Tile], clock: Callable[[Call], Clock] = Timed
+) -> Choice:
+    """Time every tile and number of splits on a layer, and what the planner makes of it, in turns.
 
     All of them add the same integers, so their results are the same bits.
+
+    Args: clock: of a call that keeps the choice it was made with, as a CUDA graph does.
     """
     calls = conv_calls(layer) if isinstance(layer, Conv) else linear_calls(layer)
     call = calls[CONTESTANTS[mode]]
-    times, wrong, expected = {}, [], call()
+    clocks, wrong, expected = {PLANNED: clock(call)}, [], call()
     for tile, splits in itertools.product([t for t in tiles if t.mode == mode], SPLITS):
         name = f"{tile.choice}/{splits}"
         with chosen(name):
             if not all(torch.equal(call(), expected) for _ in range(CHECKS)):
                 wrong.append(name)
-            times[name] = time(call)
+            clocks[name] = clock(call)
+    rounds = [{name: each.microseconds() for name, each in clocks.items()} for _ in range(ROUNDS)]
+    times = {name: statistics.median(taken[name] for taken in rounds) for name in clocks}
+    planned = times.pop(PLANNED)
     best = min(times, key=lambda name: times[name])
-    return Choice(layer.name, mode, time(call), times[best], best, wrong)
+    return Choice(layer.name, mode, planned, times[best], best, wrong)
 
 
 def replace_rows(table: dict[str, Any], arch: int, rows: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -228,7 +236,7 @@ class Sweep:
         """Fill the choices."""
         for layer, mode in itertools.product(layers, self.rows.get("mma", {})):
             try:
-                choice = judge_planner(layer, mode, tiles, median_microseconds)
+                choice = judge_planner(layer, mode, tiles)
             except Exception as error:
                 self.fail(f"{layer.name} {mode}", error)
                 continue

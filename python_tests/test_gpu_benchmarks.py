@@ -277,14 +277,38 @@ def test_planner_is_judged_against_the_best_tile(sweep: ModuleType) -> None:
         sweep.Tile("mma", "a8w4", 64, 64, 3),
     ]
 
-    def time(call: Any) -> float:
-        return {"wgmma:128x128/4": 5.0, None: 6.0}.get(os.environ.get("ADPDM_CUDA_TILE"), 9.0)
+    order: list[str | None] = []
 
-    choice = sweep.judge_planner(layers.Linear(20, 32, 32), "a8w8", tiles, time)
-    assert (choice.best_choice, choice.best, choice.microseconds) == ("wgmma:128x128/4", 5.0, 6.0)
-    assert choice.loss == pytest.approx(0.2)
+    class Clock:
+        """The card gets slower and slower: by turns all choices lose as much by it."""
+
+        def __init__(self, call: Any) -> None:
+            self.tile = os.environ.get("ADPDM_CUDA_TILE")
+
+        def microseconds(self) -> float:
+            order.append(self.tile)
+            return {"wgmma:128x128/4": 5.0, None: 6.0}.get(self.tile, 9.0) + order.count(self.tile)
+
+    choice = sweep.judge_planner(layers.Linear(20, 32, 32), "a8w8", tiles, Clock)
+    middle = (sweep.ROUNDS + 1) / 2
+    assert (choice.best_choice, choice.best) == ("wgmma:128x128/4", 5.0 + middle)
+    assert choice.microseconds == 6.0 + middle
+    assert order[0] is None
+    assert order[: len(set(order))] == order[-len(set(order)) :]
+    assert len(order) == sweep.ROUNDS * len(set(order))
+    assert choice.loss == pytest.approx(1 / (5.0 + middle))
     assert choice.wrong == []
     assert "ADPDM_CUDA_TILE" not in os.environ
+
+
+class Constant:
+    """The clock of a call that takes two microseconds."""
+
+    def __init__(self, call: Any) -> None:
+        pass
+
+    def microseconds(self) -> float:
+        return 2.0
 
 
 def test_sweep_names_a_choice_with_other_results_and_saves_it(
@@ -302,7 +326,7 @@ def test_sweep_names_a_choice_with_other_results_and_saves_it(
 
     monkeypatch.setattr(sweep, "linear_calls", lambda layer: {"W8A8": call})
     monkeypatch.setattr(sweep, "measure_costs", lambda tile, num_sms, megahertz: [3, 1, 1, 1])
-    monkeypatch.setattr(sweep, "median_microseconds", lambda call: 2.0)
+    monkeypatch.setattr(sweep, "judge_planner", partial(sweep.judge_planner, clock=Constant))
     found = sweep.Sweep(90, "measured", tmp_path / "tiles.json")
     found.measure_tiles([tile], 132, 1980.0)
     before = json.loads(found.path.read_text())
