@@ -38,14 +38,24 @@ std::vector<int8_t> codes_of(const std::vector<float>& x, FloatType type, int32_
   return codes;
 }
 
+template <typename T>
+std::vector<T> repeated(const std::vector<T>& values, int times) {
+  std::vector<T> result;
+  for (int i = 0; i < times; ++i) result.insert(result.end(), values.begin(), values.end());
+  return result;
+}
+
 TEST(Quantize, LiteralCodesOfBothGroups) {
   const std::vector<float> x = {0.5f, 1.5f, 2.5f, -0.5f, -1.5f, 0.0f, 1000.0f, -1000.0f, kInf, -kInf, kNan};
+  const std::vector<int8_t> first = {0, 2, 2, 0, -2, 0, 127, -128, 127, -128, -128};
+  const std::vector<int8_t> second = {4, 6, 7, 2, 0, 3, 7, -8, 7, -8, -8};
   for (cpu::Isa isa : supported_isas()) {
     const cpu::ScopedIsa scope(isa);
     for (FloatType type : kFloatTypes) {
-      EXPECT_EQ(codes_of(x, type, 0, 8),
-                (std::vector<int8_t>{0, 2, 2, 0, -2, 0, 127, -128, 127, -128, -128}));
-      EXPECT_EQ(codes_of(x, type, 1, 4), (std::vector<int8_t>{4, 6, 7, 2, 0, 3, 7, -8, 7, -8, -8}));
+      for (int times : {1, 37}) {  // 37: every value in every lane of a vector of 32
+        EXPECT_EQ(codes_of(repeated(x, times), type, 0, 8), repeated(first, times));
+        EXPECT_EQ(codes_of(repeated(x, times), type, 1, 4), repeated(second, times));
+      }
     }
   }
 }

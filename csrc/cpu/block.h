@@ -80,7 +80,11 @@ class BlockWriter {
 // x [n], readable to a multiple of 16 -> codes [n rounded up to 16].
 ADPDM_VEC void quantize_block(const float* x, int64_t n, const Quantizer& quantizer, int8_t* codes) {
   const VecQuantizer q(quantizer);
-  for (int64_t i = 0; i < n; i += kLanes) {
+  int64_t i = 0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) store_quantized_twice(codes + i, x + i, q);
+#endif
+  for (; i < n; i += kLanes) {
     Vec lanes[kVecs];
     for (int v = 0; v < kVecs; ++v) lanes[v] = load(x + i + v * Vec::kSize);
     store_quantized(codes + i, lanes, q);

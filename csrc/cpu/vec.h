@@ -248,18 +248,37 @@ struct VecQuantizer {
 // In integers, which takes a third of the instructions: the conversion rounds to even and turns NaN and what
 // is too low for it into the lowest integer, so that only the upper clamp is needed before it; 16-bit
 // arithmetic that saturates does what the clamp to kMaxQuotient is for.
-ADPDM_VEC void store_quantized(int8_t* p, const Vec* x, const VecQuantizer& q) {
+
+// quantize_value of 16 lanes without its last clamps, as 16-bit integers: lanes 0-3, 8-11, 4-7, 12-15.
+ADPDM_VEC __m256i shifted_words(Vec first, Vec second, const VecQuantizer& q) {
   const __m256 high = _mm256_set1_ps(kMaxQuotient);
   const auto rounded = [&](Vec v) {
     return _mm256_cvtps_epi32(_mm256_min_ps(high, _mm256_mul_ps(v.v, q.inv_scale.v)));  // NaN stays NaN
   };
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(rounded(x[0]), rounded(x[1])), 0xd8);
   const __m256i zero_point = _mm256_cvtps_epi32(q.zero_point.v);
-  const __m256i codes = _mm256_adds_epi16(words, _mm256_packs_epi32(zero_point, zero_point));
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
-  const __m128i low = _mm_set1_epi8(static_cast<char>(_mm256_cvtss_f32(q.quant_min.v)));
-  const __m128i top = _mm_set1_epi8(static_cast<char>(_mm256_cvtss_f32(q.quant_max.v)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_min_epi8(_mm_max_epi8(bytes, low), top));
+  const __m256i words = _mm256_packs_epi32(rounded(first), rounded(second));
+  return _mm256_adds_epi16(words, _mm256_packs_epi32(zero_point, zero_point));
+}
+
+// Codes of 32 lanes in order, from two results of shifted_words.
+ADPDM_VEC __m256i codes_in_order(__m256i first, __m256i second, const VecQuantizer& q) {
+  const __m256i low = _mm256_set1_epi8(static_cast<char>(_mm256_cvtss_f32(q.quant_min.v)));
+  const __m256i top = _mm256_set1_epi8(static_cast<char>(_mm256_cvtss_f32(q.quant_max.v)));
+  const __m256i codes = _mm256_min_epi8(_mm256_max_epi8(_mm256_packs_epi16(first, second), low), top);
+  return _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));  // four at a time
+}
+
+ADPDM_VEC void store_quantized(int8_t* p, const Vec* x, const VecQuantizer& q) {
+  const __m256i words = shifted_words(x[0], x[1], q);
+  const __m256i codes = codes_in_order(words, words, q);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(codes));
+}
+
+// The same of 32 lanes at x.
+ADPDM_VEC void store_quantized_twice(int8_t* p, const float* x, const VecQuantizer& q) {
+  const __m256i first = shifted_words(load(x), load(x + 8), q);
+  const __m256i second = shifted_words(load(x + 16), load(x + 24), q);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), codes_in_order(first, second, q));
 }
 #else
 ADPDM_VEC void store_quantized(int8_t* p, const Vec* x, const VecQuantizer& q) {
