@@ -2,10 +2,7 @@
 // and ratios to the first level, as medians of kRounds with quartiles. "-direct" behind a level: 3x3
 // convolutions without Winograd's method, "-winograd": with it, however few tiles there are. Needs no Python:
 //     build/core/adpdm_cpu_levels avx512 avx512-direct avx_vnni avx2
-#include <algorithm>
 #include <cstdio>
-#include <ctime>
-#include <exception>
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -15,10 +12,12 @@
 #include "cpu/isa.h"
 #include "cpu/winograd.h"
 #include "igemm_problem.h"
+#include "measuring.h"
 
 namespace {
 
 using namespace adpdm;
+using namespace adpdm::benchmarks;
 
 constexpr int kRounds = 25;
 constexpr double kMinSampleSeconds = 0.002;  // a sample repeats a call until it lasts this long
@@ -83,30 +82,12 @@ constexpr Attention kAttentions[] = {{1, 8, 40, 1024, 1024},
                                      {1, 1, 64, 256, 256},
                                      {8, 4, 32, 64, 64}};
 
-double thread_seconds() {
-  timespec time;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
-
-double quantile(std::vector<double> values, double share) {
-  std::sort(values.begin(), values.end());
-  return values[static_cast<size_t>(share * static_cast<double>(values.size() - 1) + 0.5)];
-}
-
-double seconds_per_call(const std::function<void()>& call, int calls) {
-  call();  // caches were another level's
-  const double begin = thread_seconds();
-  for (int i = 0; i < calls; ++i) call();
-  return (thread_seconds() - begin) / calls;
-}
-
 void measure(const std::string& name, const std::vector<Level>& levels, const std::function<void()>& call) {
   std::vector<int> calls;
   std::vector<std::vector<double>> seconds(levels.size());
   for (const Level& level : levels) {
     const ScopedLevel scope(level);
-    calls.push_back(std::max(1, static_cast<int>(kMinSampleSeconds / seconds_per_call(call, 2))));
+    calls.push_back(calls_lasting(kMinSampleSeconds, call));
   }
   for (int round = 0; round < kRounds; ++round) {
     for (size_t i = 0; i < levels.size(); ++i) {
@@ -204,11 +185,4 @@ int run(const std::vector<std::string>& names) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    return run({argv + 1, argv + argc});
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "levels: %s\n", error.what());
-    return 1;
-  }
-}
+int main(int argc, char** argv) { return run_program("levels", argc, argv, run); }

@@ -5,20 +5,17 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
-#include <ctime>
-#include <exception>
-#include <filesystem>
-#include <fstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/amx_tile.h"
 #include "cpu/isa.h"
+#include "measuring.h"
 
 namespace {
 
 using namespace adpdm;
+using namespace adpdm::benchmarks;
 
 constexpr int kRepetitions = 1000;
 constexpr double kRepetitionSeconds = 2e-4;  // at least: short against what else the machine does
@@ -166,12 +163,6 @@ std::vector<Peak> all_peaks() { throw std::runtime_error("knows no instructions 
 
 #endif
 
-double thread_seconds() {
-  timespec time;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
-
 double seconds(const Peak& peak, int64_t steps) {
   const double begin = thread_seconds();
   peak.run(steps);
@@ -209,70 +200,31 @@ void print(const Row& row) {
   }
 }
 
-// The processor's name; empty where the system does not tell it.
-std::string processor_name() {
-  std::ifstream lines("/proc/cpuinfo");
-  for (std::string line; std::getline(lines, line);) {
-    const size_t colon = line.find(": ");
-    if (line.rfind("model name", 0) == 0 && colon != std::string::npos) return line.substr(colon + 2);
-  }
-  return "";
-}
-
-// None of the texts has a character that JSON would have to escape.
-std::string quoted(const std::string& text) { return "\"" + text + "\""; }
-
-std::string json(const std::vector<Row>& rows) {
-  std::string text = "{\n \"machine\": {\"cpu\": " + quoted(processor_name()) + "},\n \"settings\": {";
-  text += "\"threads\": 1, \"repetitions\": " + std::to_string(kRepetitions) + "},\n \"rows\": [";
-  const char* separator = "\n";
-  for (const Row& row : rows) {
-    const bool has_rates = row.obstacle.empty();
-    text += separator;
-    text += "  {\"level\": " + quoted(cpu::isa_name(row.peak.level)) +
-            ", \"instructions\": " + quoted(row.peak.instructions) + ", \"use\": " + quoted(row.peak.use) +
-            ", \"best_gops\": " + (has_rates ? std::to_string(row.best) : "null") +
-            ", \"median_gops\": " + (has_rates ? std::to_string(row.median) : "null") +
-            ", \"obstacle\": " + (has_rates ? "null" : quoted(row.obstacle)) + "}";
-    separator = ",\n";
-  }
-  return text + "\n ]\n}\n";
-}
-
-// All at once or not at all: a reader never sees half a file.
-void write(const std::filesystem::path& path, const std::string& text) {
-  if (path.has_parent_path()) std::filesystem::create_directories(path.parent_path());
-  const std::filesystem::path temporary = path.string() + ".tmp";
-  std::ofstream file(temporary);
-  file << text;
-  file.close();
-  if (!file) throw std::runtime_error("could not write " + temporary.string());
-  std::filesystem::rename(temporary, path);
+std::string fields(const Row& row) {
+  const bool has_rates = row.obstacle.empty();
+  return "\"level\": " + quoted(cpu::isa_name(row.peak.level)) +
+         ", \"instructions\": " + quoted(row.peak.instructions) + ", \"use\": " + quoted(row.peak.use) +
+         ", \"best_gops\": " + (has_rates ? std::to_string(row.best) : "null") +
+         ", \"median_gops\": " + (has_rates ? std::to_string(row.median) : "null") +
+         ", \"obstacle\": " + (has_rates ? "null" : quoted(row.obstacle));
 }
 
 int run(const std::vector<std::string>& arguments) {
-  const bool writes = arguments.size() == 2 && arguments[0] == "--json";
-  if (!writes && !arguments.empty()) {
-    throw std::runtime_error("wanted no arguments or --json FILE, got '" + arguments[0] + "'");
-  }
+  const std::string file = json_file(arguments);
   std::printf("%-9s %-31s %-24s %8s %8s\n", "level", "one thread, registers alone", "for", "GOP/s", "median");
-  std::vector<Row> rows;
+  std::vector<std::string> rows;
   for (const Peak& peak : all_peaks()) {
-    rows.push_back(measure(peak));
-    print(rows.back());
+    const Row row = measure(peak);
+    print(row);
     std::fflush(stdout);
+    rows.push_back(fields(row));
   }
-  if (writes) write(arguments[1], json(rows));
+  if (!file.empty()) {
+    write(file, json("\"threads\": 1, \"repetitions\": " + std::to_string(kRepetitions), rows));
+  }
   return 0;
 }
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    return run({argv + 1, argv + argc});
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "peaks: %s\n", error.what());
-    return 1;
-  }
-}
+int main(int argc, char** argv) { return run_program("peaks", argc, argv, run); }

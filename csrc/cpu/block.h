@@ -15,74 +15,19 @@ namespace {
 // cache.
 constexpr int64_t kBlock = 1024;
 
-// Up to kBlock elements as float32, readable up to the next multiple of kLanes. A whole float32 block is read
-// in place.
-class BlockReader {
- public:
-  ADPDM_VEC BlockReader(const void* data, FloatType type) : data_(data), type_(type) {}
-
-  // Elements [begin, begin + n), then zeros; valid until the next call.
-  const float* read(int64_t begin, int64_t n) {
-    const int64_t padded = padded_to_lanes(n);
-    if (type_ == FloatType::kFloat32) {
-      const float* source = static_cast<const float*>(data_) + begin;
-      if (padded == n) return source;
-      std::memcpy(buffer_, source, static_cast<size_t>(n) * sizeof(float));
-    } else {
-      const uint16_t* source = static_cast<const uint16_t*>(data_) + begin;
-      if (type_ == FloatType::kBFloat16) {
-        for (int64_t i = 0; i < n; ++i) buffer_[i] = bf16_to_float(source[i]);
-      } else {
-        for (int64_t i = 0; i < n; ++i) buffer_[i] = f16_to_float(source[i]);
-      }
-    }
-    for (int64_t i = n; i < padded; ++i) buffer_[i] = 0.0f;
-    return buffer_;
-  }
-
- private:
-  const void* data_;
-  FloatType type_;
-  alignas(64) float buffer_[kBlock];
-};
-
-// Room for up to kBlock float32 results, writable up to the next multiple of kLanes.
-class BlockWriter {
- public:
-  ADPDM_VEC BlockWriter(void* data, FloatType type) : data_(data), type_(type) {}
-
-  // Where to put elements [begin, begin + n); they are in the tensor after commit().
-  float* open(int64_t begin, int64_t n) {
-    if (type_ == FloatType::kFloat32 && padded_to_lanes(n) == n) return static_cast<float*>(data_) + begin;
-    return buffer_;
-  }
-
-  void commit(int64_t begin, int64_t n) {
-    if (type_ == FloatType::kFloat32) {
-      if (padded_to_lanes(n) == n) return;
-      std::memcpy(static_cast<float*>(data_) + begin, buffer_, static_cast<size_t>(n) * sizeof(float));
-      return;
-    }
-    uint16_t* target = static_cast<uint16_t*>(data_) + begin;
-    if (type_ == FloatType::kBFloat16) {
-      for (int64_t i = 0; i < n; ++i) target[i] = float_to_bf16(buffer_[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) target[i] = float_to_f16(buffer_[i]);
-    }
-  }
-
- private:
-  void* data_;
-  FloatType type_;
-  alignas(64) float buffer_[kBlock];
-};
-
 // x [n], readable to a multiple of 16 -> codes [n rounded up to 16].
 ADPDM_VEC void quantize_block(const float* x, int64_t n, const Quantizer& quantizer, int8_t* codes) {
   const VecQuantizer q(quantizer);
   int64_t i = 0;
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) store_quantized_twice(codes + i, x + i, q);
+  const auto by_two = [&](auto is_8_bit) {
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) store_quantized_twice<is_8_bit>(codes + i, x + i, q);
+  };
+  if (quantizer.quant_min == -128.0f && quantizer.quant_max == 127.0f) {
+    by_two(std::true_type());
+  } else {
+    by_two(std::false_type());
+  }
 #endif
   for (; i < n; i += kLanes) {
     Vec lanes[kVecs];
@@ -147,6 +92,60 @@ ADPDM_VEC void read_row(const void* x, int64_t begin, int64_t n, float* row) {
     for (int v = 0; v < kVecs; ++v) store(row + i + v * Vec::kSize, lanes[v]);
   }
 }
+
+// row [n] f32, readable to a multiple of 16 -> x [begin, begin + n) of kType.
+template <FloatType kType>
+ADPDM_VEC void write_row(const float* row, int64_t n, void* x, int64_t begin) {
+  int64_t i = 0;
+  for (; i + Vec::kSize <= n; i += Vec::kSize) store_as<kType>(x, begin + i, load(row + i));
+  if (i == n) return;
+  alignas(32) float rest[Vec::kSize];  // as many bytes as a vector of any type
+  store_as<kType>(rest, 0, load(row + i));
+  std::memcpy(static_cast<char*>(x) + (begin + i) * float_size(kType), rest,
+              static_cast<size_t>((n - i) * float_size(kType)));
+}
+
+// Up to kBlock elements as float32, readable up to the next multiple of kLanes. A whole float32 block is read
+// in place.
+class BlockReader {
+ public:
+  ADPDM_VEC BlockReader(const void* data, FloatType type) : data_(data), type_(type) {}
+
+  // Elements [begin, begin + n), then zeros; valid until the next call.
+  const float* read(int64_t begin, int64_t n) {
+    if (type_ == FloatType::kFloat32 && padded_to_lanes(n) == n)
+      return static_cast<const float*>(data_) + begin;
+    with_type(type_, [&](auto type) { read_row<type>(data_, begin, n, buffer_); });
+    return buffer_;
+  }
+
+ private:
+  const void* data_;
+  FloatType type_;
+  alignas(64) float buffer_[kBlock];
+};
+
+// Room for up to kBlock float32 results, writable up to the next multiple of kLanes.
+class BlockWriter {
+ public:
+  ADPDM_VEC BlockWriter(void* data, FloatType type) : data_(data), type_(type) {}
+
+  // Where to put elements [begin, begin + n); they are in the tensor after commit().
+  float* open(int64_t begin, int64_t n) {
+    if (type_ == FloatType::kFloat32 && padded_to_lanes(n) == n) return static_cast<float*>(data_) + begin;
+    return buffer_;
+  }
+
+  void commit(int64_t begin, int64_t n) {
+    if (type_ == FloatType::kFloat32 && padded_to_lanes(n) == n) return;
+    with_type(type_, [&](auto type) { write_row<type>(buffer_, n, data_, begin); });
+  }
+
+ private:
+  void* data_;
+  FloatType type_;
+  alignas(64) float buffer_[kBlock];
+};
 
 // Calls body(begin, n) for the blocks of [0, size).
 template <typename Body>

@@ -66,6 +66,10 @@ ADPDM_VEC void store_codes(int8_t* p, const Vec* x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x[0].v)));
 }
 
+ADPDM_VEC Vec load_codes(const int8_t* p) {
+  return Vec(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+}
+
 // As core/float_convert.h, Vec::kSize elements; vcvtneps2bf16 would flush subnormals.
 ADPDM_VEC Vec load_bf16(const uint16_t* p) {
   const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -121,6 +125,10 @@ ADPDM_VEC Vec add_where(Mask m, Vec a, Vec b) { return Vec(_mm256_add_ps(a.v, _m
 ADPDM_VEC Vec add_unless(Mask m, Vec a, Vec b) { return Vec(_mm256_add_ps(a.v, _mm256_andnot_ps(m.m, b.v))); }
 ADPDM_VEC Vec subtract_where(Mask m, Vec a, Vec b) {
   return Vec(_mm256_sub_ps(a.v, _mm256_and_ps(m.m, b.v)));
+}
+
+ADPDM_VEC Vec load_codes(const int8_t* p) {
+  return Vec(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
 }
 
 // As core/float_convert.h, Vec::kSize elements.
@@ -260,11 +268,15 @@ ADPDM_VEC __m256i shifted_words(Vec first, Vec second, const VecQuantizer& q) {
   return _mm256_adds_epi16(words, _mm256_packs_epi32(zero_point, zero_point));
 }
 
-// Codes of 32 lanes in order, from two results of shifted_words.
+// Codes of 32 lanes in order, from two results of shifted_words. kIs8Bit: every byte is a code.
+template <bool kIs8Bit = false>
 ADPDM_VEC __m256i codes_in_order(__m256i first, __m256i second, const VecQuantizer& q) {
-  const __m256i low = _mm256_set1_epi8(static_cast<char>(_mm256_cvtss_f32(q.quant_min.v)));
-  const __m256i top = _mm256_set1_epi8(static_cast<char>(_mm256_cvtss_f32(q.quant_max.v)));
-  const __m256i codes = _mm256_min_epi8(_mm256_max_epi8(_mm256_packs_epi16(first, second), low), top);
+  __m256i codes = _mm256_packs_epi16(first, second);
+  if constexpr (!kIs8Bit) {
+    const __m256i low = _mm256_set1_epi8(static_cast<char>(_mm256_cvtss_f32(q.quant_min.v)));
+    const __m256i top = _mm256_set1_epi8(static_cast<char>(_mm256_cvtss_f32(q.quant_max.v)));
+    codes = _mm256_min_epi8(_mm256_max_epi8(codes, low), top);
+  }
   return _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));  // four at a time
 }
 
@@ -275,10 +287,11 @@ ADPDM_VEC void store_quantized(int8_t* p, const Vec* x, const VecQuantizer& q) {
 }
 
 // The same of 32 lanes at x.
+template <bool kIs8Bit>
 ADPDM_VEC void store_quantized_twice(int8_t* p, const float* x, const VecQuantizer& q) {
   const __m256i first = shifted_words(load(x), load(x + 8), q);
   const __m256i second = shifted_words(load(x + 16), load(x + 24), q);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), codes_in_order(first, second, q));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), codes_in_order<kIs8Bit>(first, second, q));
 }
 #else
 ADPDM_VEC void store_quantized(int8_t* p, const Vec* x, const VecQuantizer& q) {
