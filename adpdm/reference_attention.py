@@ -12,6 +12,7 @@ MAX_CODE, MAX_WEIGHT = 127.0, 255.0
 LOG2_MAX_WEIGHT = 7.99435344
 MIN_EXPONENT = -64.0  # of weights
 MIN_VALUE = 2.0**-23  # as a share of the largest of its channel; below, step sizes shrink no further
+MIN_CHANNEL = 2.0**-126  # channels below count as zeros: 1 / x is infinite for denormal numbers
 LOG2_RISE = 0.0860714  # log2(1 + f) - f at its largest
 EXP2_CUBIC = (0.999928074, 0.693260985, 0.242611122, 0.0551716691)
 
@@ -68,7 +69,7 @@ def _codes_by_token(x: Tensor) -> tuple[Tensor, Tensor]:
 def _value_codes(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [.., M, D], log2 of the tokens' step sizes [.., 1, M], scales of channels [.., 1, D]."""
     channel_scale = v.abs().amax(2, keepdim=True)
-    channel_scale = channel_scale.where(channel_scale > 0, 1.0)
+    channel_scale = channel_scale.where(~(channel_scale < MIN_CHANNEL), 1.0)  # NaN stays
     relative = v * (1.0 / channel_scale)
     step = relative.abs().amax(3).clamp(min=MIN_VALUE).double() * (1.0 / MAX_CODE)
     # log2 by the straight lines between powers of two, raised so that it is nowhere too small.

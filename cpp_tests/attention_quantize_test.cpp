@@ -194,6 +194,36 @@ TEST(Int8Attention, HandComputed) {
   }
 }
 
+// An exponent of 1.7 million, less log2 of 255, rounds: the largest weight must not become 256, which in a
+// byte is 0.
+TEST(Int8Attention, HugeScores) {
+  Case c;
+  c.keys = 2;
+  c.int8 = true;
+  Tensors t;
+  set(t, 0, {1200.0f}, c.type);
+  set(t, 1, {4000.0f, 6000.0f}, c.type);
+  set(t, 2, {0.4f, 0.8f}, c.type);
+  for (cpu::Isa isa : supported_isas()) {
+    EXPECT_EQ(attention(c, t, isa), (std::vector<int8_t>{43})) << cpu::isa_name(isa);
+  }
+}
+
+// A channel whose values have no finite inverse counts as zeros and leaves the others alone.
+TEST(Int8Attention, DenormalChannel) {
+  Case c;
+  c.keys = 2;
+  c.head_size = 2;
+  c.int8 = true;
+  Tensors t;
+  set(t, 0, {0.0f, 0.0f}, c.type);
+  set(t, 1, {1.0f, 2.0f, 3.0f, 4.0f}, c.type);
+  set(t, 2, {0.4f, 1e-40f, 0.8f, -1e-40f}, c.type);
+  for (cpu::Isa isa : supported_isas()) {
+    EXPECT_EQ(attention(c, t, isa), (std::vector<int8_t>{33, 3})) << cpu::isa_name(isa);
+  }
+}
+
 // Equal codes on every instruction set, and near the exact attention: 127 steps of each operand leave an
 // error of a few per cent of a deviation, some codes of 0.02.
 void expect_equal_codes(const Case& c, unsigned seed) {

@@ -149,6 +149,29 @@ def test_what_is_not_finite_is_seen_in_the_codes_it_reaches(
         assert torch.equal(codes[..., :16], wanted[..., :16]), name
 
 
+def test_int8_attention_takes_a_channel_of_denormal_numbers_for_zeros() -> None:
+    query, key, value = (normal(1, 20, 16, seed=seed) for seed in range(3))
+    value[..., 5] = 1e-40
+    codes = ops.attention_quantize(query, key, value, quantizer(), 1, int8=True)
+    assert (codes[..., 5] == 3).all()
+    assert_near_codes(codes, reference.attention_quantize(query, key, value, quantizer(), 1, True))
+    value[..., 5] = 0
+    assert torch.equal(codes, ops.attention_quantize(query, key, value, quantizer(), 1, int8=True))
+
+
+@pytest.mark.parametrize("score", [1.0, 1.5e5, 1e6, 1e8])
+def test_int8_attention_with_huge_scores_picks_one_value(score: float) -> None:
+    """In float32 the largest exponent less log2 of 255 rounds, and the weight must not become 256."""
+    channels = 16
+    rows = torch.eye(channels) * (score * math.sqrt(channels)) ** 0.5
+    value = torch.linspace(-1, 1, channels * channels).view(1, channels, channels)
+    codes = ops.attention_quantize(8 * rows[None], 8 * rows[None], value, quantizer(), 1, int8=True)
+    wanted = reference.quantize(
+        value, *(getattr(quantizer(), n) for n in ("scale", "zero_point", "group_index")), 8
+    )
+    assert (codes.int() - wanted.int()).abs().max() <= 1
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_attention_quantize_reads_parts_of_one_tensor(int8: bool) -> None:
     query, key, value = normal(2, 9, 48).split(16, -1)

@@ -1,6 +1,7 @@
 // Implements tape.h.
 #include "bindings/tape.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/stack.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -37,8 +38,9 @@ size_t Tape::HashMemory::operator()(const Memory& memory) const {
 Tape::Memory Tape::memory_of(const at::Tensor& tensor) {
   const void* storage = tensor.unsafeGetTensorImpl();
   if (tensor.has_storage()) storage = tensor.storage().unsafeGetStorageImpl();
-  return {storage, tensor.storage_offset(), static_cast<int>(tensor.scalar_type()), tensor.sizes().vec(),
-          tensor.strides().vec()};
+  const int meaning = (tensor.is_conj() ? 1 : 0) | (tensor.is_neg() ? 2 : 0);  // views that only say so
+  return {storage, tensor.storage_offset(), static_cast<int>(tensor.scalar_type()) << 2 | meaning,
+          tensor.sizes().vec(), tensor.strides().vec()};
 }
 
 void Tape::keep_address(const at::Tensor& tensor) {
@@ -73,9 +75,23 @@ void Tape::patch_list(size_t argument, c10::IValue& list, Call& call) {
   list = kept;
 }
 
+// Slots are found by the memory that tensors describe when they are arguments. Two kinds of calls would keep
+// a tensor of the recording without a word: what changes the shape of its argument, and what writes into an
+// argument and makes another tensor besides.
+void Tape::demand_slots(const c10::OperatorHandle& op) {
+  TORCH_CHECK(!op.hasTag(at::Tag::inplace_view), "adpdm.graph: the forward calls ", op.operator_name(),
+              ", which changes the shape of a tensor in place; call it without the underscore");
+  if (!op.schema().is_mutable()) return;
+  for (const c10::Argument& returned : op.schema().returns()) {
+    TORCH_CHECK(returned.alias_info() != nullptr, "adpdm.graph: the forward calls ", op.operator_name(),
+                ", which writes into an argument and returns a new tensor; a recording cannot repeat both");
+  }
+}
+
 void Tape::add(const c10::OperatorHandle& op, std::vector<c10::IValue> arguments,
                const std::vector<at::Tensor>& results) {
   TORCH_CHECK(results_.empty(), "Tape.add: the recording is finished");
+  demand_slots(op);
   Call call{op, std::move(arguments), {}, {}, {}};
   for (size_t a = 0; a < call.arguments.size(); ++a) {
     c10::IValue& argument = call.arguments[a];
@@ -110,6 +126,9 @@ void Tape::finish(const std::vector<at::Tensor>& results) {
     const Slot slot = slot_of(result);
     TORCH_CHECK_VALUE(slot != kNone, "Tape.finish: a result of shape ", result.sizes(),
                       " was not made by a recorded call");
+    TORCH_CHECK_VALUE(at::has_internal_overlap(result) != at::MemOverlap::Yes,
+                      "Tape.finish: a result of shape ", result.sizes(),
+                      " repeats its elements (`expand`), so it cannot be written; return a clone");
     results_.emplace_back(result, slot);
   }
   const bool writes = std::any_of(calls_.begin(), calls_.end(),
@@ -303,8 +322,8 @@ void Tape::replay() {
   }
   for (auto& [result, slot] : results_) {
     result.copy_(values_[static_cast<size_t>(slot)]);
-    values_[static_cast<size_t>(slot)].reset();
   }
+  for (auto& [result, slot] : results_) values_[static_cast<size_t>(slot)].reset();  // several may share one
 }
 
 }  // namespace adpdm::bindings

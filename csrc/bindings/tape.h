@@ -68,6 +68,7 @@ class Tape {
   static bool is_same_number(const at::Tensor& a, const at::Tensor& b);
   static bool is_same_value(const c10::IValue& a, const c10::IValue& b);
   static bool is_same_call(const Call& a, const Call& b);
+  static void demand_slots(const c10::OperatorHandle& op);
   static Memory memory_of(const at::Tensor& tensor);
   void keep_address(const at::Tensor& tensor);
   Slot slot_of(const at::Tensor& tensor) const;
