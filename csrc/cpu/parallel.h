@@ -21,10 +21,10 @@ ParallelBackend set_parallel_backend(ParallelBackend backend);
 // parallel_for without the type of the callable.
 void run_parallel(int64_t begin, int64_t end, int64_t grain, void* context, ParallelBody body);
 
-// Calls function(int64_t begin, int64_t end) on ranges that cover [begin, end) once, of at least `grain`
-// elements except the last. How many ranges there are depends on the number of threads, so a result must not
-// depend on where they are cut: a sum is kept per fixed chunk (parallel over chunk indices) and added up in
-// order, never per range.
+// Calls function(int64_t begin, int64_t end) on ranges that cover [begin, end) once: one for each `grain`
+// elements begun, but no more than there are threads, all about equally long, so of `grain` / 2 and more. A
+// result must not depend on where they are cut: a sum is kept per fixed chunk (parallel over chunk indices)
+// and added up in order, never per range.
 template <typename Function>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, Function&& function) {
   using Callable = std::remove_reference_t<Function>;
