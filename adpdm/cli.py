@@ -273,6 +273,8 @@ def _asked(args: argparse.Namespace, pipe: Any, *others: Any) -> _Asked:
     for name, count in (("--images", args.images), ("--steps", args.steps)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {args.seed}")
     if args.guidance_scale is not None and not math.isfinite(args.guidance_scale):
         raise ValueError(f"--guidance-scale must be a finite number, got {args.guidance_scale}")
     bare = denoisers = [find_denoiser(each) for each in (pipe, *others)]

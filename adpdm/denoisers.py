@@ -22,8 +22,8 @@ def find_denoiser(pipe_or_denoiser: Any) -> nn.Module:
         if isinstance(component, nn.Module):
             return component
     raise TypeError(
-        "adpdm: wanted a diffusers pipeline with a unet or transformer, or a denoiser module; "
-        f"got {type(pipe_or_denoiser).__name__}"
+        "adpdm: wanted a diffusers pipeline with a unet or transformer, or a denoiser module, such as the "
+        f"prior or decoder of a pipeline; got {type(pipe_or_denoiser).__name__}"
     )
 
 
@@ -65,7 +65,14 @@ def load_pipeline(path: Path | str, **kwargs: Any) -> Any:
     """
     folder = Path(path)
     if (folder / "model_index.json").exists() or not folder.exists():
-        pipe = DiffusionPipeline.from_pretrained(str(path), **kwargs)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(str(path), **kwargs)
+        except (OSError, ValueError) as error:
+            if folder.exists() or not kwargs.get("local_files_only"):
+                raise
+            raise FileNotFoundError(
+                f"{path} must be a folder, or a model in the cache of the Hugging Face Hub; found neither"
+            ) from error
         if not kwargs.keys() & {"torch_dtype", "dtype"}:
             _to_float32(pipe)
         return pipe

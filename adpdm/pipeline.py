@@ -42,6 +42,8 @@ from .pipeline_checks import (
     check_objective,
     check_rows,
     find_scheduler,
+    make_sampler,
+    refuse_second_denoiser,
     trace_forward,
 )
 from .processes import Processes, joined
@@ -142,6 +144,7 @@ def calibration_sampler(
     check_kinds(config, call, conditioning, null_conditioning, scheduler)
     denoiser = find_denoiser(pipe_or_denoiser)
     check_denoiser(denoiser)
+    refuse_second_denoiser(pipe_or_denoiser, denoiser)
     scheduler = find_scheduler(pipe_or_denoiser, scheduler)
     if prompts is not None:
         text, empty = _encoded(pipe_or_denoiser, prompts)
@@ -156,7 +159,7 @@ def calibration_sampler(
     check_objective(scheduler, config)
     guidance = _guidance(denoiser, config.guidance_scale, conditioning or {}, null_conditioning)
     shape = call.sample_shape if call and call.sample_shape else _sample_shape(denoiser)
-    return Sampler(denoiser, scheduler, shape, config.num_inference_steps, conditioning, call, guidance)
+    return make_sampler(denoiser, scheduler, shape, config.num_inference_steps, conditioning, call, guidance)
 
 
 def quantize_denoiser(
@@ -172,7 +175,8 @@ def quantize_denoiser(
         processes.agree("quantize", depends_on(sampler, config))
     before = _Before(denoiser)
     try:
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        no_autocast = torch.autocast(sampler.device.type, enabled=False)
+        with torch.inference_mode(False), torch.enable_grad(), no_autocast:  # whatever the caller is in
             report = _quantize(sampler, config, progress, state_file, processes)
         if processes.size > 1:
             processes.agree("quantize", {"result": fingerprint_of(state_tensors(denoiser))})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from .config import QuantConfig
 from .nn import CodedLayer, refuse_adapters
+from .schedulers import first_sample, model_input, step_arguments
 from .trajectory import Conditioning, DenoiserCall, Sampler
 
 CALIBRATION_DEVICES = ("cpu", "cuda")
+# Beginnings of names of denoisers that their pipelines in diffusers give a timestep between 0 and 1.
+GIVEN_SHARES_OF_TIME = ("AuraFlow", "Chroma", "Flux", "LongCatImage", "OvisImage", "QwenImage")
 MAX_SEED = 2**39 - 1  # times the largest stride between streams, 15 485 863, it leaves room in 63 bits
 
 
@@ -65,6 +69,7 @@ def check_denoiser(denoiser: nn.Module) -> None:
     if not isinstance(denoiser, ModelMixin):
         raise TypeError(f"quantize: wanted a diffusers model, got {type(denoiser).__name__}")
     refuse_adapters("quantize", denoiser)
+    refuse_replaced_forwards("quantize", denoiser)
     for name, module in denoiser.named_modules():
         if getattr(module, "fused_projections", False):
             # Attention of U-Nets keeps the fused layers when it is unfused.
@@ -84,13 +89,49 @@ def check_denoiser(denoiser: nn.Module) -> None:
         if parameter.dtype != torch.float32 or parameter.device.type not in CALIBRATION_DEVICES:
             raise ValueError(
                 f"quantize: wanted float32 parameters on the CPU or on CUDA to calibrate, got {name} as "
-                f"{parameter.dtype} on {parameter.device}; load with torch_dtype=torch.float32"
+                f"{parameter.dtype} on {parameter.device}; "
+                + (
+                    "load with torch_dtype=torch.float32"
+                    if parameter.device.type in CALIBRATION_DEVICES
+                    else "remove what moves it between devices, such as pipe.remove_all_hooks()"
+                )
             )
         if parameter.device != device:
             raise ValueError(
                 f"quantize: wanted all parameters on one device to calibrate, got {device} and {name} on "
                 f"{parameter.device}; load without device_map"
             )
+
+
+def refuse_replaced_forwards(caller: str, denoiser: nn.Module) -> None:
+    """Refuse layers with a forward of their own: their twins would run it, on the weights of before.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for name, module in denoiser.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and "forward" in module.__dict__:
+            raise ValueError(
+                f"{caller}: wanted layers with the forward of their class, got {name} with another, as "
+                "offloading and other hooks leave it; remove them first (pipe.remove_all_hooks(), or load "
+                "again), and offload the quantized model"
+            )
+
+
+def refuse_second_denoiser(pipe_or_denoiser: Any, denoiser: nn.Module) -> None:
+    """Refuse pipelines that sample by turns from several denoisers of a kind, as Wan 2.2 does.
+
+    Raises:
+        ValueError: names them. One would stay float, and both be calibrated at timesteps they never see.
+    """
+    components = {} if pipe_or_denoiser is denoiser else getattr(pipe_or_denoiser, "components", {})
+    twins = [name for name, part in components.items() if type(part) is type(denoiser)]
+    if len(twins) > 1:
+        raise ValueError(
+            f"quantize: wanted a pipeline with one denoiser, got {' and '.join(twins)}; quantize each by "
+            f"itself at the timesteps it samples: quantize(pipe.{twins[0]}, scheduler=pipe.scheduler, "
+            "call=DenoiserCall(schedule={'timesteps': ...}))"
+        )
 
 
 def find_scheduler(pipe_or_denoiser: Any, scheduler: Any) -> Any:
@@ -200,6 +241,49 @@ def trace_forward(sampler: Sampler) -> None:
             f"{tuple(prediction.shape)} for samples {tuple(sample.shape)}; denoisers that take more channels "
             "than they predict, as those made for inpainting, cannot be calibrated"
         )
+    _try_step(sampler, prediction)
+
+
+def make_sampler(denoiser: nn.Module, scheduler: Any, *arguments: Any) -> Sampler:
+    """A Sampler of these arguments.
+
+    Raises:
+        ValueError: where the scheduler cannot be set to the steps, with its reason, and for timesteps in
+            another unit than the denoiser's.
+    """
+    try:
+        sampler = Sampler(denoiser, scheduler, *arguments)
+    except Exception as error:
+        raise _unsuited(scheduler, error) from error
+    highest, kind = float(sampler.timesteps.max()), type(denoiser).__name__
+    if kind.startswith(GIVEN_SHARES_OF_TIME) and sampler.call.timestep_factor == 1 and highest > 1:
+        raise ValueError(
+            f"quantize: {kind} is given timesteps between 0 and 1 by its pipeline, wanted "
+            f"call=DenoiserCall(timestep_factor=1e-3), got a factor of 1 for timesteps up to {highest:g}"
+        )
+    return sampler
+
+
+def _try_step(sampler: Sampler, prediction: Tensor) -> None:
+    """One step of a copy of the scheduler from noise, and a copy of what that leaves, which a probe needs."""
+    scheduler, generator = copy.deepcopy(sampler.scheduler), torch.Generator().manual_seed(0)
+    timestep = scheduler.timesteps[0]
+    noise = torch.randn(1, *sampler.sample_shape, generator=generator, device="cpu").to(sampler.device)
+    try:
+        sample = first_sample(scheduler, noise)
+        model_input(scheduler, sample, timestep)
+        scheduler.step(prediction, timestep, sample, **step_arguments(scheduler, [generator]))
+        copy.deepcopy(scheduler)
+    except Exception as error:
+        raise _unsuited(scheduler, error) from error
+
+
+def _unsuited(scheduler: Any, error: Exception) -> ValueError:
+    return ValueError(
+        "quantize: wanted a scheduler that is set to a number of steps, steps from a prediction, a timestep "
+        f"and a sample as DDIM does, and can be copied in between; got {type(scheduler).__name__}, which "
+        f"fails with {type(error).__name__}: {error}"
+    )
 
 
 _GIVEN_ANYWAY = ("timestep", "return_dict")

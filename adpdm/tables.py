@@ -22,6 +22,7 @@ from .diffusers_config import AdpdmConfig
 from .diffusers_quantizer import attach_config, build_frozen, start_calibrated
 from .files import replacing
 from .nn import CodedLayer, QuantLayer, refuse_adapters
+from .pipeline_checks import refuse_replaced_forwards
 from .quantizers.weight import WeightQuantizer
 from .rounding import NEAREST_FROM_BITS
 
@@ -34,12 +35,13 @@ def save_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
 
     Args:
         pipe_or_denoiser: pipeline or model in float32 that `adpdm.quantize` made with 8-bit weights, or with
-            weight_rounding="nearest".
+            weight_rounding="nearest"; below 8-bit activations with equalization="off" as well.
         path: of the file; replaced where it exists.
 
     Raises:
         ValueError: for any other model, with adapters among them, beside the layers or fused. Weights that
-            "gptq" rounded depend on calibration images, so the float model alone does not give them again.
+            "gptq" rounded depend on calibration images, and equalization changes weights of other layers, so
+            the float model alone does not give them again.
         OSError: the file cannot be written there.
     """
     model: Any = find_denoiser(pipe_or_denoiser)
@@ -93,6 +95,7 @@ def load_tables(pipe_or_denoiser: Any, path: Path | str) -> None:
     if any(isinstance(m, CodedLayer) for m in model.modules()):
         raise ValueError(f"load_tables: {type(model).__name__} is quantized already; load the original again")
     refuse_adapters("load_tables", model, may_fuse=False)
+    refuse_replaced_forwards("load_tables", model)
     about, tables = _read(path)
     if about["model"] != type(model).__name__:
         raise ValueError(f"load_tables: {path} is for a {about['model']}, got a {type(model).__name__}")
