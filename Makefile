@@ -85,9 +85,10 @@ oldest: $(INSTALLED)
 	python setup.py -q sdist -d build/oldest
 	python tools/check_package.py build/oldest --oldest-torch --pip-flags='$(PIP_FLAGS)'
 
-# build/site, an error for every broken link and every name that the API pages do not find.
+# build/site, an error for every broken link and every name that the API pages do not find. Not --quiet: it
+# hides warnings from --strict as well.
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 # Faults planted in the CUDA kernels one at a time, each of which the emulated tests have to find: half an hour.
 mutants: $(DEPENDENCIES) googletest

@@ -1,4 +1,4 @@
-"""`quantize`: from a float pipeline or denoiser to an integer one, in place; the only verb of the method."""
+"""`quantize`: from a float pipeline or denoiser to an integer one, in place; the verb of the method."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import math
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ import numpy as np
 from model_samples import Quality, Samples, Sampling, load_model, measure
 from PIL import Image
 from training import CURVE_FILE, check_device, command_line, replace_text
-from training_data import IMAGE_DATA
+from training_data import CIFAR10, FASHION_MNIST, IMAGE_DATA
 
 from adpdm.evaluate import INSTALL_SENTENCE, load_lite0
 from adpdm.evaluate.frechet import MIN_IMAGES
@@ -37,6 +38,8 @@ from adpdm.report.markup import Html, tag
 GUIDANCE = 1.5  # the scale of the best distances in Peebles and Xie, "Scalable Diffusion Models", 2022
 ENLARGED = 2  # pixels of the grid per pixel of a sample
 POINTS = 200  # of the drawn loss curve
+# Where the commands of ImageData.fetch leave what --data wants.
+FETCHED = {FASHION_MNIST.name: "fm/usr/share/datasets/fashion-mnist", CIFAR10.name: "cifar10.npz"}
 SVG_STYLE = (
     "svg{background:#fff;font:11.5px sans-serif}text{fill:#555}.grid{stroke:#ddd}"
     ".curve{fill:none;stroke:#2563a8;stroke-width:1.5}"
@@ -184,7 +187,7 @@ def _usage(card: Card) -> str:
     if card.model.captions:
         given = f"num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance:g}"
         return (
-            "import adpdm\n\n"
+            "import adpdm  # texts need `pip install transformers`\n\n"
             f'pipe = adpdm.load_pipeline("{name}")\n'
             f"texts = {json.dumps(card.model.captions[:4])}\n"
             f"images = pipe(texts, {given}).images\n"
@@ -270,16 +273,47 @@ def _quality(card: Card) -> str:
 
 def _commands(card: Card) -> str:
     """Data, training and card, as a shell takes them."""
-    trainings, record = [], card.model.record
+    trainings, record, denoiser = [], card.model.record, card.model.part
+    data = {"--data": FETCHED[record["data"]]}
     autoencoder = [record["autoencoder"]] if "autoencoder" in record else []
     for part in [*autoencoder, *_trainings(record)]:
         for number, run in enumerate(part["commands"]):
             if run["from_images"]:
                 before = "" if number else "; what came before was not recorded"
                 trainings.append(f"# from {run['from_images']:,} images on{before}")
-            trainings.append(run["command"])
-    lines = [*IMAGE_DATA[card.model.record["data"]].fetch, *trainings, card.command]
+            trainings.append(_placed(run["command"], data | _made_before(part, denoiser)))
+    lines = [*IMAGE_DATA[record["data"]].fetch, *trainings, _placed(card.command, data)]
     return "```sh\n" + "\n".join(lines) + "\n```"
+
+
+def _made_before(record: dict[str, Any], denoiser: str) -> dict[str, str]:
+    """By option of a training's commands, where those before them leave the models that they are given."""
+    places = {}
+    for option, key, part in (("--autoencoder", "autoencoder", "vae"), ("--init", "before", denoiser)):
+        if key in record and (folder := _folder_of(record[key])):
+            places[option] = f"{folder}/{part}"
+    return places
+
+
+def _folder_of(record: dict[str, Any]) -> str | None:
+    """What --out of a training was, where its last command says it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    given, _ = parser.parse_known_args(shlex.split(record["commands"][-1]["command"]))
+    folder: str | None = given.out
+    return folder
+
+
+def _placed(command: str, places: dict[str, str]) -> str:
+    """A command with paths by option: of an absolute path a record has the last part alone."""
+    words: list[str] = []
+    for word in shlex.split(command):
+        option = word.partition("=")[0]
+        if words and words[-1] in places:
+            words.append(places[words[-1]])
+        else:
+            words.append(f"{option}={places[option]}" if "=" in word and option in places else word)
+    return shlex.join(words)
 
 
 def _measure(args: argparse.Namespace, samples: Samples) -> tuple[Quality | None, str]:

@@ -259,7 +259,10 @@ def _accuracy(data: ReportData) -> Html:
     if not data.layer_sqnr:
         return join([*parts, _absent("The error per layer was not measured in this run.")])
     entries = [(d.name, accuracy.series_colour(i), "") for i, d in enumerate(data.layer_sqnr)]
-    words = " Layers far to the left lose most: candidates for more bits or for staying in full precision."
+    words = (
+        " It includes the error that arrives from earlier layers. Layers far to the left of those before "
+        "them are candidates for more bits or for staying in full precision."
+    )
     parts.append(
         tag(
             "figure",
