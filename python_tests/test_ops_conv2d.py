@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from thread_counts import threads
 from torch import Tensor
 
 from adpdm import ops, reference
@@ -177,12 +178,10 @@ def test_conv2d_does_not_depend_on_threads(generator: torch.Generator) -> None:
     # Large enough that two threads do share the work (0.6 million multiply steps against a minimum of 20000).
     geometry = ConvGeometry(64, (3, 3), padding=(1, 1))
     segments, _ = make_layer(generator, [4, 16, 16], [64], geometry, 8, unit=False)
-    before = torch.get_num_threads()
     results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(ops.conv2d(segments, Epilogue(), geometry, 8, torch.float32))
-    torch.set_num_threads(before)
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(ops.conv2d(segments, Epilogue(), geometry, 8, torch.float32))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

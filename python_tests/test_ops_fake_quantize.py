@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from thread_counts import threads
 from torch import Tensor
 
 from adpdm import ops, reference
@@ -197,12 +198,10 @@ def test_mixture_gradient_of_importance_is_a_finite_difference() -> None:
 
 def with_threads(call: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     """Results of the call with one and with two threads."""
-    before = torch.get_num_threads()
     results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(call())
-    torch.set_num_threads(before)
+    for count in (1, 2):
+        with threads(count):
+            results.append(call())
     return results
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from thread_counts import threads
 from torch import Tensor
 
 from adpdm import ops, reference
@@ -174,13 +175,11 @@ def test_group_norm_quantize_equals_quantized_group_norm(generator: torch.Genera
 def test_norms_do_not_depend_on_threads(generator: torch.Generator) -> None:
     x = torch.randn(2, 128, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
     rows = torch.randn(300, 320, generator=generator)
-    before = torch.get_num_threads()
     results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        group = ops.group_norm_quantize([x], None, None, None, quantizer(), 32, 1e-5, Activation.SILU)
-        results.append((group, ops.layer_norm_quantize(rows, None, None, None, quantizer(), 1e-5)))
-    torch.set_num_threads(before)
+    for count in (1, 2, 3):
+        with threads(count):
+            group = ops.group_norm_quantize([x], None, None, None, quantizer(), 32, 1e-5, Activation.SILU)
+            results.append((group, ops.layer_norm_quantize(rows, None, None, None, quantizer(), 1e-5)))
     for group, layer in results[1:]:
         assert torch.equal(group, results[0][0])
         assert torch.equal(layer, results[0][1])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from thread_counts import threads
 from torch import Tensor
 
 from adpdm import ops, reference
@@ -66,12 +67,10 @@ def test_observe_nan_sticks_in_extrema(position: int, device: torch.device) -> N
 def test_observe_same_for_any_thread_count(generator: torch.Generator) -> None:
     x = torch.randn(400_001, generator=generator)
     results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+    for count in (1, 2):
         results.append(tables())
-        ops.observe(x, *results[-1], step(0))
-    torch.set_num_threads(before)
+        with threads(count):
+            ops.observe(x, *results[-1], step(0))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
     assert int(results[0][0].sum()) == 400_001

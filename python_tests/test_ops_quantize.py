@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from thread_counts import threads
 from torch import Tensor
 
 from adpdm import ops, reference
@@ -166,11 +167,9 @@ def test_int4_packing_runs_on_devices_without_kernels(generator: torch.Generator
 def test_quantize_same_codes_for_any_thread_count(layout: str) -> None:
     x = tensor_in_layout([4, 64, 40, 40], layout, 1)
     results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(ops.quantize(x, *qparams(3, 2), 8, channels_last=True))
-    torch.set_num_threads(before)
+    for count in (1, 2):
+        with threads(count):
+            results.append(ops.quantize(x, *qparams(3, 2), 8, channels_last=True))
     assert torch.equal(*results)
 
 
