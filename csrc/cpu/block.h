@@ -19,16 +19,14 @@ constexpr int64_t kBlock = 1024;
 ADPDM_VEC void quantize_block(const float* x, int64_t n, const Quantizer& quantizer, int8_t* codes) {
   const VecQuantizer q(quantizer);
   int64_t i = 0;
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  const auto by_two = [&](auto is_8_bit) {
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes) store_quantized_twice<is_8_bit>(codes + i, x + i, q);
+  const auto many = [&](auto is_8_bit) {
+    for (; i + kManyLanes <= n; i += kManyLanes) store_many_quantized<is_8_bit>(codes + i, x + i, q);
   };
   if (quantizer.quant_min == -128.0f && quantizer.quant_max == 127.0f) {
-    by_two(std::true_type());
+    many(std::true_type());
   } else {
-    by_two(std::false_type());
+    many(std::false_type());
   }
-#endif
   for (; i < n; i += kLanes) {
     Vec lanes[kVecs];
     for (int v = 0; v < kVecs; ++v) lanes[v] = load(x + i + v * Vec::kSize);

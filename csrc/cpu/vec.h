@@ -251,14 +251,47 @@ struct VecQuantizer {
       : inv_scale(q.inv_scale), zero_point(q.zero_point), quant_min(q.quant_min), quant_max(q.quant_max) {}
 };
 
-// Stores quantize_value of 16 lanes.
-#if defined(__AVX2__) && !defined(__AVX512F__)
+// store_quantized stores quantize_value of 16 lanes, store_many_quantized of kManyLanes at x, which are whole
+// vectors of bytes; kIs8Bit: of a quantizer whose codes are all there are in a byte.
+#if defined(__AVX2__)
 // In integers, which takes a third of the instructions: the conversion rounds to even and turns NaN and what
 // is too low for it into the lowest integer, so that only the upper clamp is needed before it; 16-bit
 // arithmetic that saturates does what the clamp to kMaxQuotient is for.
+#if defined(__AVX512F__)
+ADPDM_VEC __m512i rounded_words(Vec first, Vec second, const VecQuantizer& q) {
+  const __m512 high = _mm512_set1_ps(kMaxQuotient);
+  const auto rounded = [&](Vec v) {
+    return _mm512_cvtps_epi32(_mm512_min_ps(high, _mm512_mul_ps(v.v, q.inv_scale.v)));  // NaN stays NaN
+  };
+  const __m512i zero_point = _mm512_cvtps_epi32(q.zero_point.v);
+  const __m512i words = _mm512_packs_epi32(rounded(first), rounded(second));
+  return _mm512_adds_epi16(words, _mm512_packs_epi32(zero_point, zero_point));
+}
 
+constexpr int64_t kManyLanes = 64;
+
+template <bool kIs8Bit>
+ADPDM_VEC void store_many_quantized(int8_t* p, const float* x, const VecQuantizer& q) {
+  const __m512i first = rounded_words(load(x), load(x + 16), q);
+  const __m512i second = rounded_words(load(x + 32), load(x + 48), q);
+  __m512i codes = _mm512_packs_epi16(first, second);
+  if constexpr (!kIs8Bit) {
+    const __m512i low = _mm512_set1_epi8(static_cast<char>(_mm512_cvtss_f32(q.quant_min.v)));
+    const __m512i top = _mm512_set1_epi8(static_cast<char>(_mm512_cvtss_f32(q.quant_max.v)));
+    codes = _mm512_min_epi8(_mm512_max_epi8(codes, low), top);
+  }
+  // Four at a time: packing took the first four of every vector, then the next four of every vector.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, codes));
+}
+
+ADPDM_VEC void store_quantized(int8_t* p, const Vec* x, const VecQuantizer& q) {
+  const Vec codes = quantize_value(x[0], q.inv_scale, q.zero_point, q.quant_min, q.quant_max);
+  store_codes(p, &codes);
+}
+#else
 // quantize_value of 16 lanes without its last clamps, as 16-bit integers: lanes 0-3, 8-11, 4-7, 12-15.
-ADPDM_VEC __m256i shifted_words(Vec first, Vec second, const VecQuantizer& q) {
+ADPDM_VEC __m256i rounded_words(Vec first, Vec second, const VecQuantizer& q) {
   const __m256 high = _mm256_set1_ps(kMaxQuotient);
   const auto rounded = [&](Vec v) {
     return _mm256_cvtps_epi32(_mm256_min_ps(high, _mm256_mul_ps(v.v, q.inv_scale.v)));  // NaN stays NaN
@@ -268,7 +301,7 @@ ADPDM_VEC __m256i shifted_words(Vec first, Vec second, const VecQuantizer& q) {
   return _mm256_adds_epi16(words, _mm256_packs_epi32(zero_point, zero_point));
 }
 
-// Codes of 32 lanes in order, from two results of shifted_words. kIs8Bit: every byte is a code.
+// Codes of 32 lanes in order, from two results of rounded_words.
 template <bool kIs8Bit = false>
 ADPDM_VEC __m256i codes_in_order(__m256i first, __m256i second, const VecQuantizer& q) {
   __m256i codes = _mm256_packs_epi16(first, second);
@@ -280,26 +313,37 @@ ADPDM_VEC __m256i codes_in_order(__m256i first, __m256i second, const VecQuantiz
   return _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));  // four at a time
 }
 
+constexpr int64_t kManyLanes = 32;
+
+template <bool kIs8Bit>
+ADPDM_VEC void store_many_quantized(int8_t* p, const float* x, const VecQuantizer& q) {
+  const __m256i first = rounded_words(load(x), load(x + 8), q);
+  const __m256i second = rounded_words(load(x + 16), load(x + 24), q);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), codes_in_order<kIs8Bit>(first, second, q));
+}
+
 ADPDM_VEC void store_quantized(int8_t* p, const Vec* x, const VecQuantizer& q) {
-  const __m256i words = shifted_words(x[0], x[1], q);
+  const __m256i words = rounded_words(x[0], x[1], q);
   const __m256i codes = codes_in_order(words, words, q);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(codes));
 }
-
-// The same of 32 lanes at x.
-template <bool kIs8Bit>
-ADPDM_VEC void store_quantized_twice(int8_t* p, const float* x, const VecQuantizer& q) {
-  const __m256i first = shifted_words(load(x), load(x + 8), q);
-  const __m256i second = shifted_words(load(x + 16), load(x + 24), q);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), codes_in_order<kIs8Bit>(first, second, q));
-}
+#endif
 #else
+constexpr int64_t kManyLanes = kLanes;
+
 ADPDM_VEC void store_quantized(int8_t* p, const Vec* x, const VecQuantizer& q) {
   Vec codes[kVecs];
   for (int v = 0; v < kVecs; ++v) {
     codes[v] = quantize_value(x[v], q.inv_scale, q.zero_point, q.quant_min, q.quant_max);
   }
   store_codes(p, codes);
+}
+
+template <bool kIs8Bit>
+ADPDM_VEC void store_many_quantized(int8_t* p, const float* x, const VecQuantizer& q) {
+  Vec lanes[kVecs];
+  for (int v = 0; v < kVecs; ++v) lanes[v] = load(x + v * Vec::kSize);
+  store_quantized(p, lanes, q);
 }
 #endif
 
