@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -118,10 +120,11 @@ def test_inputs_get_straight_through_gradients_inside_the_range_only() -> None:
 def test_parts_of_a_batch_add_up_to_the_gradients_of_the_whole() -> None:
     network = Network()
     search = make_search(network, parts=2)
-    batch = network.batch(1, weight=0.7)
+    batch = replace(network.batch(1, weight=0.7), conditioning={"row": torch.arange(8)})
     parts = batch.parts(4)
     assert [len(part.sample) for part in parts] == [4, 4]
     assert torch.equal(torch.cat([part.target for part in parts]), batch.target)
+    assert [part.conditioning["row"].tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     whole = search.relative_loss(batch)
     parameters = search._parameters()
     wanted = torch.autograd.grad(whole, parameters)
