@@ -92,7 +92,7 @@ class QuantConfig:
         raised_layers: share of the multiply-accumulates that may have 8-bit activations, and share of the
             weights that may have 8 bits, in the layers where fewer bits were measured to cost most.
         weigh_steps: let a step's error count by what it was measured to do to the final sample; otherwise all
-            steps count alike.
+            calls count alike.
         shared_groups: one partition for the whole network instead of one per layer.
         num_inference_steps: of the sampler that is calibrated for; T, the number of different timesteps it
             visits, is another one with some schedulers.
