@@ -22,13 +22,16 @@ from .nn import (
     LoadedLayer,
     float_twin,
     fuse_blocks,
+    has_state_hooks,
     load_layer,
     loaded_layers,
     mark_equalized,
     quant_layers,
+    reason_to_stay,
     refuse_adapters,
     runs_on_kernels,
     swap_layers,
+    to_channels_last,
     unfuse_blocks,
     watch_adapters,
     without_adapters,
@@ -36,6 +39,19 @@ from .nn import (
 from .quantizers.activation import ActivationQuantizer
 from .quantizers.weight import stored_in_int4
 from .step import StepState, attach_step_hook, detach_step_hook
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of activations
+# Methods of models that would fail on codes halfway, or cast to what the kernels do not take.
+REFUSED = {
+    "fuse_qkv_projections": (
+        "fuse_qkv_projections: wanted a float model, got a quantized one, whose projections are codes; its "
+        "fused blocks multiply those of one input together already"
+    ),
+    "double": (
+        "double: the integer kernels take activations in float32, float16 or bfloat16, got torch.float64; "
+        "call dequantize() first"
+    ),
+}
 
 
 class AdpdmQuantizer(DiffusersQuantizer):
@@ -72,7 +88,13 @@ class AdpdmQuantizer(DiffusersQuantizer):
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """The dtype of what stays float; diffusers keeps it as the original one, and None is none."""
-        return torch.get_default_dtype() if torch_dtype is None else torch_dtype
+        torch_dtype = torch.get_default_dtype() if torch_dtype is None else torch_dtype
+        if torch_dtype not in KERNEL_DTYPES and self.quantization_config.activation_bits is not None:
+            raise ValueError(
+                f"adpdm: torch_dtype must be one of {KERNEL_DTYPES}, which the integer kernels take, got "
+                f"{torch_dtype}; activation_bits=None needs no such kernels"
+            )
+        return torch_dtype
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype | None) -> Any:
         """What device_map='auto' takes for the size of a weight."""
@@ -114,7 +136,7 @@ class AdpdmQuantizer(DiffusersQuantizer):
             start_calibrated(model, self.quantization_config)
         untyped: Any = model
         untyped.register_to_config(quantization_config=self.quantization_config)
-        let_save_adapters(model)
+        replace_methods(model, self.quantization_config)
         return model
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
@@ -133,9 +155,19 @@ class AdpdmQuantizer(DiffusersQuantizer):
         if missing_keys or unexpected:
             raise ValueError(
                 f"adpdm checkpoint does not fit its config: missing tensors {sorted(missing_keys)[:5]}, "
-                f"unexpected tensors {unexpected[:5]}"
+                f"unexpected tensors {unexpected[:5]}{self._hint(missing_keys)}"
             )
         return missing_keys
+
+    def _hint(self, missing_keys: Sequence[str]) -> str:
+        """Where float weights under a quantized config come from, if no layer is quantized."""
+        scales = {f"{row['name']}.weight_scale" for row in self.quantization_config.layers or []}
+        if not self.pre_quantized or not scales <= set(missing_keys):
+            return ""
+        return (
+            "; it holds a float model: one that from_config makes of a quantized model's config keeps its "
+            "quantization_config, so leave that key out of the config that from_config is given"
+        )
 
     def check_if_quantized_param(self, *args: Any, **kwargs: Any) -> bool:
         """Claim every tensor: codes and scales keep their dtype, floats get memory of their own."""
@@ -185,9 +217,16 @@ class AdpdmQuantizer(DiffusersQuantizer):
         """Replace quantized layers by float ones in the model's dtype; nothing of adpdm remains."""
         untyped: Any = model
         refuse_adapters("dequantize", model)
+        coded = [(n, m) for n, m in model.named_modules() if isinstance(m, CodedLayer)]
+        watched = [name for name, layer in coded if has_state_hooks(layer)]
+        if watched:
+            raise ValueError(
+                "dequantize: wanted layers without hooks that see their state_dict, which holds codes, got "
+                f"them on {watched[:5]}; remove them first"
+            )
         dtype = untyped.dtype
         unfuse_blocks(model)
-        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, CodedLayer)]:
+        for name, layer in coded:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, float_twin(layer, dtype))
         mark_equalized(model, self.quantization_config.equalized)  # of which the float model is still made
@@ -258,12 +297,11 @@ def start_calibrated(model: nn.Module, config: AdpdmConfig) -> None:
     step.take_record()
     step.set_step(0)
     # The layout it was calibrated in: another one would round the float layers differently.
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    to_channels_last(model)
     attach_step_hook(model)
     attach_correction(model)
-    model.requires_grad_(
-        False
-    )  # as `quantize` leaves it: inputs with gradients keep blocks from running fused
+    # As `quantize` leaves it: inputs with gradients keep blocks from running fused.
+    model.requires_grad_(False)
     fuse_blocks(model, QuantConfig.from_dict(config.quant_config or {}).attention)
 
 
@@ -278,6 +316,8 @@ def _stored_layer(model: nn.Module, row: Row) -> nn.Conv2d | nn.Linear:
         ) from None
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         raise ValueError(f"adpdm checkpoint: {name!r} must be a Conv2d or Linear, got {type(layer).__name__}")
+    if reason := reason_to_stay(layer):
+        raise ValueError(f"adpdm checkpoint quantizes layer {name!r}, which must stay float here: {reason}")
     channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
     limits = {"weight_bits": (MIN_BITS, MAX_BITS), "activation_bits": (MIN_BITS, MAX_BITS)}
     if "split" not in row and row["activation_bits"] is None:
@@ -357,7 +397,7 @@ def attach_config(model: nn.Module, config: AdpdmConfig) -> None:
     untyped.hf_quantizer = AdpdmQuantizer(config, pre_quantized=True)
     untyped.is_quantized, untyped.quantization_method = True, Method.ADPDM
     untyped.register_to_config(quantization_config=config)
-    let_save_adapters(model)
+    replace_methods(model, config)
 
 
 def unmark(model: nn.Module) -> None:
@@ -368,7 +408,8 @@ def unmark(model: nn.Module) -> None:
     untyped: Any = model
     kept = {key: value for key, value in untyped.config.items() if key != "quantization_config"}
     untyped._internal_dict = FrozenDict(kept)
-    for name in ("hf_quantizer", "is_quantized", "quantization_method", "save_lora_adapter"):
+    told = ("hf_quantizer", "is_quantized", "quantization_method")
+    for name in (*told, "save_lora_adapter", *REFUSED):
         untyped.__dict__.pop(name, None)
 
 
@@ -401,11 +442,25 @@ class _SaveAdapter:
             untyped.is_quantized = True
 
 
-def let_save_adapters(model: nn.Module) -> None:
-    """Give a quantized model that takes adapters a `save_lora_adapter` that works."""
+class _Refusal:
+    """In place of a method that a quantized model cannot have; a class, as `_SaveAdapter` is."""
+
+    def __init__(self, sentence: str) -> None:
+        self.sentence = sentence
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(self.sentence)
+
+
+def replace_methods(model: nn.Module, config: AdpdmConfig) -> None:
+    """Give a quantized model a `save_lora_adapter` that works, and sentences for what cannot work."""
     untyped: Any = model
     if hasattr(type(model), "save_lora_adapter"):
         untyped.save_lora_adapter = _SaveAdapter(model)
+    for name, sentence in REFUSED.items():
+        works = name == "double" and config.activation_bits is None  # no kernels run
+        if hasattr(type(model), name) and not works:
+            untyped.__dict__[name] = _Refusal(sentence)
 
 
 def register() -> None:

@@ -267,12 +267,22 @@ class GraphedForward:
         inputs = [own_timestep, *[x for x in own if isinstance(x, Tensor)]]
         return _Captured(recorder, inputs, pytree.tree_leaves(result), _rebuild(result))
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Copies have the `forward` that was replaced: a recording is of this denoiser's memory."""
+        if self._replaced is None:
+            return getattr, (self._denoiser, "forward")
+        return _itself, (self._replaced,)
+
     def restore(self) -> None:
         """Give the denoiser the `forward` back that it had."""
         if self._replaced is None:
             del self._denoiser.forward
         else:
             self._denoiser.forward = self._replaced
+
+
+def _itself(forward: Any) -> Any:
+    return forward
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -357,7 +367,8 @@ def capture(
     replay is one launch (a CUDA graph). On a CPU, finding the next operator takes Python a third of the time
     of a small U-Net; a replay calls the same operators from C++. Works for any denoiser, quantized or not;
     adapters may come and go; call `release` before moving or changing it otherwise, or before adding hooks to
-    its parts. Calls from several threads wait for one another; on a GPU they must use the same stream.
+    its parts. Calls from several threads wait for one another; on a GPU they must use the same stream. Copies
+    of a captured denoiser, by `copy.deepcopy` or pickle, are not captured.
 
     Args:
         pipe_or_denoiser: diffusers pipeline or denoiser on a CPU or CUDA device.

@@ -32,6 +32,7 @@ from .nn import (
     fuse_blocks,
     quant_layers,
     swap_layers,
+    to_channels_last,
     unfuse_blocks,
 )
 from .nn.adapters import EQUALIZED, equalized_modules
@@ -207,7 +208,7 @@ def _quantize(
         state.set_timesteps(sampler.timesteps)
         return state
 
-    denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    to_channels_last(denoiser)
     step = swap_layers(denoiser, layers, num_groups, make_step)
     attach_step_hook(denoiser)
     quant = quant_layers(denoiser)

@@ -78,8 +78,8 @@ class StepState(nn.Module):
         correction = None if self.correction is None else self.correction.detach()
         self.record = Record(self.timesteps.detach(), self.table.detach(), correction)
         device = self.table.device
-        self.group_index, self.step_index = self.group_index.to(device), self.step_index.to(device)
-        self.current_correction = self.current_correction.to(device)
+        self.group_index, self.step_index = _moved(self.group_index, device), _moved(self.step_index, device)
+        self.current_correction = _moved(self.current_correction, device)
 
     def set_correction(self, correction: Tensor | None) -> None:
         """Take the correction of predictions, [T, 2] f32, which is saved from now on; None takes it away."""
@@ -164,6 +164,11 @@ class StepState(nn.Module):
             self.correction = None if correction is None else correction.to(self.timesteps.device)
         self.take_record()
         return self
+
+
+def _moved(current: Tensor, device: torch.device) -> Tensor:
+    """What the current step holds on another device; from the meta device nothing, until the next call."""
+    return torch.zeros_like(current, device=device) if current.is_meta else current.to(device)
 
 
 def _take_loaded(state: nn.Module, incompatible_keys: object) -> None:

@@ -15,6 +15,7 @@ from .fusion import (
     unfuse_blocks,
     unfused,
 )
+from .hooks import has_state_hooks, reason_to_stay
 from .layers import QuantConv2d, QuantLayer, QuantLinear
 from .loaded import (
     LoadedConv2d,
@@ -25,7 +26,7 @@ from .loaded import (
     loaded_layers,
     runs_on_kernels,
 )
-from .swap import Coverage, LayerInfo, describe_layers, quant_layers, swap_layers
+from .swap import Coverage, LayerInfo, describe_layers, quant_layers, swap_layers, to_channels_last
 
 __all__ = [
     "CodedLayer",
@@ -44,14 +45,17 @@ __all__ = [
     "describe_layers",
     "float_twin",
     "fuse_blocks",
+    "has_state_hooks",
     "load_layer",
     "loaded_layers",
     "mark_equalized",
     "quant_layers",
+    "reason_to_stay",
     "refuse_adapters",
     "runs_on_kernels",
     "summarize_fusion",
     "swap_layers",
+    "to_channels_last",
     "unfuse_blocks",
     "unfused",
     "watch_adapters",

@@ -12,8 +12,9 @@ from torch.nn.grad import conv2d_input
 
 from .. import ops
 from ..quantizers.weight import WeightQuantizer
+from .hooks import share_hooks
 from .packed import Packed, pack
-from .tracing import derived
+from .tracing import Copied, derived, versions, were_edited
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,14 +31,21 @@ class BlockPlan:
 
     def __init__(self) -> None:
         self.value: Any = None
+        self.copied: Copied = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies derive their own."""
-        return {"value": None}
+        return {"value": None, "copied": []}
 
 
 class CodedLayer(nn.Module):
-    """A Conv2d or Linear whose weight is float until it becomes codes (`_become_integer`)."""
+    """A Conv2d or Linear whose weight is float until it becomes codes (`_become_integer`).
+
+    What is packed follows moves, loading, and parameters that are assigned. A bias in float32 is read where
+    it lies, so that every edit is seen. In 16 bits, and where fused blocks join projections or reorder them
+    for GEGLU, it is copied: edits in place are seen, but not those through `.data`, nor any in graphs that
+    `torch.compile` or `adpdm.graph` made before. Nor are edits of codes. `drop_packed` has all derived anew.
+    """
 
     weight: Tensor  # an nn.Parameter: float [O, C, *]; or codes, i8 or packed [O, ceil(K/32) * 16] u8
     bias: Tensor | None  # [O]
@@ -52,6 +60,7 @@ class CodedLayer(nn.Module):
         nn.Module.__init__(twin)
         settings = {k: v for k, v in layer.__dict__.items() if not k.startswith("_") or k in _KEPT}
         twin.__dict__.update(settings)
+        share_hooks(layer, twin)
         twin.weight, twin.bias = layer.weight, layer.bias
         return twin
 
@@ -63,6 +72,7 @@ class CodedLayer(nn.Module):
         self.weight_shape = self.weight.shape
         self.is_frozen = False
         self._packed: Packed | None = None
+        self._copied: Copied = []  # the bias, unless packed layers read it where it lies
         self._codes_memory: weakref.ref[Any] | None = None  # that what is derived was derived from
         self.plan = BlockPlan()  # of the fused block around this layer
 
@@ -90,14 +100,20 @@ class CodedLayer(nn.Module):
 
     def with_gradient(self, x: Tensor) -> Tensor:
         """The layer in integers, whose gradient passes as if it were the float layer of its codes."""
-        if x.requires_grad and torch.is_grad_enabled():
-            result: Tensor = _StraightThrough.apply(x, self)
-            return result
+        if torch.is_grad_enabled():
+            bias = self.bias
+            if x.requires_grad or (bias is not None and bias.requires_grad):
+                result: Tensor = _StraightThrough.apply(x, bias, self)
+                return result
         return self.integer(x)
 
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         """Gradient of an input of `shape` from that of the result, through the dequantized weight."""
         raise AssertionError("a subclass says how it multiplies")
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """Gradient [O] of the bias from that of the result."""
+        raise AssertionError("a subclass says where its channels are")
 
     def codes(self) -> Tensor:
         """Weight codes [O, C, *] i8 of the frozen layer."""
@@ -141,17 +157,26 @@ class CodedLayer(nn.Module):
 
     @property
     def kept_packed(self) -> Packed:
-        """The packed form on the device of the weight, derived at first use and after it was dropped."""
+        """The packed form on the device of the weight, derived at first use and after a change."""
         packed = self._packed
-        if packed is None or packed.device != self.weight.device:
+        is_old = self._copied and were_edited(self._copied)
+        if is_old or packed is None or packed.device != self.weight.device:
             packed = pack([self])
+            self._copied = versions([self.bias] if packed.copies(self.bias) else [])
             # A copy of the current group would grow old.
             self._packed = packed if all(q.is_beside_its_step for q in self.quantizers) else None
         return packed
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take another parameter, by assignment too."""
+        super().register_parameter(name, param)
+        if "plan" in self.__dict__:
+            self.drop_packed()
+
     def drop_packed(self) -> None:
         """Forget what was derived from the codes: they, or the device, are about to change."""
         self._packed = self._codes_memory = self.plan.value = None
+        self._copied = self.plan.copied = []
 
     def drop_with_codes(self) -> None:
         """Let what is derived from the codes live no longer than their memory does.
@@ -182,13 +207,20 @@ class CodedLayer(nn.Module):
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take codes; of a float weight, which `copy_` would truncate to codes, nothing but an error."""
         self.drop_packed()
-        super()._load_from_state_dict(*args, **kwargs)
+        key = f"{prefix}weight"
+        stored = state_dict.get(key)
+        if self.is_frozen and isinstance(stored, Tensor) and stored.dtype != self.weight.dtype:
+            error_msgs: list[str] = args[-1]
+            error_msgs.append(f"adpdm: {key} must be {self.weight.dtype}, its codes, got {stored.dtype}")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the packed copy behind: it is derived from the codes."""
-        return {**self.__dict__, "_packed": None, "_codes_memory": None}
+        return {**self.__dict__, "_packed": None, "_copied": [], "_codes_memory": None}
 
 
 class CodedConv2d(CodedLayer, nn.Conv2d):
@@ -207,6 +239,9 @@ class CodedConv2d(CodedLayer, nn.Conv2d):
         settings = (self.stride, self.padding, self.dilation, self.groups)
         return conv2d_input(shape, weight, grad, *settings)  # type: ignore[no-any-return]
 
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        return grad.sum((0, 2, 3))
+
     @property
     def outputs(self) -> ops.ConvGeometry:
         assert not isinstance(self.padding, str)
@@ -224,6 +259,9 @@ class CodedLinear(CodedLayer, nn.Linear):  # type: ignore[misc]  # torch types t
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         return grad @ self.dequantized_weight().to(grad.dtype)
 
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
+
     @property
     def outputs(self) -> int:
         return self.out_features
@@ -233,16 +271,23 @@ class _StraightThrough(torch.autograd.Function):
     """The integer layer forward; backward as if rounding were the identity, which within the range it is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: CodedLayer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: CodedLayer) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
-        ctx.mask = layer.gradient_mask(x)  # now: the next step may have other ranges
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        # Now: the next step may have other ranges.
+        ctx.mask = layer.gradient_mask(x) if ctx.needs_input_grad[0] else None
         return layer.integer(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = ctx.layer.input_gradient(grad, ctx.shape)
-        return grad if ctx.mask is None else grad * ctx.mask, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        of_input = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_input = ctx.layer.input_gradient(grad, ctx.shape)
+            of_input = of_input if ctx.mask is None else of_input * ctx.mask
+        if ctx.needs_input_grad[1]:
+            of_bias = ctx.layer.bias_gradient(grad).to(ctx.bias_dtype)
+        return of_input, of_bias, None
 
 
 def _only_strides_differ(moved: Tensor, stored: Tensor) -> bool:

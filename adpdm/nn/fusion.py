@@ -14,9 +14,9 @@ from .. import ops
 from ..config import AttentionProducts
 from .adapters import BASE
 from .coded import BlockPlan
-from .layers import QuantLayer
+from .layers import QuantLayer, QuantLinear
 from .packed import Packed
-from .tracing import derived
+from .tracing import Copied, derived, versions, were_edited
 
 
 class NotFusable(Exception):
@@ -201,14 +201,26 @@ class FusedBlock:
 
     @property
     def kept_plan(self) -> Any:
-        """The plan, made at first use and after a layer called it outdated."""
-        assert self._kept is not None
-        plan = self._kept.value
-        if plan is None:
+        """The plan, made at first use, and after a layer called it outdated or a parameter was edited."""
+        kept = self._kept
+        assert kept is not None
+        plan = kept.value
+        if plan is None or (kept.copied and were_edited(kept.copied)):
             plan = self.make_plan()
             # As `CodedLayer.kept_packed`: a copy of the current group would grow old.
-            self._kept.value = plan if all(q.is_beside_its_step for q in self._quantizers) else None
+            kept.value = plan if all(q.is_beside_its_step for q in self._quantizers) else None
+            kept.copied = self._copied()
         return plan
+
+    def _copied(self) -> Copied:
+        """What a plan may hold copies of: anything in 16 bits, biases of linear layers that are joined."""
+        return versions(
+            parameter
+            for module in self._modules[1:]
+            for parameter in module.parameters(recurse=False)
+            if parameter.is_floating_point()
+            and (parameter.dtype != torch.float32 or isinstance(module, QuantLinear))
+        )
 
     def per_layer(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the block's class."""

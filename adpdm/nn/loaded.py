@@ -11,6 +11,7 @@ from .. import ops
 from ..qparams import CLIP_RATIOS, range_to_qparams, row_chunks, weight_codes, weight_scale_mse
 from ..quantizers.weight import WeightQuantizer
 from .coded import CodedConv2d, CodedLayer, CodedLinear
+from .hooks import share_hooks
 from .packed import quantize
 
 COARSE_RATIOS = CLIP_RATIOS[::5]
@@ -131,7 +132,7 @@ def runs_on_kernels(layer: nn.Conv2d | nn.Linear) -> bool:
 
 
 def float_twin(layer: CodedLayer, dtype: torch.dtype) -> nn.Conv2d | nn.Linear:
-    """The plain layer of a quantized one, with the values of its codes."""
+    """The plain layer of a quantized one, with the values of its codes and with its hooks."""
     plain: nn.Conv2d | nn.Linear
     has_bias = layer.bias is not None
     if isinstance(layer, nn.Conv2d):
@@ -145,4 +146,5 @@ def float_twin(layer: CodedLayer, dtype: torch.dtype) -> nn.Conv2d | nn.Linear:
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.detach().to(dtype, copy=True))
     plain.training = layer.training
+    share_hooks(layer, plain)
     return plain

@@ -38,6 +38,11 @@ class Packed:
         """Whether codes are wanted in this memory format, as by convolutions."""
         return not isinstance(self.outputs, int)
 
+    def copies(self, bias: Tensor | None) -> bool:
+        """Whether it has a copy of this bias of its layer, and does not read it where it lies."""
+        own = self.epilogue.bias
+        return bias is not None and own is not None and own.data_ptr() != bias.data_ptr()
+
     @cached_property
     def known(self) -> list[tuple[Tensor, ...]]:
         """What a segment consists of besides codes."""
@@ -115,11 +120,15 @@ def _reader(q: Any) -> ops.OutputQuantizer:
 
 
 def _joined_bias(layers: Sequence[CodedLayer]) -> Tensor | None:
-    """Bias [O] f32 of all outputs; a layer without one adds zeros, which changes nothing."""
+    """Bias [O] f32 of all outputs; a layer without one adds zeros, which changes nothing.
+
+    That of one layer in float32 is the memory of the layer's own, where every edit is seen.
+    """
     if all(layer.bias is None for layer in layers):
         return None
     rows = [x.weight_scale.new_zeros(x.weight_shape[0]) if x.bias is None else x.bias for x in layers]
-    return torch.cat([row.detach().float() for row in rows])
+    values = [row.detach().float() for row in rows]
+    return values[0].contiguous() if len(values) == 1 else torch.cat(values)
 
 
 def agree(first: QuantLayer, second: QuantLayer) -> bool:

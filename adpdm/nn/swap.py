@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import QuantConfig
 from ..step import StepState
+from .hooks import reason_to_stay
 from .layers import QuantConv2d, QuantLayer, QuantLinear
 from .loaded import runs_on_kernels
 
@@ -162,7 +163,8 @@ def _decide(
         split = splits.get(name) if bits and getattr(layer, "groups", 1) == 1 else None
         infos.append(LayerInfo(name, macs.get(name, 0), layer.weight.numel(), bits, reason, split))
     if not any(info.bits for info in infos):
-        raise ValueError("no layer left to quantize: every Conv2d and Linear is excluded or never runs")
+        reasons = sorted({info.reason for info in infos})
+        raise ValueError(f"no layer left to quantize; why each stays as it is: {', '.join(reasons)}")
     return infos
 
 
@@ -189,6 +191,8 @@ def reason_to_keep(name: str, layer: nn.Conv2d | nn.Linear, config: QuantConfig,
         return f"{type(layer).__name__} derives from a layer and may have a forward of its own"
     if not runs_on_kernels(layer):
         return f"padding {layer.padding!r} with mode {layer.padding_mode!r} is not supported"
+    if changed := reason_to_stay(layer):
+        return changed
     if not runs:
         return "not reached by the traced forward pass"
     return ""
@@ -245,6 +249,18 @@ def swap_layers(
         slot += len(twin.quantizers)
     denoiser.add_module("adpdm_step", step)
     return step
+
+
+def to_channels_last(module: nn.Module) -> None:
+    """Bring all images and kernels of a module into channels_last.
+
+    `module.to(memory_format=...)` asks it of five dimensions too, those of Conv3d, where torch refuses.
+    """
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+    module._apply(convert)
 
 
 def quant_layers(denoiser: nn.Module) -> dict[str, QuantLayer]:
