@@ -61,9 +61,11 @@ class Scale:
     seeds: int = 3  # of the comparison
     search_steps: int = 160
     calibration_images: int = 128
+    steps: int = 50  # of the sampler, for calibration and samples
+    timing_pairs: int = 20
 
 
-QUICK = Scale(images=4, seeds=1, search_steps=16, calibration_images=32)
+QUICK = Scale(images=4, seeds=1, search_steps=16, calibration_images=32, steps=10, timing_pairs=3)
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def _config(bits: tuple[int, int], grouping: Grouping, seed: int, scale: Scale) 
         weight_bits=bits[0],
         activation_bits=bits[1],
         grouping=grouping,
+        num_inference_steps=scale.steps,
         calibration_images=scale.calibration_images,
         seed=seed,
         search=SearchConfig(num_steps=scale.search_steps, refit_steps=scale.search_steps // 4),
@@ -144,17 +147,10 @@ def _main_run(
     folder = out / name.lower()
     quantized.save_pretrained(folder)
     share(folder)
-    config = EvaluationConfig(num_images=scale.images, seed=seed + 1)
+    config = EvaluationConfig(scale.images, scale.steps, seed + 1, timing_pairs=scale.timing_pairs)
     original, denoiser = find_denoiser(pipe), find_denoiser(quantized)
     original.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    result = compare(
-        original,
-        denoiser,
-        pipe.scheduler,
-        config,
-        paths=(model, folder),
-        progress=label,
-    )
+    result = compare(original, denoiser, pipe.scheduler, config, paths=(model, folder), progress=label)
     # The shipped file is float16; sizes are told against the float32 network that was quantized.
     float_bytes = sum(p.numel() * p.element_size() for p in original.parameters())
     result = replace(result, reference_bytes=float_bytes)
@@ -228,7 +224,7 @@ def _compare_groupings(
     label = _labelled(progress, name)
     original = find_denoiser(pipe)
     seeds = [seed + 1 + i for i in range(scale.seeds)]
-    wanted = [_samples(original, pipe.scheduler, scale.images, s) for s in seeds]
+    wanted = [_samples(original, pipe.scheduler, scale, s) for s in seeds]
     rows, warnings = [], []
     for index, grouping in enumerate(COMPARISON_GROUPINGS):
         denoiser = copy.deepcopy(original)
@@ -241,8 +237,7 @@ def _compare_groupings(
         )
         seconds = time.perf_counter() - started
         values = [
-            psnr(w, _samples(denoiser, pipe.scheduler, scale.images, s))
-            for w, s in zip(wanted, seeds, strict=True)
+            psnr(w, _samples(denoiser, pipe.scheduler, scale, s)) for w, s in zip(wanted, seeds, strict=True)
         ]
         outcome = report.trace.outcome
         warnings += [f"{name} {grouping}: {sentence}." for sentence in report.trace.warnings]
@@ -265,8 +260,8 @@ def _compare_groupings(
     return rows, warnings
 
 
-def _samples(denoiser: nn.Module, scheduler: Any, count: int, seed: int) -> Tensor:
-    return generate(denoiser, scheduler, count, 50, seed, count).samples
+def _samples(denoiser: nn.Module, scheduler: Any, scale: Scale, seed: int) -> Tensor:
+    return generate(denoiser, scheduler, scale.images, scale.steps, seed, scale.images).samples
 
 
 def _row_of(run: Run, bits: tuple[int, int]) -> page.ComparisonRow:

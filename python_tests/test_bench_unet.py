@@ -7,8 +7,11 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,16 +29,17 @@ import peer_worker  # noqa: E402
 import unet_results  # noqa: E402
 import unets  # noqa: E402
 import workers  # noqa: E402
-from contestants import REGISTRY  # noqa: E402
+from contestants import REGISTRY, Contestant  # noqa: E402
 from job import Job  # noqa: E402
 from unet_results import Case, Row  # noqa: E402
+from workers import WorkerError  # noqa: E402
 
-# Contestants that go wrong, and a worker that knows them.
+# A contestant that goes wrong, without a model, as diffusers takes seconds to import; a worker that knows it.
 FAKES = f"""
 import os, sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
 import torch
-from contestants import REGISTRY, Contestant, torch_model
+from contestants import REGISTRY, Contestant
 from engines import TorchEngine
 from peer_worker import PROBES
 
@@ -49,14 +53,9 @@ class DiesWhenTimed(TorchEngine):
         return super().fetch(output)
 
 def dies(job):
-    return DiesWhenTimed(torch_model(job, torch.float32), torch.float32, "cpu")
-
-def raises(job):
-    raise ValueError("wanted weights, got none")
+    return DiesWhenTimed(lambda sample, timestep: sample, torch.float32, "cpu")
 
 REGISTRY["dies"] = Contestant(dies)
-REGISTRY["raises"] = Contestant(raises)
-REGISTRY["absent"] = Contestant(raises, needs=("no_such_package",))
 """
 FAKE_WORKER = """
 import os, sys
@@ -65,7 +64,20 @@ import fakes
 import peer_worker
 peer_worker.main()
 """
-CONTESTANTS = ["torch-fp32", "dies", "ours-w8a8", "raises", "absent", "torch-fp16"]
+CONTESTANTS = ["torch-fp32", "dies", "ours-w8a8", "torch-fp16"]
+
+
+def build_here(what: str, job: Job) -> dict[str, Any]:
+    """What a worker process does when it is asked to build something, in this one."""
+    done: dict[str, Any] = peer_worker.Server().answer({"do": what, "job": asdict(job)})["done"]
+    return done
+
+
+def start_worker(python: str, threads: int | None, log: Path, extra: Mapping[str, str]) -> Any:
+    """A process, but for the reference: it is made of diffusers, which this process has imported already."""
+    if log.stem == "reference":
+        return nullcontext(SimpleNamespace(build=build_here))
+    return workers.Worker(python, threads, log, extra)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +90,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, di
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr(workers, "SCRIPT", folder / "worker.py")
+        patch.setattr(bench_unet, "Worker", start_worker)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
         __import__("fakes")
@@ -133,16 +146,9 @@ def test_bench_unet_reports_a_contestant_that_dies_and_goes_on(finished: Any) ->
     assert row["summary"] is None
 
 
-def test_bench_unet_reports_a_contestant_that_raises(finished: Any) -> None:
-    row = row_of(finished, "raises")
-    assert (row["state"], row["reason"]) == ("failed", "ValueError: wanted weights, got none")
-
-
-def test_bench_unet_names_what_is_missing(finished: Any) -> None:
-    row = row_of(finished, "absent")
-    assert row["state"] == "missing"
-    assert "needs no_such_package in this Python: pip install" in row["reason"]
-    assert row_of(finished, "torch-fp16")["reason"] == "runs on cuda only"
+def test_bench_unet_says_which_contestants_the_device_does_not_run(finished: Any) -> None:
+    row = row_of(finished, "torch-fp16")
+    assert (row["state"], row["reason"]) == ("missing", "runs on cuda only")
 
 
 def test_bench_unet_exits_with_1_after_a_failure(finished: Any) -> None:
@@ -156,6 +162,47 @@ def test_bench_unet_records_machine_and_settings(finished: Any) -> None:
     assert {"date", "commit", "cpu", "cpu_features", "logical_cpus"} <= set(result["machine"])
     assert row_of(finished, "ours-w8a8")["versions"]["torch"] == torch.__version__
     assert len(result["cases"][0]["load_average"]) == 2
+
+
+def answer_to_load(contestant: Contestant, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a worker says that is asked to load a contestant."""
+    patch.setitem(REGISTRY, "fake", contestant)
+    job = Job("fake", "tiny", 1, "cpu", 1, "absent")
+    return peer_worker.Server().answer({"do": "load", "job": asdict(job)})
+
+
+def test_worker_tells_what_a_contestant_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(job: Job) -> Any:
+        raise ValueError("wanted weights, got none\nand more lines")
+
+    answer = answer_to_load(Contestant(raises), monkeypatch)
+    assert answer == {"failed": "ValueError: wanted weights, got none"}
+
+
+def test_worker_names_the_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loads(job: Job) -> Any:
+        raise AssertionError("what it needs is not there")
+
+    answer = answer_to_load(Contestant(loads, needs=("no_such_package", "torch", "nor_this")), monkeypatch)
+    install = "pip install -r benchmarks/requirements-peers.txt"
+    assert answer == {"missing": f"needs no_such_package, nor_this in this Python: {install}"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [({"missing": "needs openvino"}, "missing"), ({"failed": "ValueError: no weights"}, "failed")],
+)
+def test_bench_unet_sets_aside_who_answers_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: dict[str, str], state: str
+) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(f"input()\nprint({json.dumps(answer)!r}, flush=True)\ninput()\n")
+    monkeypatch.setattr(workers, "SCRIPT", script)
+    row, job = Row("torch-fp32"), Job("torch-fp32", "tiny", 1, "cpu", 1, str(tmp_path))
+    with ExitStack() as stack, pytest.raises(WorkerError) as caught:
+        bench_unet.load(bench_unet.Session(tmp_path, 1, sys.executable), job, row, stack)
+    bench_unet.set_aside(row, caught.value)
+    assert (row.state, row.reason) == (state, next(iter(answer.values())))
 
 
 def test_bench_unet_keeps_complete_rounds_on_interrupt(

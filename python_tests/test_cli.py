@@ -193,6 +193,8 @@ def test_demo_writes_models_and_report(
     for name in ("W8A8", "W4A8"):
         assert f"{name} captured" in report
         assert "captured: " in values["summary"][name]
+        quick = {"num_images": 4, "num_inference_steps": 10, "timing_pairs": 3, "seed": 1}
+        assert quick.items() <= values["runs"][name]["config"].items()
 
 
 def test_module_entry_point_returns_the_exit_code(model: Path) -> None:

@@ -1,4 +1,7 @@
-"""Parts of the demo: timings of captured models, grids of images. The command as a whole: test_cli.py."""
+"""Parts of the demo: its settings, timings of captured models, grids of images.
+
+The command as a whole: test_cli.py; what its report says: test_demo_figures.py.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from adpdm import graph
-from adpdm.demo import captured_timings, save_image_grid
+from adpdm import QuantConfig, demo, graph
+from adpdm.demo import Scale, captured_timings, save_image_grid
 from adpdm.evaluate import EvaluationConfig
 from adpdm.testing import ONE_BLOCK, tiny_unet
+
+
+def test_full_demo_calibrates_and_times_as_by_default() -> None:
+    assert demo._config((8, 8), "search", 0, Scale()) == QuantConfig()
+    assert Scale().timing_pairs == EvaluationConfig().timing_pairs == 20
 
 
 def test_captured_models_are_timed_whose_samples_are_not_square() -> None:

@@ -10,14 +10,16 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDIMPipeline, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 
 from adpdm.nn import quant_layers
-from adpdm.testing import tiny_pipeline
+from adpdm.testing import ONE_BLOCK, tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "quantize_and_sample.py"
@@ -27,28 +29,22 @@ SCRIPT = ROOT / "examples" / "quantize_and_sample.py"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float pipeline on disk."""
     folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline().save_pretrained(folder)
+    tiny_pipeline(**ONE_BLOCK).save_pretrained(folder)
     return folder
 
 
-def run_example(
-    *arguments: str | Path, script: str = "quantize_and_sample.py"
-) -> subprocess.CompletedProcess[str]:
-    """Run an example as a user does, without the network."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+def run_here(arguments: list[str | Path], patch: pytest.MonkeyPatch) -> None:
+    """Run quantize_and_sample.py in this process, which has imported diffusers already."""
+    patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def test_quantize_and_sample_writes_a_pipeline_that_loads(model: Path, tmp_path: Path) -> None:
+def test_quantize_and_sample_writes_a_pipeline_that_loads(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "w8a8"
-    result = run_example("--quick", "--model", model, "--out", out, "--images", "4")
-    assert result.returncode == 0, result.stderr
-    assert "loaded again, it samples the same 4 images" in result.stdout
+    run_here(["--quick", "--model", model, "--out", out, "--images", "4"], monkeypatch)
+    assert "loaded again, it samples the same 4 images" in capsys.readouterr().out
     assert Image.open(out / "samples.png").size == (4 * 8, 8)
     layers = quant_layers(DDIMPipeline.from_pretrained(out, local_files_only=True).unet)
     assert layers
@@ -58,10 +54,8 @@ def test_quantize_and_sample_writes_a_pipeline_that_loads(model: Path, tmp_path:
 def test_quantize_and_sample_keeps_an_existing_folder(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--quick", "--model", str(model), "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        run_here(["--quick", "--model", model, "--out", tmp_path], monkeypatch)
     assert stopped.value.code == 2
     assert "--out must name a new folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -81,9 +75,15 @@ def noise_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SMALL_UNET = {"block_out_channels": (16, 16, 16), "attention_head_dim": 16}
+
+
 @pytest.mark.parametrize(
-    ("script", "folder", "kind"),
-    [("train_fashion_mnist", "unet", UNet2DModel), ("train_dit", "transformer", DiTTransformer2DModel)],
+    ("script", "folder", "kind", "smaller"),
+    [
+        ("train_fashion_mnist", "unet", UNet2DModel, SMALL_UNET),
+        ("train_dit", "transformer", DiTTransformer2DModel, {"num_attention_heads": 1}),
+    ],
 )
 def test_training_resumes_to_the_same_bytes(
     noise_images: Path,
@@ -91,11 +91,13 @@ def test_training_resumes_to_the_same_bytes(
     script: str,
     folder: str,
     kind: type,
+    smaller: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The models at their size, in batches of 2: CPUs without bfloat16 take a minute for the real ones."""
+    """The models as the scripts make them but for their width, in batches of 2."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     module = importlib.import_module(script)
+    monkeypatch.setattr(module, kind.__name__, lambda **settings: kind(**{**settings, **smaller}))
     monkeypatch.setattr(module, "Recipe", partial(module.Recipe, batch_size=2))
 
     def train(out: str, images: int) -> None:
@@ -110,8 +112,27 @@ def test_training_resumes_to_the_same_bytes(
     assert kind.from_pretrained(tmp_path / "parts" / folder).config.sample_size == 32
 
 
+@pytest.mark.parametrize(
+    ("script", "make", "parameters"),
+    [("train_fashion_mnist", "make_unet", 2_586_337), ("train_dit", "make_transformer", 2_818_448)],
+)
+def test_training_makes_models_of_the_shipped_size(
+    script: str, make: str, parameters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    module = importlib.import_module(script)
+    with torch.device("meta"):
+        model = getattr(module, make)()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.config.sample_size == 32
+
+
 def test_training_without_data_says_what_it_wants(tmp_path: Path) -> None:
-    result = run_example("--data", tmp_path, "--out", tmp_path / "out", script="train_dit.py")
+    """As a user runs it: a file that finds its neighbours, in a process of its own."""
+    script, out = ROOT / "examples" / "train_dit.py", tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, script, "--data", tmp_path, "--out", out]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 1
     assert f"wanted {tmp_path / 'train-images-idx3-ubyte.gz'}, which does not exist" in result.stderr
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from loaded_models import run
+from diffusers.hooks import apply_group_offloading
+from loaded_models import random, run
 from lora_models import SMALL, adapt, quantized
 from torch import Tensor
 
-from adpdm.nn import CodedLayer, QuantLinear, unfused
+from adpdm.nn import CodedLayer, QuantLinear, load_layer, unfused
 from adpdm.step import StepState
 
 KINDS = ["w4", "w4a8", "calibrated w8a8"]  # without a packed copy, with one per layer, and in fused blocks
@@ -57,8 +58,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=1000):  # as diffusers' own test: a graph per hook
-        yield
+    yield
     torch._dynamo.reset()
 
 
@@ -123,11 +123,40 @@ def test_adapters_are_fused_into_layers_that_wait_in_memory(make: Any, level: di
     assert torch.equal(run(other), beside)
 
 
-def test_compiled_model_can_be_offloaded(tmp_path: Path, fresh_dynamo: None) -> None:
-    model = quantized("w4a8", tmp_path / "float", **SMALL)  # one kind: dynamo takes 20 s for the hooks
-    wanted = run(model)
-    offload(model, offload_type="leaf_level")
-    assert torch.equal(run(torch.compile(model, backend="eager")), wanted)
+class TwoLayers(torch.nn.Module):
+    """A layer of either kind: dynamo takes 20 s for the hooks of a U-Net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = torch.nn.Conv2d(4, 8, 3), torch.nn.Linear(8, 8)
+        for name in ("conv", "linear"):
+            weight = self.get_submodule(name).weight
+            load_layer(self, name, (4, 8)).fill(weight.detach(), CPU)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.linear(self.conv(x).movedim(1, -1))
+        return output
+
+
+@torch.no_grad()
+def test_compiled_layers_can_be_offloaded(fresh_dynamo: None) -> None:
+    model, inputs = TwoLayers(), [random(2, 4, 8, 8, seed=seed) for seed in (0, 1)]
+    wanted = [model(x) for x in inputs]
+    apply_group_offloading(model, onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+    operators: list[str] = []
+
+    def eager(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        operators.extend(target for target in targets if target.startswith("adpdm."))
+        return graph.forward
+
+    compiled = torch.compile(model, backend=eager)
+    for x, expected in zip(inputs, wanted, strict=True):
+        assert torch.equal(compiled(x), expected)
+        # The packed weights leave with their codes, although the graphs have read them.
+        assert [layer for layer in coded(model) if layer._packed is not None] == []
+    # The layers are in the graphs between the hooks, and the work of packing is not.
+    assert set(operators) == {"adpdm.quantize.default", "adpdm.conv2d.default", "adpdm.linear.default"}
 
 
 def packed_layer(make: Any) -> Any:

@@ -81,8 +81,14 @@ def quantized() -> Any:
 # ---- what comes out ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selection", ["srm", "uniform", "normal", "random"])
-@pytest.mark.parametrize("grouping", ["shared", "uniform", "per_step", "dp", "search"])
+# Every grouping with one selection; every selection with the search, which generates images at its choices.
+@pytest.mark.parametrize(
+    ("grouping", "selection"),
+    [
+        *((grouping, "srm") for grouping in ("shared", "uniform", "per_step", "dp", "search")),
+        *(("search", selection) for selection in ("uniform", "normal", "random")),
+    ],
+)
 def test_quantize_every_grouping_and_selection(grouping: str, selection: str) -> None:
     denoiser = tiny_unet(**ONE_BLOCK)
     settings = config(grouping=grouping, selection=selection, num_inference_steps=4, num_groups=2)
@@ -97,6 +103,19 @@ def test_quantize_every_grouping_and_selection(grouping: str, selection: str) ->
     assert len(report.trace.rounds) == (3 if grouping == "search" else 0)
     assert report.timesteps == [750.0, 500.0, 250.0, 0.0]
     assert worst_error(denoiser, tiny_unet(**ONE_BLOCK), 4) < TOLERATED
+
+
+def test_steps_that_the_selection_left_out_keep_ranges_of_their_own() -> None:
+    """With a group per step, how often a step was chosen decides nothing."""
+    settings = config(grouping="per_step", num_inference_steps=4)
+    states = {}
+    for selection, visits in (("srm", [1, 1, 1, 1]), ("normal", [0, 0, 1, 2])):
+        denoiser = tiny_unet(**ONE_BLOCK)
+        chosen = settings.replace(selection=selection)
+        report = adpdm.quantize(denoiser, chosen, scheduler=ddim_scheduler())
+        assert report.trace.visits == visits
+        states[selection] = state_bytes(denoiser)
+    assert states["normal"] == states["srm"]
 
 
 def test_shared_groups_give_all_layers_one_table() -> None:
