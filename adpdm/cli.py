@@ -382,7 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", default="models/ddpm-fashion-mnist-32")
     sub.add_argument("--out", default="adpdm-demo")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--quick", action="store_true", help="a smaller search, fewer images and steps, for tests")
+    sub.add_argument("--quick", action="store_true", help="less of everything, for tests")
 
     command("info", _info, "Show version, CPU features, chosen kernels and what was built.")
 

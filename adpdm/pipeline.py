@@ -7,6 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,8 @@ def quantize_denoiser(
         processes.agree("quantize", depends_on(sampler, config))
     before = _Before(denoiser)
     try:
-        no_autocast = torch.autocast(sampler.device.type, enabled=False)
-        with torch.inference_mode(False), torch.enable_grad(), no_autocast:  # whatever the caller is in
+        # Whatever the caller is in.
+        with torch.inference_mode(False), torch.enable_grad(), _no_autocast(sampler.device.type):
             report = _quantize(sampler, config, progress, state_file, processes)
         if processes.size > 1:
             processes.agree("quantize", {"result": fingerprint_of(state_tensors(denoiser))})
@@ -185,6 +186,12 @@ def quantize_denoiser(
         before.restore(denoiser)
         raise
     return report
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Products in the dtype of their operands; nothing where a device has no autocast, as meta."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _quantize(
