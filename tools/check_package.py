@@ -41,6 +41,7 @@ BUILT_FROM = (
     "README.md",
 )
 # Operators, checkpoints and their errors: what a wheel could have lost on the way.
+SHARED = ("conftest.py", "thread_counts.py")  # by what follows
 WHEEL_TESTS = (
     "test_ops_quantize.py",
     "test_ops_linear.py",
@@ -142,7 +143,7 @@ class Environment:
         """The last line of pytest on WHEEL_TESTS, which stand where no source tree can be imported from."""
         tests = self.empty / "python_tests"
         tests.mkdir()
-        for name in ("conftest.py", *WHEEL_TESTS):
+        for name in (*SHARED, *WHEEL_TESTS):
             shutil.copy(ROOT / "python_tests" / name, tests)
         said = self.run("python", "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tests), str(tests))
         return said.strip().splitlines()[-1]
