@@ -41,7 +41,6 @@ BUILT_FROM = (
     "README.md",
 )
 # Operators, checkpoints and their errors: what a wheel could have lost on the way.
-SHARED = ("conftest.py", "thread_counts.py")  # by what follows
 WHEEL_TESTS = (
     "test_ops_quantize.py",
     "test_ops_linear.py",
@@ -49,6 +48,7 @@ WHEEL_TESTS = (
     "test_ops_norm_quantize.py",
     "test_saving.py",
 )
+SHARED = ("conftest.py", "thread_counts.py")  # by these tests
 
 SMOKE = """
 import sys, torch, adpdm
