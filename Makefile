@@ -46,8 +46,10 @@ test-cpp: $(DEPENDENCIES) googletest
 	cmake --build build/core -j $(MAX_JOBS)
 	ctest --test-dir build/core --verbose -j $(TEST_JOBS)
 
+# Then the CUDA file's smallest cases on the CPU against itself, so that what a GPU is to run keeps running.
 test-python: $(INSTALLED)
 	python -m pytest -q -n $(TEST_JOBS) --dist worksteal
+	ADPDM_TEST_DEVICE=cpu python -m pytest -q python_tests/test_ops_on_cuda.py -k odd
 
 lint: $(INSTALLED) googletest
 	ruff check .

@@ -258,6 +258,7 @@ struct VecQuantizer {
 // is too low for it into the lowest integer, so that only the upper clamp is needed before it; 16-bit
 // arithmetic that saturates does what the clamp to kMaxQuotient is for.
 #if defined(__AVX512F__)
+// quantize_value of 32 lanes without its last clamps, as 16-bit integers: four of each vector in turns.
 ADPDM_VEC __m512i rounded_words(Vec first, Vec second, const VecQuantizer& q) {
   const __m512 high = _mm512_set1_ps(kMaxQuotient);
   const auto rounded = [&](Vec v) {
