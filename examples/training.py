@@ -21,6 +21,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_data import FASHION_MNIST, ImageData
+from winograd import use_winograd
 
 GRADIENT_CLIP = 1.0
 NUM_TRAIN_TIMESTEPS = 1000
@@ -122,6 +123,11 @@ class Trainer:
         self.curve = LossCurve(self.device)
         if self.state_path.exists():
             self._load(args.precision)
+        if args.winograd:
+            if (self.device.type, self.precision) != ("cpu", "float32"):
+                where = f"{self.device.type} in {self.precision}"
+                raise SystemExit(f"--winograd is for the CPU in float32, this training is on {where}")
+            use_winograd(self.denoiser)
         self.commands = self._commands(args)
 
     @property
@@ -368,6 +374,11 @@ def argument_parser(description: str | None, data: ImageData) -> argparse.Argume
         "bfloat16 on a GPU and on CPUs that multiply it",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the denoiser (needs g++)")
+    parser.add_argument(
+        "--winograd",
+        action="store_true",
+        help="3x3 convolutions of maps of 4x4 and 8x8 with a quarter of the products, on a CPU in float32",
+    )
     return parser
 
 

@@ -29,6 +29,7 @@ import model_card  # noqa: E402
 import train_autoencoder  # noqa: E402
 import train_latent  # noqa: E402
 import training  # noqa: E402
+import winograd  # noqa: E402
 
 BATCH = 4
 
@@ -240,6 +241,41 @@ def test_gamma_that_is_no_weight_is_refused(
         run(train_latent, data, tmp_path / "out", 1, "--autoencoder", autoencoder, "--min-snr", "0")
     assert "--min-snr must be greater than 0, got 0" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_winograd_computes_the_same_gradients(
+    data: Path, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first step of a training, up to rounding; what is saved knows nothing of it."""
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 8)
+    gradients: list[list[torch.Tensor]] = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def keep(parameters: Any, norm: float) -> torch.Tensor:
+        parameters = list(parameters)
+        gradients.append([parameter.grad.clone() for parameter in parameters])
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
+    calls = []
+    apply = winograd.Winograd.apply
+    monkeypatch.setattr(winograd.Winograd, "apply", lambda *args: calls.append(args) or apply(*args))
+    options = ("--autoencoder", autoencoder, "--precision", "float32")
+    run(train_latent, data, tmp_path / "direct", 1, *options)
+    assert not calls
+    out = run(train_latent, data, tmp_path / "out", 1, *options, "--winograd")
+    assert calls
+    for got, wanted in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
+    model = UNet2DConditionModel.from_pretrained(out / "unet")
+    assert not any(isinstance(layer, winograd.WinogradConv2d) for layer in model.modules())
+
+
+def test_winograd_is_for_float32(data: Path, autoencoder: Path, tmp_path: Path) -> None:
+    options = ("--autoencoder", autoencoder, "--precision", "bfloat16", "--winograd")
+    with pytest.raises(SystemExit, match="CPU in float32, this training is on cpu in bfloat16"):
+        run(train_latent, data, tmp_path / "out", 1, *options)
+    assert not (tmp_path / "out" / "state.pt").exists()
 
 
 def test_texts_and_latents_stay_those_of_the_beginning(data: Path, autoencoder: Path, tmp_path: Path) -> None:
