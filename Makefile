@@ -1,4 +1,4 @@
-# The commands of a working day: demo, test, lint, sanitize, sanitize-threads, package, oldest, docs, mutants, bench,
+# The commands of a working day: setup, demo, test, lint, sanitize, sanitize-threads, package, oldest, docs, mutants, bench,
 # accuracy, gpu, clean.
 # Needs python3 >= 3.10, g++ and make; fetches the rest from PyPI into $(VENV) and googletest from the system's packages.
 #
@@ -26,7 +26,9 @@ EXTRACTORS := build/.extractors
 # adpdm/__init__.py holds the version; the other Python files of an editable install need no new one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt adpdm/__init__.py $(wildcard tools/*.py csrc/*/*)
 
-.PHONY: demo test test-cpp test-python lint sanitize sanitize-threads package oldest docs mutants bench accuracy gpu clean googletest
+.PHONY: setup demo test test-cpp test-python lint sanitize sanitize-threads package oldest docs mutants bench accuracy gpu clean googletest
+
+setup: $(INSTALLED) googletest
 
 demo: export ADPDM_WERROR := 0
 demo: $(INSTALLED) $(EXTRACTORS)
