@@ -30,7 +30,7 @@ from .conditioning import (
     try_call,
 )
 from .config import QuantConfig
-from .demo import build_report, probe_layers, run_demo, save_image_grid
+from .demo import build_report, run_demo, save_image_grid
 from .denoisers import DENOISER_NAMES, find_denoiser, load_pipeline
 from .doctor import REPORT_NAME, diagnose, render
 from .evaluate import (
@@ -43,6 +43,7 @@ from .evaluate import (
     sample_set,
     set_distance,
 )
+from .evaluate.layers import probe_layers
 from .evaluate.words import distance_rows, evaluation_rows
 from .files import filling
 from .info import gather_info, render_info
@@ -326,7 +327,9 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     scheduler, asked, result = _compare(args)
     rows = asked.rows(args.images)
     original, quantized = asked.bare
-    probes = probe_layers(original, quantized, scheduler, args.seed, conditioning=rows, call=asked.call)
+    probes = probe_layers(
+        original, quantized, scheduler, args.steps, args.seed, conditioning=rows, call=asked.call
+    )
     build_report(Path(args.out), values, probes, result, args.command)
     _table(f"report in {args.out}", evaluation_rows(result))
     return {"out": args.out, "evaluation": result.to_dict()}

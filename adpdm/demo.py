@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,28 +30,22 @@ from .evaluate import (
     PairTiming,
     compare,
     generate,
-    image_seeds,
-    layer_sqnr,
     psnr,
     time_pair,
 )
-from .evaluate.sample_set import rows_in_turn
-from .evaluate.sampling import Trajectory as Sampling
-from .evaluate.sampling import device_of, sample_shape, shape_of_call, to_uint8
-from .files import replacing, share
+from .evaluate.layers import probe_layers
+from .evaluate.sampling import sample_shape, to_uint8
+from .files import filling, replacing
 from .graph import capture, release
 from .info import gather_info
 from .layer_runs import recorded_coverage
 from .pipeline import quantize
 from .progress import Progress
-from .trajectory import Conditioning, DenoiserCall
 
 MAIN_BITS = ((8, 8), (4, 8))
 COMPARISON_BITS = (6, 6)
 COMPARISON_GROUPINGS: tuple[Grouping, ...] = ("shared", "uniform", "dp", "search")
 SHOWN_RANGES = 4  # layers whose activation ranges are drawn: those whose range changes most
-PROBED_IMAGES, PROBED_TRAJECTORY = 4, 50
-PROBED_STEPS = 5  # steps of that trajectory at which the SQNR of layers is measured
 TIMED_STEP = 500  # timestep of the captured calls, in the middle of the training steps
 
 
@@ -77,6 +73,7 @@ class Run:
     evaluation: EvaluationResult
     layer_sqnr: dict[str, float]
     captured: tuple[PairTiming, ...] = ()  # without Python, see graph.py
+    original: str = "original"  # the name of what `evaluation.reference_bytes` are of
 
     @property
     def timings(self) -> list[tuple[str, PairTiming]]:
@@ -107,10 +104,11 @@ def run_demo(
     started = time.perf_counter()
     pipe = load_pipeline(model, local_files_only=True)
     runs = [_main_run(pipe, bits, model, out, seed, scale, progress) for bits in MAIN_BITS]
-    rows = [_row_of(run, bits) for run, bits in zip(runs, MAIN_BITS, strict=True)]
+    rows = [_row_of(run) for run in runs]
     compared, warnings = _compare_groupings(pipe, COMPARISON_BITS, seed, scale, progress)
     rows += compared
-    data = report_data(runs, rows, command, seed, time.perf_counter() - started, warnings)
+    took = _took("The whole run", time.perf_counter() - started)
+    data = report_data(runs, rows, command, seed, took, warnings)
     path = page.write_report(out / "report.html", data)
     save_overview(runs, out / "samples.png")
     values = {
@@ -145,8 +143,7 @@ def _main_run(
     label = _labelled(progress, name)
     report = quantize(quantized, _config(bits, "search", seed, scale), progress=label)
     folder = out / name.lower()
-    quantized.save_pretrained(folder)
-    share(folder)
+    _save_model(quantized, folder)
     config = EvaluationConfig(scale.images, scale.steps, seed + 1, timing_pairs=scale.timing_pairs)
     original, denoiser = find_denoiser(pipe), find_denoiser(quantized)
     original.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -154,8 +151,25 @@ def _main_run(
     # The shipped file is float16; sizes are told against the float32 network that was quantized.
     float_bytes = sum(p.numel() * p.element_size() for p in original.parameters())
     result = replace(result, reference_bytes=float_bytes)
-    probes = probe_layers(original, denoiser, pipe.scheduler, seed)
-    return Run(name, report.to_dict(), result, probes, captured_timings(original, denoiser, config))
+    probes = probe_layers(original, denoiser, pipe.scheduler, scale.steps, seed)
+    captured = captured_timings(original, denoiser, config)
+    return Run(name, report.to_dict(), result, probes, captured, original="float32")
+
+
+def _save_model(pipe: Any, folder: Path) -> None:
+    """Save a pipeline as a whole or not at all, in place of what an earlier demo left in `folder`."""
+    with tempfile.TemporaryDirectory(".tmp", f"{folder.name}.", folder.parent) as scratch:
+        fresh, earlier = Path(scratch) / "fresh", Path(scratch) / "earlier"
+        with filling(fresh) as parts:
+            pipe.save_pretrained(parts)
+        try:
+            if os.path.lexists(folder):
+                folder.rename(earlier)
+            fresh.rename(folder)
+        except BaseException:
+            if os.path.lexists(earlier) and not os.path.lexists(folder):
+                earlier.rename(folder)
+            raise
 
 
 @torch.no_grad()
@@ -177,39 +191,6 @@ def captured_timings(
 
 def _labelled(progress: Progress, name: str) -> Progress:
     return lambda phase, done, total: progress(f"{name} {phase}", done, total)
-
-
-def probe_layers(
-    reference: nn.Module,
-    quantized: nn.Module,
-    scheduler: Any,
-    seed: int,
-    *,
-    conditioning: Conditioning | None = None,
-    call: DenoiserCall | None = None,
-) -> dict[str, float]:
-    """SQNR of layer outputs at a few steps of one trajectory of the reference.
-
-    Args:
-        conditioning: tensors with the same number of rows each; image i has row i modulo that number.
-        call: what else both denoisers are given.
-    """
-    shape = shape_of_call(call) or sample_shape(reference)
-    given = rows_in_turn(conditioning or {}, 0, PROBED_IMAGES)
-    path = Sampling(
-        scheduler, PROBED_TRAJECTORY, image_seeds(seed, PROBED_IMAGES), shape, device_of(reference), call
-    )
-    last = len(path.timesteps) - 1
-    wanted = set(np.linspace(0, last, PROBED_STEPS).round().astype(int).tolist())
-    inputs: list[tuple[Tensor, Any, dict[str, Any]]] = []
-    with torch.no_grad():
-        for index, timestep in enumerate(path.timesteps):
-            seen = path.model_input(index)
-            if index in wanted:
-                at = path.call.given_timestep(timestep).expand(len(seen))
-                inputs.append((seen, at, {**given, **path.call.constants}))
-            path.advance(path.predict(reference, seen, index, given), index)
-    return layer_sqnr(reference, quantized, inputs)
 
 
 def _compare_groupings(
@@ -264,12 +245,12 @@ def _samples(denoiser: nn.Module, scheduler: Any, scale: Scale, seed: int) -> Te
     return generate(denoiser, scheduler, scale.images, scale.steps, seed, scale.images).samples
 
 
-def _row_of(run: Run, bits: tuple[int, int]) -> page.ComparisonRow:
+def _row_of(run: Run) -> page.ComparisonRow:
     outcome = run.stored["trace"]["outcome"]
     e = run.evaluation
     return page.ComparisonRow(
-        "search",
-        bits_name(bits),
+        run.stored["config"]["grouping"],
+        run.name,
         e.psnr_db,
         sqnr_db=float(np.mean(e.noise_sqnr_same_input_db)),
         soft_hard_gap_db=None if outcome is None else outcome["gap_db"],
@@ -307,10 +288,14 @@ def report_data(
     rows: Sequence[page.ComparisonRow],
     command: str,
     seed: int,
-    seconds: float,
+    took: str,
     warnings: Sequence[str] = (),
 ) -> page.ReportData:
-    """Arrange runs as the report wants them; the first run is the main one, warnings are of other runs."""
+    """Arrange runs as the report wants them; the first run is the main one, warnings are of other runs.
+
+    Args:
+        took: a sentence on the time.
+    """
     main = runs[0]
     trace = main.stored["trace"]
     timesteps = np.array(main.stored["timesteps"])
@@ -343,8 +328,12 @@ def report_data(
         times=tuple(_time(name, t) for run in runs for name, t in run.timings),
         coverage=recorded_coverage(main.stored),
         max_importance=None if trace["outcome"] is None else trace["outcome"]["max_importance"],
-        notes=(*notes, f"The whole run took {seconds / 60:.1f} minutes."),
+        notes=(*notes, took),
     )
+
+
+def _took(what: str, seconds: float) -> str:
+    return f"{what} took {seconds / 60:.1f} minutes."
 
 
 def _sentence(run: Run) -> str:
@@ -435,7 +424,7 @@ def _score(run: Run) -> page.SampleScore:
 
 
 def _sizes(runs: Sequence[Run]) -> tuple[page.ModelSize, ...]:
-    original = page.ModelSize("float32", runs[0].evaluation.reference_bytes or 0)
+    original = page.ModelSize(runs[0].original, runs[0].evaluation.reference_bytes or 0)
     return (original, *(page.ModelSize(run.name, run.evaluation.quantized_bytes or 0) for run in runs))
 
 
@@ -466,8 +455,8 @@ def build_report(
     """
     bits = (stored["config"]["weight_bits"], stored["config"]["activation_bits"])
     run = Run(bits_name(bits), stored, evaluation, probes)
-    seconds = sum(stored["trace"]["seconds"].values())
-    page.write_report(out, report_data([run], [_row_of(run, bits)], command, evaluation.config.seed, seconds))
+    took = _took("Calibration", sum(stored["trace"]["seconds"].values()))
+    page.write_report(out, report_data([run], [_row_of(run)], command, evaluation.config.seed, took))
 
 
 def save_overview(runs: Sequence[Run], path: Path, columns: int = 12) -> None:

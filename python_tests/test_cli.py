@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 import adpdm
@@ -158,6 +159,15 @@ def test_report_writes_one_page(
     text = out.read_text()
     assert "</html>" in text
     assert "mid_block.resnets.0.conv1" in text
+    assert "W8A8 against original" in text
+
+
+def test_report_asks_a_model_for_no_other_timesteps_than_its_own(model: Path, tmp_path: Path) -> None:
+    steps, folder = ["--steps", "8"], str(tmp_path / "q")
+    settings = ["--grouping", "shared", "--timestep-policy", "error"]
+    assert cli.main(["quantize", str(model), "--out", folder, *settings, *steps]) == 0
+    out = ["--out", str(tmp_path / "report.html")]
+    assert cli.main(["report", str(model), folder, "--images", "1", *steps, *out]) == 0
 
 
 def test_info_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +183,8 @@ def test_demo_writes_models_and_report(
     out = tmp_path / "demo"
     out.mkdir()
     (out / "demo.json").write_text("of an earlier demo")
+    (out / "w8a8").mkdir()
+    (out / "w8a8" / "earlier").touch()
     os.link(out / "demo.json", tmp_path / "earlier.json")
     assert cli.main(["demo", "--model", str(model), "--out", str(out), "--quick", "--json"]) == 0
     values = output_of(capsys)
@@ -185,10 +197,14 @@ def test_demo_writes_models_and_report(
     report = (out / "report.html").read_text()
     assert "</html>" in report
     assert "W6A6: to compare groupings alone, every layer has these bits" in report
+    assert "W4A8 against float32" in report
+    assert "The whole run took" in report
     for name in ("w8a8", "w4a8"):
         rights = {stat.S_IMODE((out / file).stat().st_mode) for file in (f"{name}/{WEIGHTS}", "report.html")}
         assert len(rights) == 1
     assert (tmp_path / "earlier.json").read_text() == "of an earlier demo"  # replaced, not written over
+    assert not (out / "w8a8" / "earlier").exists()
+    assert {p.name for p in out.iterdir()} == {"demo.json", "report.html", "samples.png", "w4a8", "w8a8"}
     assert json.loads((out / "demo.json").read_text()) == values
     for name in ("W8A8", "W4A8"):
         assert f"{name} captured" in report
@@ -371,6 +387,35 @@ def test_interrupt_before_anything_is_saved_leaves_nothing(
     assert cli.main(["quantize", str(model), "--out", str(tmp_path / "q"), *QUICK]) == 130
     assert "--resume" not in error_of(capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["write", "rename"])
+def test_interrupted_demo_leaves_a_whole_model_or_none(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    saved, renamed = DiffusionPipeline.save_pretrained, Path.rename
+
+    def save(pipe: Any, folder: Path) -> None:
+        saved(pipe, folder)
+        if moment == "write":
+            raise KeyboardInterrupt
+
+    def rename(path: Path, target: Path) -> Path:
+        if moment == "rename" and path.name == "fresh":
+            raise KeyboardInterrupt
+        return renamed(path, target)
+
+    monkeypatch.setattr("adpdm.demo.quantize", lambda *_, **__: None)
+    monkeypatch.setattr(DiffusionPipeline, "save_pretrained", save)
+    monkeypatch.setattr(Path, "rename", rename)
+    out = tmp_path / "demo"
+    command = ["demo", "--model", str(model), "--out", str(out), "--quick"]
+    assert cli.main(command) == 130
+    assert list(out.iterdir()) == []
+    (out / "w8a8").mkdir()
+    (out / "w8a8" / "earlier").touch()
+    assert cli.main(command) == 130
+    assert [p.relative_to(out).as_posix() for p in sorted(out.rglob("*"))] == ["w8a8", "w8a8/earlier"]
 
 
 def test_demo_is_interruptible(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

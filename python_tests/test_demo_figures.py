@@ -21,7 +21,7 @@ from adpdm.testing import ONE_BLOCK, tiny_pipeline, tiny_unet
 TIMESTEPS = [900.0, 500.0, 100.0]
 # What `adpdm quantize` tells of two layers.
 RECORD: dict[str, Any] = {
-    "config": {"weight_bits": 4, "activation_bits": 6, "selection": "srm"},
+    "config": {"weight_bits": 4, "activation_bits": 6, "grouping": "dp", "selection": "srm"},
     "timesteps": TIMESTEPS,
     "layers": [
         {"name": "conv", "bits": None, "reason": "input or output layer", "macs": 25},
@@ -156,7 +156,7 @@ def test_scores_are_of_the_final_samples(data: report.ReportData) -> None:
 def test_a_model_is_a_row_of_the_comparison(data: report.ReportData) -> None:
     (row,) = data.comparison
     assert row == report.ComparisonRow(
-        "search",
+        "dp",
         "W4A6",
         psnr_db=41.0,
         psnr_spread_db=None,
@@ -170,7 +170,7 @@ def test_a_model_is_a_row_of_the_comparison(data: report.ReportData) -> None:
 
 
 def test_sizes_and_times_are_told_beside_those_of_the_original(data: report.ReportData) -> None:
-    assert data.sizes == (report.ModelSize("float32", 40_000), report.ModelSize("W4A6", 10_000))
+    assert data.sizes == (report.ModelSize("original", 40_000), report.ModelSize("W4A6", 10_000))
     first, second = (replace(time, note="") for time in data.times)
     assert first == report.StepTime("W4A6", 1, 0.4, 0.1, 4.25, 3.75, 4.5)
     assert second == report.StepTime("W4A6", 8, 0.8, 0.2, 5.25, 4.75, 5.5)
@@ -179,6 +179,10 @@ def test_sizes_and_times_are_told_beside_those_of_the_original(data: report.Repo
         "runs 4.25 times as fast at batch 1, 5.25 times as fast at batch 8, "
         "and its weights take 25% of the original."
     )
+
+
+def test_of_a_stored_model_the_time_of_its_calibration_is_told(data: report.ReportData) -> None:
+    assert data.notes[-1] == "Calibration took 0.1 minutes."
 
 
 def test_layers_have_their_groups_ranges_and_errors(data: report.ReportData) -> None:
@@ -229,13 +233,13 @@ def test_selection_and_correction_are_told_by_step(data: report.ReportData) -> N
 def runs() -> list[Run]:
     captured = (timing(1, 0.16, 8.5),)
     return [
-        Run("W8A8", RECORD, evaluation(40.0), {"mid": 33.0}, captured),
-        Run("W4A8", RECORD, evaluation(20.0), {"mid": 23.0}),
+        Run("W8A8", RECORD, evaluation(40.0), {"mid": 33.0}, captured, "float32"),
+        Run("W4A8", RECORD, evaluation(20.0), {"mid": 23.0}, original="float32"),
     ]
 
 
 def test_several_runs_stand_in_their_order_under_their_names(runs: list[Run]) -> None:
-    data = report_data(runs, [], "adpdm demo", 7, 90.0, ["W6A6: to compare."])
+    data = report_data(runs, [], "adpdm demo", 7, "It took long.", ["W6A6: to compare."])
     assert (data.command, data.seed) == ("adpdm demo", 7)
     assert [(x.name, x.psnr_db) for x in data.images] == [("W8A8", 41.0), ("W4A8", 21.0)]
     assert [(x.name, x.psnr_db) for x in data.scores] == [("W8A8", 41.0), ("W4A8", 21.0)]
@@ -258,7 +262,7 @@ def test_several_runs_stand_in_their_order_under_their_names(runs: list[Run]) ->
         "W4A8: it ended undecided.",
         "W6A6: to compare.",
         "One thing was not measured.",
-        "The whole run took 1.5 minutes.",
+        "It took long.",
     )
 
 

@@ -354,6 +354,8 @@ def test_compare_measures_times_and_sizes(tmp_path):
 def test_config_rejects_nonsense():
     with pytest.raises(ValueError, match="num_images must be at least 1, got 0"):
         evaluate.EvaluationConfig(num_images=0)
+    with pytest.raises(ValueError, match=r"timing_batch_sizes must be at least 1 each, got \(4, 0\)"):
+        evaluate.EvaluationConfig(timing_batch_sizes=(4, 0))
 
 
 def test_frechet_of_known_gaussians():

@@ -1,19 +1,21 @@
-"""Times, sets of images and tables of evaluations against values computed by hand."""
+"""Times, sets of images, layers and tables of evaluations against values computed by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from adpdm import evaluate
+from adpdm import DenoiserCall, evaluate
 from adpdm.evaluate import EvaluationConfig, EvaluationResult, PairTiming, SampleSettings, time_pair
+from adpdm.evaluate.layers import probe_layers
 from adpdm.evaluate.words import evaluation_rows
 from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_unet
 
@@ -105,6 +107,30 @@ def test_rows_of_an_evaluation() -> None:
         "weights": "1.00 MB, 25.0% of the original",
         "not measured": "One. Two. ",
     }
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "call", "steps", "wanted"),
+    [
+        (ddim_scheduler(), None, 10, [900, 700, 500, 200, 0]),
+        (ddim_scheduler(), None, 2, [500, 0]),
+        # A schedule of its own takes no other number of steps than its own.
+        (
+            FlowMatchEulerDiscreteScheduler(),
+            DenoiserCall(schedule={"sigmas": [1.0, 0.75, 0.5]}),
+            3,
+            [1000, 750, 500],
+        ),
+    ],
+)
+def test_layers_are_probed_at_steps_of_the_run(
+    scheduler: Any, call: DenoiserCall | None, steps: int, wanted: list[int]
+) -> None:
+    reference, quantized = (tiny_unet(**ONE_BLOCK) for _ in range(2))
+    seen: list[Tensor] = []
+    quantized.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    probe_layers(reference, quantized, scheduler, steps, 0, call=call)
+    assert [timesteps.tolist() for timesteps in seen] == [4 * [step] for step in wanted]
 
 
 def test_set_distance_measures_lpips_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

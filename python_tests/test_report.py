@@ -115,9 +115,8 @@ def full_data() -> report.ReportData:
 
 def test_page_parses_and_has_every_section_in_order():
     page = Page(report.render(full_data()))
-    ids = [i for i in page.values("id") if i != "tip"]
-    assert ids == list(SECTIONS)
-    assert page.values("href") == [f"#{s}" for s in SECTIONS]
+    assert [a["id"] for name, a in page.tags if name == "section"] == list(SECTIONS)
+    assert [a["href"] for name, a in page.tags if name == "a"] == [f"#{s}" for s in SECTIONS]
     assert page.has_class("absent") == 0
 
 
@@ -134,6 +133,7 @@ def test_page_loads_nothing_from_outside():
     rest = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", document)
     assert re.search(r"https?:|//|url\(|@import", rest) is None
     assert all(value.startswith("data:image/png;base64,") for value in page.values("src"))
+    assert all(value.startswith(("data:image/png;base64,", "#")) for value in page.values("href"))
     assert not any(name in ("link", "iframe", "object") for name, _ in page.tags)
 
 
@@ -199,9 +199,27 @@ def test_best_row_is_marked_only_where_there_is_a_choice():
 
 def test_every_figure_has_words_for_those_who_do_not_see_it():
     page = Page(report.render(full_data()))
-    assert all(a.get("aria-label") for name, a in page.tags if name == "svg")
-    assert all("alt" in a for name, a in page.tags if name == "img")
+    drawn = [a for name, a in page.tags if name == "svg"]
+    hidden = [a for a in drawn if a.get("aria-hidden") == "true"]  # says what stands beside it already
+    assert len(hidden) == 1
+    assert all(a.get("aria-label") and a.get("role") == "img" for a in drawn if a not in hidden)
+    assert "5 samples of the full-precision model" in page.values("aria-label")
+    assert all(a.get("alt") for name, a in page.tags if name == "img")
     assert sum(name == "table" for name, _ in page.tags) >= 8
+
+
+def test_samples_of_full_precision_are_in_the_page_once():
+    data = full_data()
+    (first,) = data.images
+    other = replace(first, name="W4A8", reference=first.reference.copy(), quantized=first.quantized // 2)
+    document = report.render(replace(data, images=(first, other)))
+    page = Page(document)
+    sheets = [images.data_uri(images.sheet(x)) for x in (first.reference, first.quantized, other.quantized)]
+    assert [document.count(sheet) for sheet in sheets] == [1, 1, 1]
+    held = [a for name, a in page.tags if name == "image"]
+    assert [a["href"] for a in held] == sheets[:1]
+    # Once in each set beside the quantized samples, and once over them.
+    assert [a["href"] for name, a in page.tags if name == "use"] == 3 * [f"#{held[0]['id']}"]
 
 
 def test_group_map_draws_one_rectangle_per_stretch():

@@ -1,4 +1,4 @@
-"""Large sets of samples: resuming, processes that share the work, growth, what is refused, distances."""
+"""Large sets of samples: resuming, processes that share the work, growth, what is refused."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import nn
 
-import adpdm.evaluate.distance
+import adpdm
 from adpdm import AdpdmConfig, DenoiserCall, QuantConfig
-from adpdm.cli import main
-from adpdm.evaluate import GuidedDenoiser, SampleSet, SampleSettings, generate, sample_set, set_distance
-from adpdm.evaluate.extractors import LPIPS_FILE
+from adpdm.evaluate import GuidedDenoiser, SampleSet, SampleSettings, generate, sample_set
 from adpdm.evaluate.sampling import to_uint8
 from adpdm.nn.fusion import describe_fusion, fuse_blocks
-from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_conditional_unet, tiny_pipeline, tiny_unet
+from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_conditional_unet, tiny_unet
 
 SETTINGS = SampleSettings(num_images=7, num_inference_steps=2, seed=5, chunk_size=3)
 # What torchrun does for two processes, without its half minute of start-up.
@@ -323,101 +321,6 @@ def test_manifests_that_lack_something_are_refused(tmp_path: Path, other: dict[s
             SampleSet.open(tmp_path)
 
 
-class Features:
-    """Stands for EfficientNet-Lite0: mean and spread of every image."""
-
-    def features(self, images: torch.Tensor) -> np.ndarray:
-        flat = images.flatten(1)
-        return torch.stack([flat.mean(1), flat.std(1)], 1).numpy()
-
-
-@pytest.fixture
-def networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adpdm.evaluate.distance, "load_lite0", Features)
-    monkeypatch.setattr(adpdm.evaluate.distance, "load_lpips", lambda cache_dir: None)
-
-
-def write_set(folder: Path, images: np.ndarray, seed: int = 0, conditions: str = "") -> Path:
-    folder.mkdir()
-    settings = {"num_images": len(images), "num_inference_steps": 2, "seed": seed, "chunk_size": 100}
-    manifest = {"format": 4, "fingerprint": "", "conditions": conditions, "settings": settings}
-    (folder / "samples.json").write_text(json.dumps(manifest))
-    np.save(folder / "images-000000.npy", images)
-    return folder
-
-
-@pytest.mark.usefixtures("networks")
-def test_sets_of_one_seed_are_compared_image_by_image(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 200, (20, 4, 4, 1), dtype=np.uint8)
-    first = write_set(tmp_path / "a", images)
-    same = set_distance(first, write_set(tmp_path / "b", images))
-    assert same.frechet.distance == pytest.approx(0, abs=1e-9)
-    assert same.psnr_db == 60.0
-    assert same.kernel is not None
-    assert (same.kernel.distance, same.kernel.deviation) == (0, 0)  # pairs are known: no image meets its twin
-    assert same.kid is None
-    shifted = set_distance(first, write_set(tmp_path / "c", images + 5))
-    # Means move by 5 / 127.5 and spreads by nothing; every pixel is off by 5 of 255.
-    assert shifted.frechet.distance == pytest.approx((5 / 127.5) ** 2, rel=1e-3)
-    assert shifted.psnr_db == pytest.approx(20 * np.log10(255 / 5), abs=1e-3)
-    assert shifted.lpips is None
-    other = set_distance(first, write_set(tmp_path / "d", images, seed=1))
-    assert other.psnr_db is None
-    assert set_distance(first, write_set(tmp_path / "e", images, conditions="text")).psnr_db is None
-    np.save(tmp_path / "real.npy", images)
-    assert set_distance(first, tmp_path / "real.npy").psnr_db is None
-
-
-@pytest.mark.usefixtures("networks")
-def test_sets_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
-    first = write_set(tmp_path / "a", np.zeros((20, 4, 4, 1), np.uint8))
-    np.save(tmp_path / "shape.npy", np.zeros((20, 8, 8, 1), np.uint8))
-    np.save(tmp_path / "float.npy", np.zeros((20, 4, 4, 1), np.float32))
-    np.save(tmp_path / "few.npy", np.zeros((3, 4, 4, 1), np.uint8))
-    for name, sentence in (
-        ("shape.npy", "images of one shape"),
-        ("few.npy", "wanted at least 16 images"),
-        ("float.npy", r"must hold images \[N, H, W, C\] u8"),
-        ("nothing.npy", "wanted a folder of `adpdm dataset` or a file .npy"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            set_distance(first, tmp_path / name)
-
-
-def test_damaged_networks_are_found_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(adpdm.evaluate.distance, "load_lite0", Features)
-    monkeypatch.setattr(Features, "features", lambda *_: pytest.fail("measured"))
-    (tmp_path / LPIPS_FILE).write_bytes(b"not safetensors")
-    images = np.zeros((20, 4, 4, 1), np.uint8)
-    sets = [write_set(tmp_path / name, images) for name in ("a", "b")]
-    with pytest.raises(ValueError, match="is damaged"):
-        set_distance(*sets, cache_dir=tmp_path)
-
-
-@pytest.mark.usefixtures("networks")
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_pipeline(**ONE_BLOCK).save_pretrained(tmp_path / "model")
-    for name, seed in (("a", "0"), ("b", "1")):
-        words = ["--images", "18", "--steps", "2", "--batch", "9", "--seed", seed]
-        assert main(["dataset", str(tmp_path / "model"), "--out", str(tmp_path / name), *words]) == 0
-    capsys.readouterr()
-    assert main(["distance", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["num_images"] == [18, 18]
-    assert found["frechet"]["distance"] > 0
-    assert found["kernel"]["num_images"] == [18, 18]
-    assert found["kernel"]["subsets"] == 1
-    assert main(["distance", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    text = " ".join(capsys.readouterr().err.split())
-    assert "Kernel distance (EfficientNet-Lite0)" in text
-    assert "with standard error" in text
-    assert "KID" not in text  # which is Inception's
-    words = ["--images", "18", "--steps", "3", "--batch", "9"]
-    assert main(["dataset", str(tmp_path / "model"), "--out", str(tmp_path / "a"), *words]) == 1
-
-
 @pytest.mark.parametrize("content", [b"", b"junk"])
 def test_damaged_files_are_made_again(tmp_path: Path, content: bytes) -> None:
     make(tmp_path / "set")
@@ -426,9 +329,3 @@ def test_damaged_files_are_made_again(tmp_path: Path, content: bytes) -> None:
     assert SampleSet.open(str(tmp_path / "set")).missing() == [1]
     sample_set(tiny_unet(**ONE_BLOCK), ddim_scheduler(), str(tmp_path / "set"), SETTINGS)
     assert contents(tmp_path / "set") == before
-
-
-def test_file_that_is_no_array_is_named(tmp_path: Path) -> None:
-    (tmp_path / "x.npy").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="x.npy must hold images .* got no array of numbers"):
-        set_distance(str(tmp_path / "x.npy"), str(tmp_path / "x.npy"))

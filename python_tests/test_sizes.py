@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from adpdm.denoisers import DENOISER_NAMES
 from adpdm.evaluate import file_bytes
+from adpdm.evaluate.sizes import DENOISER_FOLDERS
 
 
 def fill(folder: Path, **sizes: int) -> None:
@@ -67,6 +69,15 @@ def test_components_of_a_pipeline_count_and_nothing_beside_them(tmp_path: Path) 
     fill(tmp_path / "onnx", model__bin=800)
     fill(tmp_path / "safety_checker", model__safetensors=1600)
     assert file_bytes(tmp_path) == 3
+
+
+def test_of_what_a_training_leaves_the_denoiser_counts(tmp_path: Path) -> None:
+    assert DENOISER_FOLDERS == DENOISER_NAMES  # in the order in which they are loaded
+    fill(tmp_path, state__pt=80)
+    fill(tmp_path / "scheduler", scheduler_config__json=1)
+    for size, name in enumerate(reversed(DENOISER_FOLDERS), 10):
+        fill(tmp_path / name, diffusion_pytorch_model__safetensors=size)
+        assert file_bytes(tmp_path) == size
 
 
 def test_a_file_counts_as_it_is_and_no_weights_are_an_error(tmp_path: Path) -> None:

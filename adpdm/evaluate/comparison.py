@@ -52,7 +52,7 @@ class EvaluationConfig:
         cache_dir: where the LPIPS weights lie; None is the platform's cache.
 
     Raises:
-        ValueError: for a count below 1, or below 0 where nothing may be wanted.
+        ValueError: for a count or batch size below 1, or a count below 0 where nothing may be wanted.
     """
 
     num_images: int = 16
@@ -74,6 +74,10 @@ class EvaluationConfig:
         for name in ("bootstrap_resamples", "kept_images"):
             if getattr(self, name) < 0:
                 raise ValueError(f"EvaluationConfig: {name} must not be negative, got {getattr(self, name)}")
+        if min(self.timing_batch_sizes, default=1) < 1:
+            raise ValueError(
+                f"EvaluationConfig: timing_batch_sizes must be at least 1 each, got {self.timing_batch_sizes}"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 
 from ..progress import Progress
 from .frechet import gaussian_distance
+from .sample_set import StoredImages
 from .sampling import in_batches
 
 FEATURES = 2048
@@ -41,7 +42,7 @@ class Inception:
     @torch.no_grad()
     def features(
         self,
-        images: np.ndarray,  # [N, H, W, 1 or 3] u8
+        images: np.ndarray | StoredImages,  # [N, H, W, 1 or 3] u8
         batch_size: int,
         what: str,
         progress: Progress,

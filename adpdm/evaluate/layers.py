@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..nn import loaded_layers, quant_layers
-from ..trajectory import own_containers
+from ..trajectory import Conditioning, DenoiserCall, own_containers
 from .metrics import energies, sqnr_db
+from .sample_set import rows_in_turn
+from .sampling import Trajectory, device_of, image_seeds, sample_shape, shape_of_call
+
+PROBED_IMAGES, PROBED_CALLS = 4, 5  # of `probe_layers`
 
 
 @torch.no_grad()
@@ -48,3 +53,37 @@ def layer_sqnr(
         for handle in handles:
             handle.remove()
     return {name: sqnr_db(*total) for name, total in totals.items()}
+
+
+@torch.no_grad()
+def probe_layers(
+    reference: nn.Module,
+    quantized: nn.Module,
+    scheduler: Any,
+    num_inference_steps: int,
+    seed: int,
+    *,
+    conditioning: Conditioning | None = None,
+    call: DenoiserCall | None = None,
+) -> dict[str, float]:
+    """SQNR in dB by layer name, at a few calls that are spread over one trajectory of the reference.
+
+    Args:
+        num_inference_steps: of that trajectory; a quantized network may know no timesteps but those of its
+            calibration, and a schedule of the call may fix their number.
+        conditioning: tensors with the same number of rows each; image i has row i modulo that number.
+        call: what else both denoisers are given.
+    """
+    shape, device = shape_of_call(call) or sample_shape(reference), device_of(reference)
+    given = rows_in_turn(conditioning or {}, 0, PROBED_IMAGES)
+    seeds = image_seeds(seed, PROBED_IMAGES)
+    path = Trajectory(scheduler, num_inference_steps, seeds, shape, device, call)
+    probed = set(np.linspace(0, len(path.timesteps) - 1, PROBED_CALLS).round().astype(int).tolist())
+    inputs: list[tuple[Tensor, Any, dict[str, Any]]] = []
+    for index, timestep in enumerate(path.timesteps):
+        seen = path.model_input(index)
+        if index in probed:
+            at = path.call.given_timestep(timestep).expand(len(seen))
+            inputs.append((seen, at, {**given, **path.call.constants}))
+        path.advance(path.predict(reference, seen, index, given), index)
+    return layer_sqnr(reference, quantized, inputs)

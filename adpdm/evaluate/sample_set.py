@@ -94,9 +94,13 @@ class SampleSet:
     def chunk(self, number: int) -> Path:
         return self.folder / f"images-{number:06d}.npy"
 
+    @property
+    def chunk_size(self) -> int:
+        return int(self.manifest["settings"]["chunk_size"])
+
     def sizes(self) -> list[int]:
         """Images of every chunk."""
-        size = int(self.manifest["settings"]["chunk_size"])
+        size = self.chunk_size
         return [min(size, self.num_images - first) for first in range(0, self.num_images, size)]
 
     def missing(self) -> list[int]:
@@ -108,24 +112,53 @@ class SampleSet:
         if not file.is_file():
             return False
         try:
-            images: np.ndarray = np.load(file, mmap_mode="r")
+            images = _mapped(file)
         except (ValueError, EOFError):  # empty, cut off, or something else
             return False
-        return images.ndim == 4 and len(images) >= size
+        return images.ndim == 4 and images.dtype == np.uint8 and len(images) >= size
 
     def images(self) -> np.ndarray:
         """All images, [N, H, W, C] u8.
 
         Raises:
-            ValueError: if some are missing.
+            ValueError: if some are missing, or of another shape than others.
         """
+        return self.stored()[:]
+
+    def stored(self) -> StoredImages:
+        """All images as they lie in the files, for those who read some at a time; raises as `images` does."""
         missing = self.missing()
         if missing:
             raise ValueError(
                 f"{self.folder} must hold {self.num_images} images, {len(missing)} of its "
                 f"{len(self.sizes())} files are missing or damaged; the command that began it makes them"
             )
-        return np.concatenate([np.load(self.chunk(n))[:size] for n, size in enumerate(self.sizes())])
+        shapes = {_mapped(self.chunk(n)).shape[1:] for n in range(len(self.sizes()))}
+        if len(shapes) > 1:
+            raise ValueError(f"{self.folder} must hold images of one shape [H, W, C], got {sorted(shapes)}")
+        return StoredImages(self, (self.num_images, *shapes.pop()))
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """The images of a set, [N, H, W, C] u8 in `shape`; a slice of them is read from its files."""
+
+    of: SampleSet
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        first, end, _ = rows.indices(len(self))
+        result, size, at = np.empty((end - first, *self.shape[1:]), np.uint8), self.of.chunk_size, first
+        while at < end:
+            # a file at a time: mapped ones stay open, and a process may not open all of a large set
+            number, start = divmod(at, size)
+            stop = min(size, start + end - at)
+            result[at - first : at - first + stop - start] = _mapped(self.of.chunk(number))[start:stop]
+            at += stop - start
+        return result
 
 
 def sample_set(
@@ -185,6 +218,12 @@ def sample_set(
             np.save(out, images)
         progress("files of samples", done + 1, len(mine))
     return result
+
+
+def _mapped(file: Path) -> np.ndarray:
+    """The array in a file .npy, which is read where it is looked at."""
+    array: np.ndarray = np.load(file, mmap_mode="r")
+    return array
 
 
 def _is_whole(manifest: dict[str, Any]) -> bool:

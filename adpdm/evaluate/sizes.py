@@ -8,6 +8,8 @@ from pathlib import Path
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # the first is preferred
 PIPELINE_INDEX = "model_index.json"
+# Without an index the first of these with scheduler/ beside it is loaded; DENOISER_NAMES of denoisers.py
+DENOISER_FOLDERS, SCHEDULER_FOLDER = ("unet", "transformer"), "scheduler"
 # What diffusers and transformers load by themselves; a folder without any of them is counted name by name.
 LOADED_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 # name, shard and variant before or after each other, as `model.fp16-00001-of-00002.safetensors`
@@ -18,9 +20,10 @@ WEIGHT_NAME = re.compile(rf"(?P<name>[^.]+?){SHARD}(?:\.(?P<variant>[^.]+?))?{SH
 def file_bytes(path: Path | str) -> int:
     """Bytes of a weight file, or of the weights that are loaded from a folder.
 
-    Of a pipeline's folder its components count, not files beside them. Of each folder one set of files
-    counts: with LOADED_NAMES before others, without a variant (`fp16`, `non_ema`) before one, safetensors
-    before .bin, and of shards those of their index.
+    Of a pipeline's folder its components count, not files beside them; of a denoiser with its scheduler, as
+    trainings leave them, the denoiser. Of each folder one set of files counts: with LOADED_NAMES before
+    others, without a variant (`fp16`, `non_ema`) before one, safetensors before .bin, and of shards those of
+    their index.
 
     Raises:
         ValueError: where there are no weight files, or not all shards of an index.
@@ -35,11 +38,14 @@ def file_bytes(path: Path | str) -> int:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The components of a pipeline; else the folder and all below it."""
+    """The components of a pipeline, or a denoiser beside its scheduler; else the folder and all below it."""
     index = root / PIPELINE_INDEX
     if index.is_file():
         parts = json.loads(index.read_text())
         return [root / name for name, made_by in sorted(parts.items()) if _is_component(made_by)]
+    denoisers = [root / name for name in DENOISER_FOLDERS if (root / name).is_dir()]
+    if denoisers and (root / SCHEDULER_FOLDER).is_dir():
+        return denoisers[:1]
     return [root, *sorted(folder for folder in root.rglob("*") if folder.is_dir())]
 
 

@@ -43,9 +43,10 @@ def distance_rows(found: SetDistance) -> dict[str, str]:
     if found.kid is not None:
         rows["KID"] = kernel_words(found.kid)
     if found.psnr_db is None:
-        rows["image by image"] = "not compared: noise, scheduler, conditions or call differ"
+        rows["image by image"] = f"not compared: {found.unpaired}"
     else:
-        rows["mean PSNR of images of one seed"] = f"{found.psnr_db:.2f} dB"
+        first = "" if found.num_pairs == max(found.num_images) else f", the first {found.num_pairs} images"
+        rows["mean PSNR of images of one seed"] = f"{found.psnr_db:.2f} dB{first}"
     if found.lpips is not None:
         rows["LPIPS (AlexNet)"] = f"{found.lpips:.4f}"
     return rows

@@ -1,4 +1,4 @@
-"""Contact sheets of samples and of their amplified difference, as PNG data URIs."""
+"""Contact sheets of samples and of their amplified difference, as pictures that a page holds itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import math
 
 import numpy as np
 from PIL import Image
+
+from .markup import Html, tag
 
 GAP = 1  # transparent pixels between tiles
 PANEL_WIDTH = 396  # CSS pixels of a third of the page; sheets are enlarged by whole numbers up to it
@@ -62,3 +64,42 @@ def data_uri(
 def shown_width(pixels: int) -> int:
     """CSS width of a sheet: the largest whole multiple of its pixels that a panel holds."""
     return pixels * max(1, PANEL_WIDTH // pixels)
+
+
+def picture(
+    pixels: np.ndarray,  # [H, W, 4] uint8
+    alt: str,
+) -> Html:
+    """A sheet, and what it shows in words."""
+    height, width = pixels.shape[:2]
+    return tag("img", src=data_uri(pixels), alt=alt, width=width, height=height, style=_shown(width))
+
+
+class SharedPictures:
+    """Sheets that a page shows several times: it holds each once, and every further picture points there.
+
+    As SVG, because an <img> can point at no other part of its page.
+    """
+
+    def __init__(self) -> None:
+        self._ids: dict[tuple[tuple[int, ...], bytes], str] = {}
+
+    def picture(
+        self,
+        pixels: np.ndarray,  # [H, W, 4] uint8
+        alt: str,
+    ) -> Html:
+        """A sheet, and what it shows in words; "" where other words beside it say so."""
+        height, width = pixels.shape[:2]
+        key, name = (pixels.shape, pixels.tobytes()), f"sheet-{len(self._ids)}"
+        if key in self._ids:
+            drawn = tag("use", href=f"#{self._ids[key]}")
+        else:
+            drawn = tag("image", href=data_uri(pixels), width=width, height=height, id=name)
+            self._ids[key] = name
+        said = {"role": "img", "aria_label": alt} if alt else {"aria_hidden": "true"}
+        return tag("svg", drawn, viewBox=f"0 0 {width} {height}", style=_shown(width), **said)
+
+
+def _shown(pixels: int) -> str:
+    return f"width:{shown_width(pixels)}px"

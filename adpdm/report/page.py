@@ -98,24 +98,19 @@ def _samples(data: ReportData) -> Html:
     if not data.images:
         return _absent("No samples were drawn in this run.")
     intro = tag("p", "The same random numbers drive both models, so every difference is the quantization's.")
-    return join([intro, *(_image_set(s) for s in data.images)])
+    shared = images.SharedPictures()
+    return join([intro, *(_image_set(s, shared) for s in data.images)])
 
 
-def _image_set(data: ImageSet) -> Html:
+def _image_set(data: ImageSet, shared: images.SharedPictures) -> Html:
     factor = images.amplification(data.reference, data.quantized)
     changed = images.difference(data.reference, data.quantized, factor)
     sheets = [images.sheet(x) for x in (data.reference, data.quantized, changed)]
-    height, width = sheets[0].shape[:2]
-    count, shown = len(data.reference), f"width:{images.shown_width(width)}px"
-
-    def picture(pixels: Any, alt: str) -> Html:
-        return tag("img", src=images.data_uri(pixels), alt=alt, width=width, height=height, style=shown)
-
-    first = picture(sheets[0], f"{count} samples of the full-precision model")
-    hidden = tag("img", src=images.data_uri(sheets[0]), alt="", width=width, height=height, style=shown)
-    second = picture(sheets[1], f"{count} samples of the {data.name} model from the same seeds")
-    third = picture(sheets[2], f"difference of the two, multiplied by {factor}, grey where equal")
-    flip = tag("div", second, hidden, class_="flip", tabindex="0")
+    count = len(data.reference)
+    first = shared.picture(sheets[0], f"{count} samples of the full-precision model")
+    second = images.picture(sheets[1], f"{count} samples of the {data.name} model from the same seeds")
+    third = images.picture(sheets[2], f"difference of the two, multiplied by {factor}, grey where equal")
+    flip = tag("div", second, shared.picture(sheets[0], ""), class_="flip", tabindex="0")
     panels = (("Full precision", first), (f"Quantized, {data.name}", flip), (f"Difference × {factor}", third))
     words = (
         f" Grey means equal; lighter pixels got brighter, darker ones darker, {factor} times amplified. "

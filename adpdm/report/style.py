@@ -97,13 +97,13 @@ figcaption b{color:var(--ink);font-weight:600}
 outline:2px solid var(--accent);outline-offset:3px;border-radius:3px}
 .panels{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:28px}
 .panels h4{margin:0 0 8px;color:var(--muted);font-size:13.5px;font-weight:400}
-.panels img{display:block;max-width:100%;height:auto;image-rendering:pixelated;border-radius:4px}
 .flip{position:relative;width:fit-content;max-width:100%;cursor:ew-resize}
-.flip img+img{position:absolute;inset:0;opacity:0}
-.flip:hover img+img,.flip:focus img+img{opacity:1}
+.flip img+svg{position:absolute;inset:0;opacity:0}
+.flip:hover img+svg,.flip:focus img+svg{opacity:1}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:24px}
 .pair figure{margin:0}
 svg{display:block;width:100%;height:auto;font-size:11.5px;font-variant-numeric:tabular-nums}
+.panels img,.panels svg{display:block;max-width:100%;height:auto;image-rendering:pixelated;border-radius:4px}
 svg text{fill:var(--muted)}
 svg .name{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:10.5px}
 svg .strong{fill:var(--ink);font-weight:600}
