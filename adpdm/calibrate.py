@@ -95,7 +95,7 @@ class Calibration:
         self.sampler, self.layers, self.macs, self.config = sampler, layers, macs, config
         self.progress, self.state_file, self.processes = progress, state_file, processes
         self.fingerprint = fingerprint
-        self.trace = CalibrationTrace()
+        self.trace, self.has_failed_to_save = CalibrationTrace(), False
         self.num_steps = len(sampler.timesteps)
         self.quantizers: dict[str, ActivationQuantizer] = {
             name if len(layer.quantizers) == 1 else f"{name}[{i}]": q
@@ -112,6 +112,8 @@ class Calibration:
         self._timed("partition", lambda: self._partition(names))
         self._timed("weights", lambda: self._round_weights(names))
         self._timed("raised layers", self._raise_bits)
+        for quantizer in self.quantizers.values():
+            quantizer.counts = None  # 16 KiB a step, and no range is fitted to them any more
         self._timed("bias correction", lambda: correct_bias(self.replay, config))
         if config.searches:
             self._timed("search", lambda: self._search(saved))
@@ -121,7 +123,7 @@ class Calibration:
             )
         self.trace.quantizers = [_describe(name, q) for name, q in self.quantizers.items()]
         for quantizer in self.quantizers.values():
-            quantizer.counts = quantizer.extrema = None
+            quantizer.extrema = None
         return self.trace
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
@@ -200,7 +202,7 @@ class Calibration:
                 self.layers[name].quantize_weight()
                 self.trace.rounding.pop(name, None)  # of the fewer bits that it had before it was raised
         if learned:
-            self.trace.rounding.update(round_weights(self.replay, learned, self.config.seed))
+            self.trace.rounding.update(round_weights(self.replay, learned, self.config))
 
     def _learns_rounding(self, layer: QuantLayer) -> bool:
         return self.config.weight_rounding == "gptq" and layer.weight_quantizer.num_bits < NEAREST_FROM_BITS
@@ -243,13 +245,21 @@ class Calibration:
         return state
 
     def _save(self, state: SearchState) -> None:
-        if self.state_file is not None and self.processes.rank == 0:
+        """Save the state on the first process; all of them warn where that failed, once."""
+        failure = self.processes.first(lambda: self._failure_to_write(state))
+        if failure is not None and not self.has_failed_to_save:
+            self.has_failed_to_save = True
+            self.trace.warnings.append(
+                f"the search could not be saved, so an interrupt loses what it did since: {failure}"
+            )
+
+    def _failure_to_write(self, state: SearchState) -> str | None:
+        if self.state_file is not None:
             try:
                 state.save(self.state_file, self.fingerprint)
             except OSError as error:  # the search itself does not need it
-                self.trace.warnings.append(
-                    f"the search could not be saved, so an interrupt loses what it did since: {error}"
-                )
+                return str(error)
+        return None
 
 
 def weights_of_calls(sensitivity: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import QuantConfig, RangeMethod
 from .processes import ALONE, Processes
-from .qparams import StepErrors, best_range, block_index, block_ranges, step_errors
+from .qparams import StepErrors, best_range, block_index, block_ranges, few_ranges, step_errors
 from .quantizers import ActivationQuantizer
 
 # Errors of clipping have one sign: they add up over elements and steps where those of rounding average out.
@@ -88,7 +88,8 @@ def partition(
     """
     costs = [1.0] * len(quantizers)
     own = processes.share(costs)
-    observed = all_step_errors([quantizers[i] for i in own], importance, config.range_method)
+    fixed = None if _is_optimised(config) else fixed_table(config, len(importance))
+    observed = all_step_errors([quantizers[i] for i in own], importance, config.range_method, fixed)
     errors = dict(zip(own, observed, strict=True))
     num_groups = config.groups_per_layer(len(importance))
     shared = None
@@ -117,10 +118,14 @@ def _is_optimised(config: QuantConfig) -> bool:
 def initial_table(error: Tensor, config: QuantConfig) -> Tensor:
     """Starting table [T] i32 of a quantizer with errors [T, R] by the grouping of the config."""
     steps = len(error)
-    groups = config.groups_per_layer(steps)
     if _is_optimised(config):
-        return dynamic_programming_table(error, groups, config.range_method)
-    return uniform_table(steps, groups)
+        return dynamic_programming_table(error, config.groups_per_layer(steps), config.range_method)
+    return fixed_table(config, steps)
+
+
+def fixed_table(config: QuantConfig, num_steps: int) -> Tensor:
+    """Table [T] i32 of a grouping that is not optimised."""
+    return uniform_table(num_steps, config.groups_per_layer(num_steps))
 
 
 def relative_costs(error: Tensor, method: RangeMethod) -> Tensor:
@@ -134,14 +139,23 @@ def shared_table(costs: Sequence[Tensor], num_groups: int) -> Tensor:
 
 
 def all_step_errors(
-    quantizers: Sequence[ActivationQuantizer], importance: Tensor, method: RangeMethod
+    quantizers: Sequence[ActivationQuantizer],
+    importance: Tensor,
+    method: RangeMethod,
+    fixed: Tensor | None = None,
 ) -> list[StepErrors]:
-    """Error tables of every quantizer on the CPU, its steps weighted by importance [T] f64."""
+    """Error tables of every quantizer on the CPU, its steps weighted by importance [T] f64.
+
+    Args:
+        fixed: table [T] i32 of the groups, where no other partition will be asked for.
+    """
     weight = importance.clamp_min(UNCHOSEN_WEIGHT)[:, None]
     result = []
     for q in quantizers:
         counts, extrema = _statistics(q)
-        candidates = block_ranges(extrema) if method == "minmax" else None
+        candidates = None
+        if method == "minmax":
+            candidates = block_ranges(extrema) if fixed is None else few_ranges(extrema, fixed)
         raw = step_errors(counts, extrema, q.num_bits, candidates, _clip_weight(method))
         result.append(StepErrors(raw.low, raw.high, raw.error * weight))
     return result

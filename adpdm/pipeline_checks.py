@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from .config import QuantConfig
 from .nn import CodedLayer, refuse_adapters
-from .schedulers import first_sample, model_input, step_arguments
-from .trajectory import Conditioning, DenoiserCall, Sampler
+from .schedulers import first_sample, lists_steps, model_input, step_arguments
+from .trajectory import Conditioning, DenoiserCall, Guidance, Sampler
 
 CALIBRATION_DEVICES = ("cpu", "cuda")
 # Beginnings of names of denoisers that their pipelines in diffusers give a timestep between 0 and 1.
@@ -244,17 +246,28 @@ def trace_forward(sampler: Sampler) -> None:
     _try_step(sampler, prediction)
 
 
-def make_sampler(denoiser: nn.Module, scheduler: Any, *arguments: Any) -> Sampler:
+def make_sampler(
+    denoiser: nn.Module,
+    scheduler: Any,
+    shape: tuple[int, ...],
+    num_inference_steps: int,
+    conditioning: Conditioning | None,
+    call: DenoiserCall | None,
+    guidance: Guidance | None,
+) -> Sampler:
     """A Sampler of these arguments.
 
     Raises:
-        ValueError: where the scheduler cannot be set to the steps, with its reason, and for timesteps in
-            another unit than the denoiser's.
+        ValueError: where the scheduler cannot be set to the steps, with its reason, for another number of
+            listed steps, and for timesteps in another unit than the denoiser's.
     """
+    _check_schedule(scheduler, call)
+    given = (conditioning, call, guidance)
     try:
-        sampler = Sampler(denoiser, scheduler, *arguments)
+        sampler = Sampler(denoiser, scheduler, shape, num_inference_steps, *given)
     except Exception as error:
         raise _unsuited(scheduler, error) from error
+    _check_number_of_steps(sampler, num_inference_steps)
     highest, kind = float(sampler.timesteps.max()), type(denoiser).__name__
     if kind.startswith(GIVEN_SHARES_OF_TIME) and sampler.call.timestep_factor == 1 and highest > 1:
         raise ValueError(
@@ -264,18 +277,83 @@ def make_sampler(denoiser: nn.Module, scheduler: Any, *arguments: Any) -> Sample
     return sampler
 
 
+def _check_schedule(scheduler: Any, call: DenoiserCall | None) -> None:
+    """Refuse arguments of `set_timesteps` that the scheduler does not have.
+
+    Raises:
+        ValueError: names them.
+    """
+    takes = inspect.signature(scheduler.set_timesteps).parameters
+    unknown = sorted(({} if call is None else call.schedule).keys() - takes.keys())
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        raise ValueError(
+            f"quantize: call.schedule must hold arguments of {type(scheduler).__name__}.set_timesteps, which "
+            f"takes {sorted(takes)}; got {unknown}"
+        )
+
+
+def _check_number_of_steps(sampler: Sampler, wanted: int) -> None:
+    """Refuse a schedule that lists another number of steps than the config says.
+
+    Raises:
+        ValueError: names both numbers.
+    """
+    calls, steps = len(sampler.calls), len(sampler.timesteps)
+    # Of second order ask more often, and some count the ends of steps; None where steps are the caller's own.
+    counted = getattr(sampler.scheduler, "num_inference_steps", None)
+    if lists_steps(sampler.call.schedule) and wanted not in (calls, steps, counted):
+        raise ValueError(
+            f"quantize: call.schedule must list config.num_inference_steps={wanted} steps, got "
+            f"{calls if counted is None else counted}"
+        )
+
+
 def _try_step(sampler: Sampler, prediction: Tensor) -> None:
-    """One step of a copy of the scheduler from noise, and a copy of what that leaves, which a probe needs."""
+    """Steps of copies of the scheduler from noise, and a copy of what that leaves, which a probe needs.
+
+    Raises:
+        ValueError: they fail, or depend on torch's global seed: no image would be that of its number.
+    """
+    scheduler, made = sampler.scheduler, []
+    try:
+        for seed in (0, 1):
+            with _global_seed(sampler.device, seed):
+                made.append(_first_step(sampler, prediction))
+    except Exception as error:
+        raise _unsuited(scheduler, error) from error
+    first, other = made
+    if not torch.allclose(first, other, rtol=0, atol=0, equal_nan=True):
+        raise ValueError(
+            "quantize: wanted a scheduler that draws noise from the generators that its step is given, got "
+            f"{type(scheduler).__name__}, which draws from torch's global one; set a seed of its own, such "
+            "as noise_sampler_seed, or calibrate with another scheduler"
+        )
+
+
+def _first_step(sampler: Sampler, prediction: Tensor) -> Tensor:
+    """The sample [1, *] after the first step of a copy of the scheduler, from the same noise every time."""
     scheduler, generator = copy.deepcopy(sampler.scheduler), torch.Generator().manual_seed(0)
     timestep = scheduler.timesteps[0]
     noise = torch.randn(1, *sampler.sample_shape, generator=generator, device="cpu").to(sampler.device)
-    try:
-        sample = first_sample(scheduler, noise)
-        model_input(scheduler, sample, timestep)
-        scheduler.step(prediction, timestep, sample, **step_arguments(scheduler, [generator]))
-        copy.deepcopy(scheduler)
-    except Exception as error:
-        raise _unsuited(scheduler, error) from error
+    sample = first_sample(scheduler, noise)
+    model_input(scheduler, sample, timestep)
+    after: Tensor = scheduler.step(
+        prediction, timestep, sample, **step_arguments(scheduler, [generator])
+    ).prev_sample
+    copy.deepcopy(scheduler)
+    return after
+
+
+@contextmanager
+def _global_seed(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed torch's global generators, of the CPU and of a device, while the block runs."""
+    is_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if is_cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if is_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _unsuited(scheduler: Any, error: Exception) -> ValueError:

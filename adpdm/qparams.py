@@ -186,6 +186,18 @@ def block_ranges(extrema: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(lows), torch.cat(highs)
 
 
+def few_ranges(extrema: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Range that covers each group of table [T] i32, each step, and all of them, [G + T + 1] f64 each.
+
+    What a partition that is fixed asks of `block_ranges`, whose number goes by T squared: at T = 1000 half a
+    million, 4 GB of errors. Args: extrema [T, 2] f32.
+    """
+    groups = [extrema[table == group] for group in table.unique()]
+    covered = torch.stack([torch.stack([x[:, 0].min(), x[:, 1].max()]) for x in (*groups, extrema)])
+    low, high = torch.cat([covered, extrema]).double().unbind(1)
+    return low, high
+
+
 def block_index(first: int, steps: int) -> int:
     """Where the ranges of the blocks that begin with step `first` begin: one for each end."""
     return first * steps - first * (first - 1) // 2

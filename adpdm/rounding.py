@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import QuantConfig
 from .nn import QuantConv2d, QuantLayer
 from .quantizers.activation import Mode
 from .replay import Replay
@@ -22,7 +23,7 @@ LAZY_COLUMNS = 128  # columns that the errors of all before them reach in one ma
 MOMENT_ROWS = 288  # of moments, symmetric, made at a time: short enough to leave out most of the upper half
 
 
-def round_weights(replay: Replay, names: Sequence[str], seed: int) -> dict[str, float]:
+def round_weights(replay: Replay, names: Sequence[str], config: QuantConfig) -> dict[str, float]:
     """Give layers codes that are fitted to their inputs; returns squared error over that of nearest, by name.
 
     Layers hold ranges. Each process fits its share of them: it runs all calls, and keeps the moments of its
@@ -32,7 +33,7 @@ def round_weights(replay: Replay, names: Sequence[str], seed: int) -> dict[str, 
     own = replay.processes.share(costs)
     made: dict[int, list[Tensor]] = {}
     for part in _within_memory(replay.layers, names, own):
-        inputs = {i: LayerInputs(replay.layers[names[i]], seed) for i in part}
+        inputs = {i: LayerInputs(replay.layers[names[i]], config.seed, config.correct_bias) for i in part}
         observers = {names[i]: seen.observe for i, seen in inputs.items()}
         for done, call in enumerate(replay.calls(ROUNDING_STEPS), 1):
             replay.show(observers, call)
@@ -81,10 +82,12 @@ class LayerInputs:
     Args:
         layer: with ranges and, for `round`, a float weight.
         seed: of the positions that are drawn from an input.
+        corrects_bias: whether a bias will take over the mean of the output's error.
     """
 
-    def __init__(self, layer: QuantLayer, seed: int) -> None:
+    def __init__(self, layer: QuantLayer, seed: int, corrects_bias: bool) -> None:
         self.layer, self.seed, self.calls = layer, seed, 0
+        self.keeps_means = layer.bias is None or not corrects_bias
         device = layer.weight.device
         self.blocks = []
         for rows, channels, columns in _column_blocks(layer):
@@ -123,7 +126,7 @@ class LayerInputs:
     def _moments(self, block: ColumnBlock) -> Tensor:
         """What an error of the weight costs, [K, K]: without the mean where the bias takes it over."""
         second, first = block.moments() / max(self.calls, 1), block.first / max(self.calls, 1)
-        return second if self.layer.bias is None else second - torch.outer(first, first)
+        return second if self.keeps_means else second - torch.outer(first, first)
 
 
 def round_columns(weight: Tensor, scale: Tensor, moments: Tensor, bound: int) -> Tensor:

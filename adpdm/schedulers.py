@@ -8,6 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+STEPS_IN_FULL = ("timesteps", "sigmas")  # arguments of `set_timesteps` that list all steps
+
+
+def set_steps(scheduler: Any, num_inference_steps: int, schedule: dict[str, Any]) -> None:
+    """Set the steps of a scheduler; where the schedule lists them, most want their number left out."""
+    number = inspect.signature(scheduler.set_timesteps).parameters.get("num_inference_steps")
+    is_optional = number is not None and number.default is not inspect.Parameter.empty
+    if lists_steps(schedule) and is_optional:
+        scheduler.set_timesteps(**schedule)
+    else:
+        scheduler.set_timesteps(num_inference_steps, **schedule)
+
+
+def lists_steps(schedule: dict[str, Any]) -> bool:
+    """Whether a schedule says itself which steps there are."""
+    return any(schedule.get(name) is not None for name in STEPS_IN_FULL)
+
 
 def first_sample(scheduler: Any, noise: Tensor) -> Tensor:
     """The sample [N, ...] that a trajectory starts from; schedulers of flow matching start from the noise."""

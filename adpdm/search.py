@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import QuantConfig
+from .fingerprint import fingerprint_of
 from .processes import ALONE, Processes
 from .quantizers import ActivationQuantizer, Importance
 from .quantizers.activation import Mode
@@ -265,6 +266,17 @@ class GroupSearch:
             quantizer.table.copy_(table)
 
     # ---- state, for resuming ----
+
+    def start_facts(self) -> dict[str, str]:
+        """Fingerprints of what it started from: factors of ranges and logits are relative to that."""
+        scales, zero_points = zip(*self._start, strict=True)
+        tensors: dict[str, Sequence[Tensor]] = {
+            "groups": self.start_tables,
+            "scales": scales,
+            "zero-points": zero_points,
+        }
+        facts = {k: fingerprint_of((str(i), x) for i, x in enumerate(v)) for k, v in tensors.items()}
+        return {**facts, "bits": fingerprint_of([], str([q.num_bits for q in self.quantizers]))}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that training changed, as flat tensors."""

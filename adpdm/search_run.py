@@ -59,7 +59,7 @@ class SearchRun:
             self.pool.append(self._generate(step_index, round_index))
             for index in self._steps_of_round(round_index):
                 self._train(index)
-            trace = (self.selector.trace, self.selector.visits, self.losses)
+            trace = (self.selector.trace, self.selector.visits, self.losses, self.search.start_facts())
             self.save(SearchState(self.search.state(), round_index + 1, self.search.steps_done, *trace))
         return self._harden()
 
@@ -80,7 +80,9 @@ class SearchRun:
         self.replay.progress("search", index + 1, settings.num_steps + settings.refit_steps)
 
     def _predict(self, batch: Batch) -> Tensor:
-        return self.sampler.predict(batch.sample, batch.timestep, batch.conditioning)
+        """As far as the target goes: noise that was added has no variances, which may be predicted, too."""
+        prediction = self.sampler.predict(batch.sample, batch.timestep, batch.conditioning)
+        return prediction[:, : batch.target.shape[1]]
 
     def _draw(self, index: int) -> Batch:
         """The batch of optimizer step `index`: a step of the cached trajectories, or selected images."""
@@ -184,7 +186,11 @@ class SearchRun:
         """Continue a saved search; regenerates its calibration images, which are a function of the seed.
 
         Returns: the rounds that are done.
+
+        Raises:
+            ValueError: it started from another partition.
         """
+        saved.check_start(self.search.start_facts())
         self.selector.trace, self.selector.visits, self.losses = saved.rounds, saved.visits, saved.losses
         self.search.load_state(saved.tensors, saved.steps_done)
         for round_index, row in enumerate(saved.rounds):

@@ -16,8 +16,9 @@ from torch import Tensor
 from .files import replacing
 
 # 1 generated images in batches of another size, 2 belonged to less than it depends on, 3 guided variances and
-# left TCD its eta, 4 did not tell schedules of tensors apart and probed all steps of calls with a shift.
-STATE_VERSION = 5
+# left TCD its eta, 4 did not tell schedules of tensors apart and probed all steps of calls with a shift, 5
+# did not say what it started from, to which all that it learned is relative.
+STATE_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class SearchState:
         rounds_done, steps_done: rounds and optimizer steps.
         rounds, visits: of the selector.
         losses: of all optimizer steps.
+        start: of `GroupSearch.start_facts`.
     """
 
     tensors: dict[str, Tensor]
@@ -37,6 +39,7 @@ class SearchState:
     rounds: list[dict[str, Any]]
     visits: list[int]
     losses: list[float]
+    start: dict[str, str]
 
     def save(self, file: Path, fingerprint: str) -> None:
         """Replace the file in one go; `fingerprint` says what the state belongs to.
@@ -49,6 +52,7 @@ class SearchState:
             "fingerprint": fingerprint,
             "progress": json.dumps([self.rounds_done, self.steps_done]),
             "trace": json.dumps([self.rounds, self.visits, self.losses]),
+            "start": json.dumps([self.start]),
         }
         is_new = not file.parent.exists()
         try:
@@ -79,7 +83,25 @@ class SearchState:
                 f"{file} belongs to another model, configuration or version ({'; '.join(others)}); "
                 "quantize into another folder, or remove the file to start anew"
             )
-        return cls(tensors, *json.loads(header["progress"]), *json.loads(header["trace"]))
+        return cls(tensors, *(x for key in ("progress", "trace", "start") for x in json.loads(header[key])))
+
+    def check_start(self, wanted: Mapping[str, str]) -> None:
+        """Refuse to go on from another partition than this one started from.
+
+        Raises:
+            ValueError: names in what they differ.
+        """
+        words = [
+            f"{name}: wanted {wanted[name]:.8}, got {self.start.get(name)!s:.8}"
+            for name in wanted
+            if self.start.get(name) != wanted[name]
+        ]
+        if words:
+            raise ValueError(
+                "quantize: the saved search started from another partition than this calibration made, as "
+                f"another machine or version of a library makes it ({'; '.join(words)}); "
+                "quantize into another folder, or remove the state file to start anew"
+            )
 
 
 def _differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:

@@ -15,7 +15,15 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .fingerprint import fingerprint_of, named_tensors
 from .processes import Processes
-from .schedulers import first_sample, in_channels_last, model_input, step_arguments, used_output
+from .schedulers import (
+    first_sample,
+    in_channels_last,
+    lists_steps,
+    model_input,
+    set_steps,
+    step_arguments,
+    used_output,
+)
 
 SEED_STRIDE = 1_000_003  # prime, so that streams of neighbouring seeds do not meet
 PROBE_SIZE = 0.01  # error of the noise prediction, whose variance is 1, that probes a step's sensitivity
@@ -52,7 +60,7 @@ class DenoiserCall:
         sample_shape: of one sample, (C, H, W), or (L, C) for packed latents; None takes it from the config.
         constants: keyword arguments that every call gets as they are: ids of tokens, flags.
         timestep_factor: the denoiser is given the scheduler's timestep times this; 1e-3 for Flux.
-        schedule: keyword arguments of the scheduler's set_timesteps, such as the shift `mu`.
+        schedule: keyword arguments of the scheduler's set_timesteps, such as the shift `mu`, or `timesteps`.
 
     Raises:
         ValueError: for a shape that is not of positive integers, a factor that is no positive number, and
@@ -219,7 +227,7 @@ class Sampler:
         if guidance is not None:
             null = tree_map(lambda x: _moved(x, self.device), guidance.null)
             self.guidance = Guidance(guidance.scale, null)
-        self.scheduler.set_timesteps(num_inference_steps, **self.call.schedule)
+        set_steps(self.scheduler, num_inference_steps, self.call.schedule)
         self.calls: Tensor = self.scheduler.timesteps
         given = self.call.given_timestep(self.calls).float()
         ascending, positions = torch.unique(given, return_inverse=True)
@@ -234,7 +242,7 @@ class Sampler:
 
     def with_steps(self, num_inference_steps: int) -> Sampler:
         """The same with another number of steps, unless the call says itself at which steps it samples."""
-        if {"sigmas", "timesteps"} & self.call.schedule.keys():
+        if lists_steps(self.call.schedule):
             return self
         given = (self.conditioning, self.call, self.guidance)
         return Sampler(self.denoiser, self.scheduler, self.sample_shape, num_inference_steps, *given)

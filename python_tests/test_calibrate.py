@@ -174,6 +174,22 @@ def test_shared_ranges_gain_nothing_and_those_per_step_all_there_is(monkeypatch:
     assert limit > 0
 
 
+def test_histograms_are_gone_while_the_search_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, held = calibrate.correct_bias, []
+
+    def watched(replay: Replay, settings: QuantConfig) -> None:
+        quantizers = [q for layer in replay.layers.values() for q in layer.quantizers]
+        held.extend(q.counts for q in quantizers)
+        assert all(q.extrema is not None for q in quantizers)
+        plain(replay, settings)
+
+    monkeypatch.setattr(calibrate, "correct_bias", watched)
+    settings = config(grouping="dp", weight_bits=4, activation_bits=4)  # layers are raised before
+    adpdm.quantize(tiny_unet(**ONE_BLOCK), settings, scheduler=ddim_scheduler())
+    assert held
+    assert all(counts is None for counts in held)
+
+
 def test_undecided_search_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = Recorded(monkeypatch, config()).report.trace  # nine steps decide nothing
     assert trace.outcome is not None

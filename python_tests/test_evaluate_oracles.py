@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from adpdm import DenoiserCall, evaluate
@@ -121,6 +121,8 @@ def test_rows_of_an_evaluation() -> None:
             3,
             [1000, 750, 500],
         ),
+        # Nor the number of its steps, where it lists them.
+        (EulerDiscreteScheduler(), DenoiserCall(schedule={"timesteps": [900, 500, 100]}), 3, [900, 500, 100]),
     ],
 )
 def test_layers_are_probed_at_steps_of_the_run(

@@ -14,9 +14,11 @@ from adpdm.config import RangeMethod
 from adpdm.partition import (
     all_step_errors,
     dynamic_programming_table,
+    fixed_table,
     group_gain,
     group_ranges,
     initial_table,
+    partition,
     relative_costs,
     shared_table,
     uniform_table,
@@ -276,3 +278,38 @@ def test_dynamic_programming_with_minmax_equals_brute_force(groups: int) -> None
     blocks = blocks_of(dynamic_programming_table(error, groups, "minmax"))
     best = min(cost(p) for p in contiguous_partitions(len(rows), groups))
     assert cost(blocks) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("grouping", ["shared", "uniform", "per_step"])
+def test_minmax_of_fixed_groups_tries_few_ranges(grouping: str) -> None:
+    rows = [extremes(-a, b) for a, b in ((1, 2), (1, 3), (4, 1), (0.2, 0.1), (0.3, 0.1), (2, 2), (1, 1))]
+    steps = len(rows)
+    settings = config(grouping, 3, steps).replace(range_method="minmax")
+    quantizer = observers([rows], 1)[0]
+    fixed = fixed_table(settings, steps)
+    few, every = (all_step_errors([quantizer], ones(steps), "minmax", t)[0] for t in (fixed, None))
+    groups = int(fixed.max()) + 1
+    assert few.error.shape == (steps, groups + steps + 1)
+    assert every.error.shape == (steps, steps * (steps + 1) // 2)
+    # Those of the groups, of single steps and of all are among those of all blocks, with the same errors.
+    for low, high, error in zip(few.low, few.high, few.error.t(), strict=True):
+        (same,) = ((every.low == low) & (every.high == high)).nonzero()[:1, 0]
+        torch.testing.assert_close(error, every.error[:, same], rtol=1e-12, atol=0)
+    for group in range(groups):
+        seen = quantizer.extrema[fixed == group]  # type: ignore[index]
+        assert (float(few.low[group]), float(few.high[group])) == (float(seen.min()), float(seen.max()))
+    partition([quantizer], ones(steps), settings)
+    low, high = qparams_to_range(quantizer.scale.double(), quantizer.zero_point.double(), quantizer.num_bits)
+    assert quantizer.table.tolist() == fixed.tolist()
+    torch.testing.assert_close(high - low, (few.high - few.low)[:groups], rtol=1e-6, atol=0)
+
+
+def test_partition_makes_few_ranges_of_fixed_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(extrema: Tensor) -> None:
+        raise AssertionError("made the ranges of all blocks")
+
+    monkeypatch.setattr("adpdm.partition.block_ranges", refuse)
+    quantizer = observers([noise([1.0, 2.0, 3.0])], 2)[0]
+    partition([quantizer], ones(3), config("uniform", 2, 3).replace(range_method="minmax"))
+    with pytest.raises(AssertionError, match="all blocks"):
+        partition([quantizer], ones(3), config("dp", 2, 3).replace(range_method="minmax"))

@@ -119,6 +119,30 @@ def test_schedulers_that_step_otherwise_are_refused(scheduler: Any, reason: str)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
+class NoiseOfItsOwn(DDIMScheduler):
+    """Adds noise from torch's global generator, unless it has a seed, as DPMSolverSDEScheduler does."""
+
+    seed: int | None = None
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        after = super().step(*args, **kwargs)
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        after.prev_sample = after.prev_sample + torch.randn(after.prev_sample.shape, generator=generator)
+        return after
+
+
+def test_schedulers_that_draw_from_the_global_generator_are_refused() -> None:
+    scheduler, state = NoiseOfItsOwn(), torch.get_rng_state()
+    message = (
+        "wanted a scheduler that draws noise from the generators .*, got NoiseOfItsOwn, which draws from"
+    )
+    with pytest.raises(ValueError, match=message):
+        adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=scheduler)
+    assert torch.equal(torch.get_rng_state(), state)
+    scheduler.seed = 3
+    assert adpdm.quantize(tiny_unet(**ONE_BLOCK), config(), scheduler=scheduler).coverage.layers > 0
+
+
 # ---- command line ------------------------------------------------------------------------------------------
 
 

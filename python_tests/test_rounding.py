@@ -219,7 +219,7 @@ def test_blocks_cover_every_weight_once(
     monkeypatch.setattr(rounding, "MAX_COLUMNS", max_columns)
     layer = quantized(nn.Conv2d(8, 6, 3, groups=groups))
     seen = torch.zeros(6, layer.weight[0].numel())
-    for block in LayerInputs(layer, 0).blocks:
+    for block in LayerInputs(layer, 0, True).blocks:
         seen[block.rows, block.columns] += 1
         width = (block.channels.stop - block.channels.start) * 9
         assert width == block.columns.stop - block.columns.start <= max_columns
@@ -243,7 +243,7 @@ def test_outputs_on_new_inputs_come_nearer(
     torch.manual_seed(1)
     layer = quantized(make())
     shape = (4, 8, 12, 12) if isinstance(layer, nn.Conv2d) else (300, 24)
-    inputs = LayerInputs(layer, 0)
+    inputs = LayerInputs(layer, 0, True)
     for seed in range(3):
         inputs.observe(smooth(*shape, seed=seed))
     codes, scales, ratio = inputs.round()
@@ -259,6 +259,34 @@ def test_outputs_on_new_inputs_come_nearer(
     assert codes.shape == layer.weight.shape
     assert ratio < 0.7
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_means_count_where_no_bias_will_be_corrected() -> None:
+    layer = quantized(nn.Linear(24, 12))
+    errors = []
+    for corrects_bias in (True, False):
+        inputs = LayerInputs(layer, 0, corrects_bias)
+        for seed in range(3):
+            inputs.observe(smooth(300, 24, seed=seed) + 1)
+        codes, scales, _ = inputs.round()
+        layer.set_codes(codes, scales)
+        errors.append(float(layer.output_errors(smooth(300, 24, seed=17) + 1)[0].square().mean()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_calibration_says_whether_biases_are_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+
+    class Watched(LayerInputs):
+        def __init__(self, layer: QuantLayer, seed: int, corrects_bias: bool) -> None:
+            super().__init__(layer, seed, corrects_bias)
+            told.append(corrects_bias)
+
+    monkeypatch.setattr(rounding, "LayerInputs", Watched)
+    for corrects_bias in (False, True):
+        told.clear()
+        quantize_tiny(correct_bias=corrects_bias)
+        assert set(told) == {corrects_bias}
 
 
 def quantize_tiny(**changes: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler
+from diffusers import DDPMScheduler, HeunDiscreteScheduler
 from torch import Tensor, nn
 
 import adpdm
@@ -215,6 +215,30 @@ def test_batches_carry_the_conditions_of_their_own_images(
     assert sum(error(batch) > 0.01 for batch in swapped) > len(swapped) / 2  # the rest are pairs of one class
     for batch, prediction in zip(fed.trained, fed.predicted, strict=True):
         assert float((prediction - batch.target).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_added_noise_is_compared_with_noise_where_variances_are_predicted_too(
+    monkeypatch: pytest.MonkeyPatch, channels: int
+) -> None:
+    shapes: list[tuple[Any, Any]] = []
+
+    @torch.no_grad()
+    def keep(search: GroupSearch, batch: Batch) -> float:
+        shapes.append((search.predict(batch).shape, batch.target.shape))
+        return 0.0
+
+    monkeypatch.setattr(GroupSearch, "train_step", keep)
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    unet = tiny_unet(**ONE_BLOCK, in_channels=channels, out_channels=2 * channels)
+    search = SearchConfig(num_steps=4, refit_steps=0, batch_size=BATCH, objective="noise")
+    adpdm.quantize(unet, config(search=search), scheduler=scheduler)
+    assert shapes
+    assert all(got == wanted == (BATCH, channels, 8, 8) for got, wanted in shapes)
+    shapes.clear()
+    unet = tiny_unet(**ONE_BLOCK, in_channels=channels, out_channels=2 * channels)
+    adpdm.quantize(unet, config(search=replace(search, objective="teacher")), scheduler=scheduler)
+    assert all(got == wanted == (BATCH, 2 * channels, 8, 8) for got, wanted in shapes)
 
 
 # ---- judging -----------------------------------------------------------------------------------------------

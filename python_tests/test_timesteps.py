@@ -135,6 +135,11 @@ def test_fixed_visits_of_srm_take_every_step() -> None:
     assert fixed_visits(selector("srm").config, 3, STEPS) == [1] * STEPS
 
 
+@pytest.mark.parametrize(("share", "first"), [(0.14, 7), (0.28, 14), (0.15, 8), (0.0, 0)])
+def test_excluded_steps_are_those_of_the_share_as_it_is_written(share: float, first: int) -> None:
+    assert selector("srm", steps=50, exclude_first=share).first_allowed == first
+
+
 # ---- maximum mean discrepancy ------------------------------------------------------------------------------
 
 
@@ -177,5 +182,15 @@ def test_mmd_equals_its_definition(generator: torch.Generator) -> None:
 
     every, chosen = list(range(9)), [6, 7, 8, 0, 1, 2, 6, 7, 8]  # steps 2, 0, 2
     wanted = mean_kernel(every, every) + mean_kernel(chosen, chosen) - 2 * mean_kernel(every, chosen)
-    # cdist may form |a|^2 + |b|^2 - 2ab, which cancels: 1e-6 relative is what its float64 leaves with room.
+    # |a|^2 + |b|^2 - 2ab cancels: 1e-6 relative is what its float64 leaves with room.
     assert mmd_trace(data, [2, 0, 2])[-1] == pytest.approx(math.sqrt(wanted), rel=1e-6)
+
+
+def test_mmd_takes_columns_in_turn(generator: torch.Generator, monkeypatch: Any) -> None:
+    data, widths = torch.randn(4, 3, 2, 5, 5, generator=generator), []
+    wanted = mmd_trace(data, [2, 0, 2])
+    monkeypatch.setattr(timesteps, "MMD_COLUMNS", 7)
+    plain = Tensor.double
+    monkeypatch.setattr(Tensor, "double", lambda x: widths.append(x.shape[-1]) or plain(x))
+    assert mmd_trace(data, [2, 0, 2]) == pytest.approx(wanted, rel=1e-12)
+    assert max(widths) <= 7, "no float64 copy of all numbers"

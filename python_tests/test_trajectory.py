@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.utils._pytree import tree_flatten
 
 from adpdm import DenoiserCall
 from adpdm.fingerprint import fingerprint_of, named_tensors
-from adpdm.testing import ONE_BLOCK, tiny_unet
+from adpdm.pipeline_checks import make_sampler
+from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_unet
 from adpdm.trajectory import Sampler
 
 
@@ -46,6 +48,35 @@ def test_fingerprint_without_tensors_in_the_schedule_is_that_of_saved_searches_a
     _, structure = tree_flatten([constants, {"mu": 0.8}])
     words = f"(4, 8, 8) 0.5 {structure} [True, 0.8]"
     assert call.fingerprint == fingerprint_of(named_tensors(constants), words)
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule", "calls"),
+    [
+        (diffusers.EulerDiscreteScheduler, {"timesteps": [900, 600, 300]}, 3),
+        (diffusers.EulerDiscreteScheduler, {"sigmas": np.array([9.0, 5.0, 1.0, 0.0])}, 3),
+        (diffusers.DPMSolverMultistepScheduler, {"timesteps": [900, 600, 300]}, 3),
+        (diffusers.DDPMScheduler, {"timesteps": [900, 600, 300]}, 3),
+        (diffusers.HeunDiscreteScheduler, {"timesteps": [900, 600, 300]}, 5),
+        (FlowMatchEulerDiscreteScheduler, {"timesteps": [900.0, 600.0, 300.0]}, 3),
+    ],
+)
+def test_listed_steps_are_taken_as_they_are(kind: Any, schedule: dict[str, Any], calls: int) -> None:
+    given = (kind(), (1, 8, 8), 3, None, DenoiserCall(schedule=schedule), None)
+    sampler = make_sampler(tiny_unet(**ONE_BLOCK), *given)
+    assert len(sampler.calls) == calls
+    if "timesteps" in schedule:
+        assert sampler.timesteps.tolist() == schedule["timesteps"]
+    wrong = (kind(), (1, 8, 8), 7, None, DenoiserCall(schedule=schedule), None)
+    with pytest.raises(ValueError, match=r"must list config.num_inference_steps=7 steps, got [35]$"):
+        make_sampler(tiny_unet(**ONE_BLOCK), *wrong)
+
+
+def test_schedules_that_a_scheduler_does_not_take_are_refused() -> None:
+    call = DenoiserCall(schedule={"timesteps": [900, 600, 300]})
+    message = r"hold arguments of DDIMScheduler.set_timesteps, which takes .*; got \['timesteps'\]$"
+    with pytest.raises(ValueError, match=message):
+        make_sampler(tiny_unet(**ONE_BLOCK), ddim_scheduler(), (1, 8, 8), 3, None, call, None)
 
 
 @pytest.mark.parametrize(

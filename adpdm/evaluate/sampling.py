@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..progress import Progress, silent
-from ..schedulers import first_sample, model_input, step_arguments
+from ..schedulers import first_sample, model_input, set_steps, step_arguments
 from ..trajectory import Conditioning, DenoiserCall, call_denoiser, pick
 
 IMAGE_CHANNELS = (1, 3)  # grey and colour; samples of other numbers of channels are latents
@@ -73,7 +73,7 @@ class Trajectory:
         self.call = (call or DenoiserCall()).on(device)
         # a fresh copy per batch: multistep schedulers remember earlier predictions
         self.scheduler = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(num_inference_steps, device=device, **self.call.schedule)
+        set_steps(self.scheduler, num_inference_steps, {**self.call.schedule, "device": device})
         self.timesteps: Tensor = self.scheduler.timesteps
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         noise = torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(device)
