@@ -19,6 +19,8 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 # They disassemble what nvcc makes, for tools/check_sass.py.
 SASS_TOOLS := $(if $(shell command -v nvcc),nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)
+# Both of the environment, or else CMake's defaults (-U), not what its cache holds of another build; as in setup.py.
+CUDA_OPTIONS := $(foreach name,ADPDM_CUDA ADPDM_CUDA_ARCHS,$(if $($(name)),'-D$(name)=$($(name))',-U$(name)))
 CMAKE_TESTS := cmake -G Ninja -S . -DADPDM_TESTS=ON -DADPDM_WERROR=$(ADPDM_WERROR)
 DEPENDENCIES := $(VENV)/.adpdm-dependencies
 INSTALLED := build/.installed
@@ -26,7 +28,8 @@ EXTRACTORS := build/.extractors
 # adpdm/__init__.py holds the version; the other Python files of an editable install need no new one.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt adpdm/__init__.py $(wildcard tools/*.py csrc/*/*)
 
-.PHONY: setup demo test test-cpp test-python lint sanitize sanitize-threads package oldest docs mutants bench accuracy gpu clean googletest
+.PHONY: setup demo test test-cpp test-python lint sanitize sanitize-threads package oldest docs mutants bench accuracy gpu \
+  clean googletest
 
 setup: $(INSTALLED) googletest
 
@@ -44,7 +47,7 @@ test: test-cpp test-python
 
 # The folder in which setup.py builds the libraries: they are compiled once for both.
 test-cpp: $(DEPENDENCIES) googletest
-	$(CMAKE_TESTS) -B build/core > build/core-configure.log || { cat build/core-configure.log; exit 1; }
+	$(CMAKE_TESTS) $(CUDA_OPTIONS) -B build/core > build/core-configure.log || { cat build/core-configure.log; exit 1; }
 	cmake --build build/core -j $(MAX_JOBS)
 	ctest --test-dir build/core --verbose -j $(TEST_JOBS)
 
@@ -58,7 +61,7 @@ lint: $(INSTALLED) googletest
 	ruff format --check .
 	mypy
 	clang-format --dry-run -Werror $$(git ls-files '*.h' '*.inc' '*.cpp' '*.cu' '*.cuh')
-	$(CMAKE_TESTS) -B build/core > build/core-configure.log || { cat build/core-configure.log; exit 1; }
+	$(CMAKE_TESTS) $(CUDA_OPTIONS) -B build/core > build/core-configure.log || { cat build/core-configure.log; exit 1; }
 	cmake --build build/core -j $(MAX_JOBS)
 	python setup.py -q build_ext --inplace
 
@@ -94,7 +97,8 @@ oldest: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
-# Faults planted in the CUDA kernels one at a time, each of which the emulated tests have to find: half an hour.
+# Faults planted in the kernels one at a time, each of which the C++ tests have to find (those of CUDA kernels run emulated):
+# half an hour.
 mutants: $(DEPENDENCIES) googletest
 	python tools/mutate.py
 
@@ -117,10 +121,12 @@ bench: $(INSTALLED)
 
 # The tables of docs/accuracy.md, hours on two cores; a second call continues.
 #   ACCURACY_FLAGS="--seeds 0 1 2 --bits w6a6"
+#   ACCURACY_FAMILIES="groups attention"    of methods, measured and shown: benchmarks/accuracy_methods.py; strategies by default
+accuracy: families := $(if $(ACCURACY_FAMILIES),--families $(ACCURACY_FAMILIES))
 accuracy: $(INSTALLED) $(EXTRACTORS)
 	python benchmarks/accuracy.py --out runs/accuracy \
-	  --models dit-fashion-mnist-32 ddpm-fashion-mnist-32 $(ACCURACY_FLAGS)
-	python benchmarks/accuracy_tables.py runs/accuracy
+	  --models dit-fashion-mnist-32 ddpm-fashion-mnist-32 $(families) $(ACCURACY_FLAGS)
+	python benchmarks/accuracy_tables.py runs/accuracy $(families)
 
 # Everything that needs an NVIDIA GPU; a second call continues. Fetches nothing: PYTHON has a CUDA build of torch.
 gpu:

@@ -53,12 +53,12 @@ def build_core() -> dict[str, str]:
     options = {
         # Named on every run, because an isolated build has another ninja each time and CMake caches the path.
         "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
-        "ADPDM_CUDA": os.environ.get("ADPDM_CUDA", "auto"),
         "ADPDM_WERROR": os.environ.get("ADPDM_WERROR", "0"),
     }
-    if "ADPDM_CUDA_ARCHS" in os.environ:
-        options["ADPDM_CUDA_ARCHS"] = os.environ["ADPDM_CUDA_ARCHS"]
     configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(ROOT / CORE_BUILD)]
+    for name in ("ADPDM_CUDA", "ADPDM_CUDA_ARCHS"):
+        # -U: what another build was told stays in CMake's cache, and would hold in place of the default.
+        configure.append(f"-D{name}={os.environ[name]}" if os.environ.get(name) else f"-U{name}")
     build = [cmake, "--build", str(ROOT / CORE_BUILD), "--target", "adpdm_libraries"]
     build += ["-j", os.environ["MAX_JOBS"]]
     for command in (configure + [f"-D{name}={value}" for name, value in options.items()], build):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,33 @@ runpy.run_path("setup.py", run_name="__main__")
     result = run_python(["-c", code], ROOT, PATH=str(tmp_path))
     assert result.returncode == 1
     assert "adpdm's C++ core is built with cmake, found none: run `pip install cmake`." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [
+        ({}, {"-UADPDM_CUDA", "-UADPDM_CUDA_ARCHS"}),
+        ({"ADPDM_CUDA": "", "ADPDM_CUDA_ARCHS": ""}, {"-UADPDM_CUDA", "-UADPDM_CUDA_ARCHS"}),
+        (
+            {"ADPDM_CUDA": "1", "ADPDM_CUDA_ARCHS": "90a-real"},
+            {"-DADPDM_CUDA=1", "-DADPDM_CUDA_ARCHS=90a-real"},
+        ),
+    ],
+)
+def test_setup_takes_nothing_of_cuda_from_an_earlier_build(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], options: set[str]
+) -> None:
+    core_build = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["build_core"]
+    commands: list[list[str]] = []
+    (tmp_path / "core_config.txt").write_text("libraries=a.a")
+    for name in ("ADPDM_CUDA", "ADPDM_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(core_build.__globals__, "CORE_BUILD", tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda c: commands.append(c) or subprocess.CompletedProcess(c, 0))
+    assert core_build() == {"libraries": "a.a"}
+    assert {word for word in commands[0] if "ADPDM_CUDA" in word} == options
 
 
 def test_import_without_extension_names_the_build_command(package_copy: Path) -> None:

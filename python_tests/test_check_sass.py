@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,12 @@ from types import ModuleType
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
+
 
 def load_tool() -> ModuleType:
     """tools/ is no package."""
-    path = Path(__file__).parents[1] / "tools" / "check_sass.py"
+    path = ROOT / "tools" / "check_sass.py"
     spec = importlib.util.spec_from_file_location("check_sass", path)
     assert spec is not None
     assert spec.loader is not None
@@ -61,13 +64,17 @@ RULE = check_sass.Rule(
 )
 
 
-def faults(sass: str = SASS, usage: str = USAGE, symbols: str = SYMBOLS) -> list[str]:
+def faults(
+    sass: str = SASS, usage: str = USAGE, symbols: str = SYMBOLS, configured: set[str] | None = None
+) -> list[str]:
     """The sentences about a library of one kernel."""
     kernels = check_sass.parse_sass(sass)
     listed = check_sass.parse_usage(usage)
     for kernel in kernels:
         kernel.registers, kernel.stack = listed.get((kernel.arch, kernel.name), (None, None))
-    found = check_sass.find_faults(kernels, check_sass.parse_helpers(symbols), [RULE])
+    found = check_sass.find_faults(
+        kernels, check_sass.parse_helpers(symbols), [RULE], configured or {"sm_80"}
+    )
     return [sentence for _, _, sentence in found]
 
 
@@ -105,6 +112,14 @@ def replaced(old: str, new: str) -> Callable[[], list[str]]:
         (replaced("BYPASS.128", "64"), r"wanted LDGSTS\.E\.BYPASS(\.LTC128B)?\.128, found none"),
         (replaced("_Z5igemmv", "_Z5othermv"), "no kernel has a name like this"),
         (lambda: faults(sass=""), "wanted kernels, found none"),
+        (
+            lambda: faults(sass=SASS.replace("sm_80", "sm_89"), configured={"sm_89"}),
+            "no rule is about this architecture",
+        ),
+        (
+            lambda: faults(configured={"sm_80", "sm_90a"}),
+            "wanted kernels, as it is configured, found none",
+        ),
         (lambda: faults(usage=USAGE.replace("REG:142", "REG:169")), "wanted at most 168 registers, got 169"),
         (lambda: faults(usage=USAGE.replace("STACK:0", "STACK:8")), "wanted no stack, got 8 bytes"),
         (lambda: faults(usage=USAGE.replace("sm_80", "sm_90a")), "its registers are not listed"),
@@ -116,6 +131,18 @@ def replaced(old: str, new: str) -> Callable[[], list[str]]:
 )
 def test_fault_is_found(run: Callable[[], list[str]], sentence: str) -> None:
     assert sentence in run()
+
+
+def test_machine_code_is_wanted_of_all_but_virtual_architectures() -> None:
+    assert check_sass.machine_archs("80-real,90a-real,80-virtual") == {"sm_80", "sm_90a"}
+    assert check_sass.machine_archs("86,90-virtual") == {"sm_86"}
+
+
+def test_default_build_leaves_no_architecture_unchecked() -> None:
+    found = re.search(r'set\(ADPDM_CUDA_ARCHS "([^"]+)" CACHE', (ROOT / "CMakeLists.txt").read_text())
+    assert found is not None
+    configured = check_sass.machine_archs(found.group(1).replace(";", ","))
+    assert check_sass.arch_faults(configured, check_sass.RULES, configured) == []
 
 
 def test_table_names_architecture_and_kernel() -> None:

@@ -17,6 +17,7 @@ import gpu_stages
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CARD = {"sources": "some", "device": "card"}  # what a state is of
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_run_continues_where_the_last_call_ended(gpu_run: ModuleType, tmp_path: 
         "broken": stage((python("raise SystemExit('no such kernel')"),), 1),
         "after": stage((python("pass"),), 1, ("broken",)),
     }
-    state = gpu_run.State("sources", "card")
+    state = gpu_run.State(CARD)
     assert not gpu_run.StageRunner(state, 60, {}).run(stages)
     assert statuses(state) == {"quick": "passed", "long": "skipped", "broken": "failed", "after": "skipped"}
     assert "call again" in state.outcomes["long"].reason
@@ -101,19 +102,77 @@ def test_run_continues_where_the_last_call_ended(gpu_run: ModuleType, tmp_path: 
         calls.append(name)
         return gpu_run.Outcome("passed", 0.0)
 
-    again = gpu_run.State.load(tmp_path / "state.json", "sources", "card")
+    again = gpu_run.State.load(tmp_path / "state.json", CARD)
     assert gpu_run.StageRunner(again, 2000, {}, runner).run(stages)
     assert calls == ["long", "broken", "after"]
 
 
-@pytest.mark.parametrize(("sources", "device"), [("other", "card"), ("sources", "other")])
+@pytest.mark.parametrize("name", CARD)
 def test_state_of_other_sources_or_another_card_does_not_count(
-    gpu_run: ModuleType, tmp_path: Path, sources: str, device: str
+    gpu_run: ModuleType, tmp_path: Path, name: str
 ) -> None:
-    state = gpu_run.State("sources", "card", {"build": gpu_run.Outcome("passed", 1.0)})
+    state = gpu_run.State(CARD, {"build": gpu_run.Outcome("passed", 1.0)})
     state.save(tmp_path / "state.json")
-    assert gpu_run.State.load(tmp_path / "state.json", "sources", "card").passed("build")
-    assert not gpu_run.State.load(tmp_path / "state.json", sources, device).passed("build")
+    assert gpu_run.State.load(tmp_path / "state.json", CARD).passed("build")
+    assert not gpu_run.State.load(tmp_path / "state.json", {**CARD, name: "other"}).passed("build")
+
+
+def write_file(path: Path, text: str) -> tuple[str, ...]:
+    """A command that leaves such a file."""
+    return python(f"open({str(path)!r}, 'w').write({text!r})")
+
+
+def test_results_are_of_all_calls_for_these_sources_and_of_no_others(
+    gpu_run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, facts = dict(CARD), {"device": "A Card", "arch": "90a", "date": "2026-01-02"}
+    stages = {
+        name: gpu_run.Stage((write_file(tmp_path / f"{name}.json", name[-1]),), 1, result=f"{name}.json")
+        for name in ("stage1", "stage2")
+    }
+    for name, value in {
+        "check_prebuilt": lambda root: None,
+        "gather_facts": lambda: dict(facts),
+        "made_of": lambda root, facts: dict(of),
+        "make_stages": lambda *rest: stages,
+    }.items():
+        monkeypatch.setattr(gpu_run, name, value)
+
+    def call(*options: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["gpu_run.py", "--results", str(tmp_path / "results"), *options])
+        gpu_run.main()
+        written = json.loads((tmp_path / "results" / f"a-card-{facts['date']}.json").read_text())
+        dates = {name: outcome["facts"]["date"] for name, outcome in written["outcomes"].items()}
+        return {"measured": written["measured"], "partial": written["partial"], "dates": dates}
+
+    expected = {"stage1": 1, "stage2": 2}
+    assert call()["measured"] == expected
+    facts["date"] = "2026-01-03"
+    dates = {"stage1": "2026-01-02", "stage2": "2026-01-03"}
+    assert call("--stages", "stage2", "--again") == {"measured": expected, "partial": {}, "dates": dates}
+    of["sources"] = "other"
+    found = call("--stages", "stage2", "--seconds", "0")
+    assert found == {"measured": {}, "partial": {}, "dates": {"stage2": "2026-01-03"}}
+    assert not (tmp_path / "stage1.json").exists()
+    assert not (tmp_path / "stage1.log").exists()
+    (tmp_path / "stage1.json").write_text("3")  # of whatever: it is not run here
+    assert call("--given", "stage1")["measured"] == {"stage2": 2}
+
+
+def test_stage_without_time_keeps_what_it_measured_before_it_failed(
+    gpu_run: ModuleType, tmp_path: Path
+) -> None:
+    commands = (write_file(tmp_path / "s.json", "1"), python("raise SystemExit(1)"))
+    stages = {"s": gpu_run.Stage(commands, 1, result="s.json"), "t": gpu_run.Stage((), 1, result="t.json")}
+    (tmp_path / "t.json").write_text("2")  # of whatever: this stage never runs
+    state = gpu_run.State(CARD)
+    for seconds, date in ((60, "2026-01-02"), (0, "2026-01-03")):
+        facts = {"date": date, "device": "card"}
+        chosen = stages if seconds == 0 else {"s": stages["s"]}
+        assert not gpu_run.StageRunner(state, seconds, {}, facts=facts).run(chosen)
+    written = json.loads(gpu_run.write_results(stages, state, tmp_path / "results", facts).read_text())
+    assert (written["partial"], written["measured"]) == ({"s": 1}, {})
+    assert written["outcomes"]["s"]["facts"]["date"] == "2026-01-02"
 
 
 def test_stage_without_its_result_fails_even_if_an_old_one_lies_there(
@@ -160,11 +219,11 @@ def test_interrupt_stops_what_runs_and_tells_what_it_had_measured(
         "long": gpu_run.Stage((python(write),), 1, result="long.json", beside=True),
         "short": gpu_run.Stage((python("pass"),), 1),
     }
-    state = gpu_run.State("sources", "card")
+    state = gpu_run.State(CARD)
     written: list[Any] = []
 
     def after() -> None:
-        path = gpu_run.write_results(stages, state, tmp_path, {"date": "2026-01-02"})
+        path = gpu_run.write_results(stages, state, tmp_path, {"date": "2026-01-02", "device": "card"})
         written.append(json.loads(path.read_text())["partial"])
         if len(written) == 1:
             while not (tmp_path / "long.json").exists():
@@ -206,19 +265,8 @@ def test_stage_beside_others_is_met_by_who_needs_it(gpu_run: ModuleType) -> None
         "tests": gpu_run.Stage((), 1),
         "kernels": gpu_run.Stage((), 1, ("build",)),
     }
-    assert gpu_run.StageRunner(gpu_run.State("sources", "card"), 100, {}, runner).run(stages)
+    assert gpu_run.StageRunner(gpu_run.State(CARD), 100, {}, runner).run(stages)
     assert order == ["tests", "build", "kernels"]
-
-
-def test_results_are_no_sources(gpu_run: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    for name in ("CMakeLists.txt", "setup.py", "benchmarks/a.py"):
-        (tmp_path / name).write_text("")
-    before = gpu_run.hash_sources(tmp_path)
-    (tmp_path / "benchmarks" / "results" / "card.json").write_text("{}")
-    assert gpu_run.hash_sources(tmp_path) == before
-    (tmp_path / "benchmarks" / "b.py").write_text("")
-    assert gpu_run.hash_sources(tmp_path) != before
 
 
 def test_processes_stay_in_this_session(gpu_run: ModuleType, tmp_path: Path) -> None:
@@ -238,7 +286,7 @@ def test_results_that_cannot_be_written_stop_no_stage(
         raise OSError("no space left")
 
     stages = {name: gpu_run.Stage((python("pass"),), 1) for name in ("one", "two")}
-    state = gpu_run.State("sources", "card")
+    state = gpu_run.State(CARD)
     assert gpu_run.StageRunner(state, 100, {}, after=after).run(stages)
     assert "results cannot be written: no space left" in capsys.readouterr().out
 
@@ -252,23 +300,12 @@ def test_results_tell_stages_that_passed_from_others(gpu_run: ModuleType, tmp_pa
     stages = {name: gpu_run.Stage((), 1, (), f"{name}.json") for name in ("good", "bad")}
     for name in stages:
         (tmp_path / f"{name}.json").write_text(json.dumps({"TOPS": 1}))
-    state = gpu_run.State("sources", "NVIDIA H200 80GB")
+    state = gpu_run.State(CARD)
     state.outcomes = {"good": gpu_run.Outcome("passed", 1.0), "bad": gpu_run.Outcome("failed", 1.0, "why")}
-    path = gpu_run.write_results(stages, state, tmp_path / "results", {"date": "2026-01-02"})
+    facts = {"date": "2026-01-02", "device": "NVIDIA H200 80GB"}
+    path = gpu_run.write_results(stages, state, tmp_path / "results", facts)
     assert path.name == "nvidia-h200-80gb-2026-01-02.json"
     written = json.loads(path.read_text())
     assert (written["measured"], written["partial"]) == ({"good": {"TOPS": 1}}, {"bad": {"TOPS": 1}})
     assert path.with_name(f"{path.stem}-logs.tar.gz").is_file()
     assert written["outcomes"]["bad"]["reason"] == "why"
-
-
-def test_sources_hash_changes_with_a_kernel(gpu_run: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "csrc").mkdir()
-    kernel = tmp_path / "csrc" / "a.cu"
-    for name in ("CMakeLists.txt", "setup.py"):
-        (tmp_path / name).write_text("")
-    kernel.write_text("1")
-    first = gpu_run.hash_sources(tmp_path)
-    assert gpu_run.hash_sources(tmp_path) == first
-    kernel.write_text("2")
-    assert gpu_run.hash_sources(tmp_path) != first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,21 @@ def test_list_is_parsed_by_file_name_and_lines() -> None:
     assert first == mutate.Mutant("first", "a.cu", "Test*:Other*", "one\n  two", "three")
     assert second == mutate.Mutant("second", "a.cu", "Test*:Other*", "four", "")
     assert third == mutate.Mutant("third", "b.cu", "All", "x", "y\nz")
+
+
+def test_filter_that_matches_no_test_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "adpdm_simt_tests").write_text("")
+    (tmp_path / "adpdm_tests").write_text("")
+    monkeypatch.setattr(mutate, "BUILD", tmp_path)
+    monkeypatch.setattr(mutate, "copy_tree", lambda: None)
+    said = "Note: Google Test filter = Nothing*\n[==========] Running 0 tests from 0 test suites.\n"
+    done = subprocess.CompletedProcess(["a program"], 0, said)
+    monkeypatch.setattr(mutate, "run", lambda *rest: done)
+    monkeypatch.setattr(sys, "argv", ["mutate.py", "--only", MUTANTS[0].name])
+    assert mutate.main() == 2
+    assert capsys.readouterr().out == f"mutate: no test matches {MUTANTS[0].tests}\n"
 
 
 def test_names_differ() -> None:

@@ -1,6 +1,6 @@
 """Checks the machine code of the CUDA kernels: the instructions promised are there, spills and traps are not.
 
-    python tools/check_sass.py build/tests/libadpdm_cuda.a
+    python tools/check_sass.py build/core/libadpdm_cuda.a --archs 80-real,90a-real,80-virtual
 
 Needs cuobjdump and nvdisasm, from the CUDA toolkit on PATH or from PyPI (nvidia-cuda-cuobjdump,
 nvidia-cuda-nvdisasm). Exit status: 0 all is well, 1 with a table of faults, 77 the tools are missing.
@@ -16,7 +16,7 @@ import site
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Rule:
-    """What holds for kernels with a name like this; every architecture must have at least one."""
+    """What holds for kernels with a name like this; each of its architectures must have at least one."""
 
     kernels: str  # pattern of names
     archs: tuple[str, ...] = ("sm_80", "sm_90a")
@@ -184,12 +184,27 @@ def kernel_faults(kernel: Kernel, rule: Rule) -> list[str]:
     return faults
 
 
+def machine_archs(configured: str) -> set[str]:
+    """Architectures, as sm_80, of which ADPDM_CUDA_ARCHS with commas asks machine code."""
+    return {
+        f"sm_{arch.removesuffix('-real')}" for arch in configured.split(",") if not arch.endswith("-virtual")
+    }
+
+
+def arch_faults(archs: set[str], rules: Iterable[Rule], configured: set[str]) -> list[tuple[str, str, str]]:
+    """What leaves an architecture unchecked: it is not in the library, or no rule is about it."""
+    ruled = {arch for rule in rules for arch in rule.archs}
+    faults = [(arch, "", "wanted kernels, as it is configured, found none") for arch in configured - archs]
+    return faults + [(arch, "", "no rule is about this architecture") for arch in archs - ruled]
+
+
 def find_faults(
-    kernels: list[Kernel], helpers: Iterable[tuple[str, str]], rules: Iterable[Rule]
+    kernels: list[Kernel], helpers: Iterable[tuple[str, str]], rules: Sequence[Rule], configured: set[str]
 ) -> list[tuple[str, str, str]]:
     """(architecture, kernel, sentence) of everything that is wrong."""
     archs = {kernel.arch for kernel in kernels}
-    faults = [
+    faults = arch_faults(archs, rules, configured)
+    faults += [
         (arch, name, "is called instead of an instruction: s4 products are not native here")
         for arch, name in helpers
         if S4_HELPER.search(name)
@@ -262,14 +277,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("library", help="libadpdm_cuda.a or an object file")
-    library = parser.parse_args().library
+    parser.add_argument("--archs", required=True, help="ADPDM_CUDA_ARCHS of its build, with commas")
+    args = parser.parse_args()
     environment = find_tools()
     if environment is None:
         print("check_sass: wanted cuobjdump and nvdisasm on PATH or from PyPI, found none: run")
         print("`pip install -c constraints.txt nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`")
         return SKIPPED
-    kernels, helpers = read_library(library, environment)
-    faults = find_faults(kernels, helpers, RULES)
+    kernels, helpers = read_library(args.library, environment)
+    faults = find_faults(kernels, helpers, RULES, machine_archs(args.archs))
     if faults:
         print(table(faults))
     archs = ", ".join(sorted({kernel.arch for kernel in kernels}))

@@ -6,9 +6,11 @@
 Nothing is downloaded: the Python that runs this must have torch (a CUDA build), diffusers, pytest,
 pytest-xdist, hypothesis and numpy, and the machine nvcc, cmake, ninja, compute-sanitizer, and googletest or
 its sources in build/gpu/googletest (Debian has them in /usr/src/googletest). What is missing is told first;
-programs of the tests that were built elsewhere may lie in build/gpu/prebuilt. State and logs lie in
-build/gpu; a stage that passed for these sources on this card is not run again. Results go to --results as
-<card>-<date>.json, with all logs beside it, after every stage, also of stages that were stopped.
+programs of the tests that were built elsewhere may lie in build/gpu/prebuilt (gpu_sources.py). State and
+logs lie in build/gpu; a stage that passed for these sources, on this card, with this Python, torch and
+compiler, is not run again, and results of anything else are deleted there. Results go to --results as
+<card>-<date>.json, with all logs beside it, after every stage, also of stages that were stopped or ran in
+an earlier call.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -32,13 +33,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from gpu_stages import ROOT, STATE, Stage, make_stages
+from gpu_sources import check_prebuilt, made_of
+from gpu_stages import ROOT, STATE, Stage, has_googletest, is_prebuilt, make_stages
 
-SOURCE_SUFFIXES = {".cpp", ".h", ".inc", ".cu", ".cuh", ".py", ".txt", ".json"}
 DEFAULT_SECONDS = 560  # leaves 40 of ten minutes for starting and copying back
 PATIENCE = 5  # seconds between asking a process to end and ending it
 UNKNOWN = "unknown"
@@ -47,7 +48,7 @@ OWN_GROUP: dict[str, Any] = (
     {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 )
 SETUPTOOLS = 77  # reads the licence in pyproject.toml
-PACKAGES = ("diffusers", "hypothesis", "pytest", "safetensors", "setuptools", "xdist")
+PACKAGES = ("diffusers", "hypothesis", "numpy", "pytest", "safetensors", "setuptools", "xdist")
 PROGRAMS = ("cmake", "compute-sanitizer", "g++", "ninja", "nvcc", "nvidia-smi")
 
 
@@ -55,33 +56,32 @@ PROGRAMS = ("cmake", "compute-sanitizer", "g++", "ninja", "nvcc", "nvidia-smi")
 class Outcome:
     """How a stage ended."""
 
-    status: str  # passed | failed | skipped
+    status: str  # passed | failed | skipped | given
     seconds: float
     reason: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)  # of the call in which it ran: date, commit, driver
 
 
 @dataclass
 class State:
-    """What is known about these sources on this card; written after every stage."""
+    """What is known for these sources, toolchain and card; written after every stage."""
 
-    sources: str  # hash
-    device: str
+    made_of: dict[str, str]  # gpu_sources.made_of
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path, sources: str, device: str) -> State:
-        """The saved state, or an empty one for other sources or another card."""
-        if path.exists():
-            raw = json.loads(path.read_text())
-            if raw["sources"] == sources and raw["device"] == device:
-                return cls(sources, device, {k: Outcome(**v) for k, v in raw["outcomes"].items()})
-        return cls(sources, device)
+    def load(cls, path: Path, made_of: dict[str, str]) -> State:
+        """The saved state, or an empty one where that is of anything else."""
+        raw = json.loads(path.read_text()) if path.exists() else {}
+        if raw.get("made_of") == made_of:
+            return cls(made_of, {k: Outcome(**v) for k, v in raw["outcomes"].items()})
+        return cls(made_of)
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
 
     def passed(self, name: str) -> bool:
-        return name in self.outcomes and self.outcomes[name].status == "passed"
+        return name in self.outcomes and self.outcomes[name].status in ("passed", "given")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -182,6 +182,7 @@ class StageRunner:
         seconds: for all of them.
         runner: of one stage, as `run_stage`.
         after: called when a stage has ended, for results that are to survive a kill.
+        facts: of this call, noted with the outcome of each stage.
     """
 
     def __init__(
@@ -191,8 +192,10 @@ class StageRunner:
         environment: dict[str, str],
         runner: Callable[[str, Stage, dict[str, str], float], Outcome] = run_stage,
         after: Callable[[], None] = lambda: None,
+        facts: dict[str, Any] | None = None,
     ) -> None:
         self.state, self.environment, self.runner, self.after = state, environment, runner, after
+        self.facts = facts or {}
         self.deadline = time.monotonic() + seconds
         self.beside: dict[str, Future[Outcome]] = {}
 
@@ -244,7 +247,10 @@ class StageRunner:
             self._note(name, outcome)
 
     def _note(self, name: str, outcome: Outcome) -> None:
-        self.state.outcomes[name] = outcome
+        before = self.state.outcomes.get(name)
+        # A stage for which this call has no time keeps what it measured in an earlier one before it failed.
+        if before is None or before.status != "failed" or outcome.status != "skipped":
+            self.state.outcomes[name] = replace(outcome, facts=self.facts)
         self.state.save(STATE / "state.json")
         print(f"{name:12} {outcome.status} in {outcome.seconds:.0f} s {outcome.reason}".rstrip(), flush=True)
         if outcome.status == "failed":
@@ -265,17 +271,19 @@ def tail(path: Path, lines: int = 40) -> str:
 def write_results(stages: dict[str, Stage], state: State, folder: Path, facts: dict[str, Any]) -> Path:
     """Gather what the stages measured into <card>-<date>.json, and their logs into a file beside it.
 
-    Under `measured` are stages that passed, under `partial` what others had written before they ended.
+    Under `measured` are stages that passed, under `partial` what others had written before they failed: all
+    that the state knows of, also from earlier calls, whose facts stand in `outcomes`.
     """
-    found: dict[str, dict[str, Any]] = {"measured": {}, "partial": {}}
+    kinds = {"passed": "measured", "failed": "partial"}
+    found: dict[str, dict[str, Any]] = {kind: {} for kind in kinds.values()}
     for name, stage in stages.items():
-        if stage.result is not None and name in state.outcomes and (STATE / stage.result).exists():
-            kind = "measured" if state.passed(name) else "partial"
+        kind = kinds.get(state.outcomes[name].status) if name in state.outcomes else None
+        if stage.result is not None and kind is not None and (STATE / stage.result).exists():
             try:
                 found[kind][name] = json.loads((STATE / stage.result).read_text())
             except ValueError as error:
                 found[kind][name] = f"unreadable: {error}"
-    card = re.sub(r"[^a-z0-9]+", "-", state.device.lower()).strip("-")
+    card = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     path = folder / f"{card}-{facts['date']}.json"
     outcomes = {name: asdict(outcome) for name, outcome in state.outcomes.items()}
     write_json(path, {"facts": facts, "outcomes": outcomes, **found})
@@ -283,6 +291,14 @@ def write_results(stages: dict[str, Stage], state: State, folder: Path, facts: d
         for log in sorted(STATE.glob("*.log")):
             archive.add(log, log.name)
     return path
+
+
+def forget(stages: dict[str, Stage]) -> None:
+    """Delete results and logs of stages: those of other sources or another card would pass for new ones."""
+    for name, stage in stages.items():
+        for file in (f"{name}.log", stage.result):
+            if file is not None:
+                (STATE / file).unlink(missing_ok=True)
 
 
 def gather_facts() -> dict[str, Any]:
@@ -298,6 +314,7 @@ def gather_facts() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(),
         "arch": f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}",
+        "python": sys.version,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         query: output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
@@ -310,35 +327,24 @@ def gather_facts() -> dict[str, Any]:
     }
 
 
-def hash_sources(root: Path) -> str:
-    """One hash of every file that a stage may depend on: not the commit, which a bare copy does not have."""
-    total = hashlib.sha256()
-    folders = ("csrc", "adpdm", "cpp_tests", "python_tests", "benchmarks", "tools")
-    files = [p for folder in folders for p in (root / folder).rglob("*")]
-    for path in sorted([*files, root / "CMakeLists.txt", root / "setup.py"]):
-        if path.is_relative_to(root / "benchmarks" / "results"):
-            continue  # where this script writes
-        if path.is_file() and path.suffix in SOURCE_SUFFIXES:
-            total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
-    return total.hexdigest()
-
-
 def output_of(*command: str) -> str:
     """What a command prints, or UNKNOWN where there is no such program or it fails."""
+    environment = {**os.environ, "PATH": search_path()}
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     except OSError:
         return UNKNOWN
     return done.stdout.strip() if done.returncode == 0 else UNKNOWN
 
 
 def missing() -> list[str]:
-    """Packages and programs that some stage will want: nothing can be fetched later."""
+    """Packages, programs and sources that some stage will want: nothing can be fetched later."""
     packages = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found = importlib.metadata.version("setuptools")
         packages += [f"setuptools >= {SETUPTOOLS}, not {found}"] * (int(found.split(".")[0]) < SETUPTOOLS)
-    return packages + [name for name in PROGRAMS if shutil.which(name, path=search_path()) is None]
+    programs = [name for name in PROGRAMS if shutil.which(name, path=search_path()) is None]
+    return packages + programs + ["googletest"] * (not is_prebuilt() and not has_googletest())
 
 
 def search_path() -> str:
@@ -374,21 +380,28 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="also run stages that have passed before")
     parser.add_argument("--given", nargs="+", choices=names, default=[], help="stages that count as passed")
     args = parser.parse_args()
+    check_prebuilt(ROOT)
     facts, jobs = gather_facts(), os.cpu_count() or 1
     print(json.dumps(facts), flush=True)
-    stages = {n: s for n, s in make_stages(sys.executable, facts["arch"], jobs).items() if n in args.stages}
-    state = State.load(STATE / "state.json", hash_sources(ROOT), facts["device"])
+    all_stages = make_stages(sys.executable, facts["arch"], jobs)
+    stages = {name: stage for name, stage in all_stages.items() if name in args.stages}
+    state = State.load(STATE / "state.json", made_of(ROOT, facts))
+    if not state.outcomes:
+        state.save(STATE / "state.json")  # first: an old state without its results would be told as a new one
+        forget(all_stages)
     if args.again:
         for name in stages:
             state.outcomes.pop(name, None)
-    state.outcomes.update({name: Outcome("passed", 0, "given") for name in args.given})
+    given = [name for name in args.given if not state.passed(name)]
+    state.outcomes.update({name: Outcome("given", 0, facts=facts) for name in given})
     STATE.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runner = StageRunner(
         state,
         args.seconds,
         make_environment(facts, jobs),
-        after=lambda: print(f"results: {write_results(stages, state, args.results, facts)}", flush=True),
+        after=lambda: print(f"results: {write_results(all_stages, state, args.results, facts)}", flush=True),
+        facts=facts,
     )
     return 0 if runner.run(stages) else 1
 

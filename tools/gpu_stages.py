@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT / "build" / "gpu"
 GOOGLETEST = STATE / "googletest"  # its sources, where the machine has no package of it
-PREBUILT = STATE / "prebuilt"  # adpdm_gpu_tests and adpdm_gpu_peaks, where they were built elsewhere
+PREBUILT = STATE / "prebuilt"  # both programs, where they were built elsewhere
+GPU_PROGRAMS = ("adpdm_gpu_tests", "adpdm_gpu_peaks")
+INCLUDES = tuple(Path(prefix, "include") for prefix in ("/usr", "/usr/local", sys.prefix))
 BUILD = "build/core"  # in which setup.py builds as well: CUDA is compiled once
 
 
@@ -70,16 +73,30 @@ PYTHON_TESTS = (
 )
 
 
+def prebuilt_programs() -> tuple[Path, ...]:
+    """Where programs that were built elsewhere would lie."""
+    return tuple(PREBUILT / name for name in GPU_PROGRAMS)
+
+
+def is_prebuilt() -> bool:
+    """Whether both programs were built elsewhere; one alone does not spare the build."""
+    return all(path.is_file() for path in prebuilt_programs())
+
+
+def has_googletest() -> bool:
+    """Whether googletest is there, as sources or as a package."""
+    return GOOGLETEST.is_dir() or any((folder / "gtest" / "gtest.h").is_file() for folder in INCLUDES)
+
+
 def make_stages(python: str, arch: str, jobs: int) -> dict[str, Stage]:
     """All stages in order, for a card of compute capability `arch`, e.g. "90a".
 
     They need nothing but the build: what a failing test leaves in doubt is still worth measuring.
     """
-    is_prebuilt = (PREBUILT / "adpdm_gpu_tests").is_file() and (PREBUILT / "adpdm_gpu_peaks").is_file()
-    programs = str(PREBUILT) if is_prebuilt else BUILD
-    programs_need = () if is_prebuilt else ("build",)
+    programs = str(PREBUILT) if is_prebuilt() else BUILD
+    programs_need = () if is_prebuilt() else ("build",)
     return {
-        "build": _build(python, arch, jobs, is_prebuilt),
+        "build": _build(python, arch, jobs),
         **_tests(python, f"{programs}/adpdm_gpu_tests", programs_need),
         "peaks": _measure(
             python, 15, 60, "peaks", "gpu_peaks.py", f"{programs}/adpdm_gpu_peaks", needs=programs_need
@@ -91,13 +108,14 @@ def make_stages(python: str, arch: str, jobs: int) -> dict[str, Stage]:
             180,
             "unets",
             "bench_gpu_unets.py",
-            *("--models", "sdxl", "sd15", "cifar10", "--batch", "2"),
+            *("--models", "sdxl", "sd15", "cifar10", "dit", "--batch", "2"),
         ),
         "sweep": _measure(python, 60, 180, "sweep", "sweep_tiles.py"),
     }
 
 
-def _build(python: str, arch: str, jobs: int, is_prebuilt: bool) -> Stage:
+def _build(python: str, arch: str, jobs: int) -> Stage:
+    extension_only = is_prebuilt()
     configure = (
         *(
             "cmake",
@@ -111,11 +129,11 @@ def _build(python: str, arch: str, jobs: int, is_prebuilt: bool) -> Stage:
             f"-DADPDM_CUDA_ARCHS={arch}-real",
         ),
         "-DADPDM_WERROR=0",  # as the environment tells setup.py: other flags would compile all a second time
-        f"-DADPDM_TESTS={'OFF' if is_prebuilt else 'ON'}",  # which want googletest; the extension does not
+        f"-DADPDM_TESTS={'OFF' if extension_only else 'ON'}",  # which want googletest; the extension does not
         *([f"-DADPDM_GOOGLETEST={GOOGLETEST}"] if GOOGLETEST.is_dir() else []),
     )
-    beside = ("nice",) if is_prebuilt else ()  # tests with time limits run meanwhile
-    targets = () if is_prebuilt else ("adpdm_gpu_tests", "adpdm_gpu_peaks")
+    beside = ("nice",) if extension_only else ()  # tests with time limits run meanwhile
+    targets = () if extension_only else GPU_PROGRAMS
     return Stage(
         (
             configure,
@@ -125,7 +143,7 @@ def _build(python: str, arch: str, jobs: int, is_prebuilt: bool) -> Stage:
         ),
         estimate=90,
         limit=240,
-        beside=is_prebuilt,
+        beside=extension_only,
     )
 
 

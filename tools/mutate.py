@@ -3,7 +3,7 @@
     python tools/mutate.py [--only PATTERN]
 
 Works on a copy of the tree in build/mutants; tools/mutants.txt lists the faults. Exit status: 0 every fault
-is found, 1 one is not, 2 the list no longer fits the sources. MAX_JOBS limits the parallel compilations.
+is found, 1 one is not, 2 the list no longer fits sources or tests. MAX_JOBS limits the parallel compilations.
 """
 
 from __future__ import annotations
@@ -145,7 +145,11 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="PATTERN", help="try mutants whose name matches")
     only = parser.parse_args().only
     mutants = [mutant for mutant in parse_list(LIST.read_text()) if re.search(only, mutant.name)]
-    prepare(mutants)
+    try:
+        prepare(mutants)
+    except StaleListError as error:
+        print(f"mutate: {error}")
+        return 2
     outcomes = {"killed": 0, "SURVIVED": 0, "STALE": 0}
     for mutant in mutants:
         begin = time.monotonic()

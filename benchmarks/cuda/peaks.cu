@@ -1,6 +1,7 @@
 // Measures the ceilings of a GPU that kernels are judged by: copy bandwidth and integer tensor-core rates.
-// Prints one JSON object; needs no Python. Every figure is the median of kRounds launches timed by events;
-// null stands where the device has no such instruction, with the reason beside it.
+// Prints one JSON object; needs no Python. Every figure is the median of kRounds samples timed by events,
+// each of enough work to last kSampleSeconds; null stands where the device has no such instruction, with the
+// reason beside it.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -21,7 +22,7 @@ using namespace adpdm::cuda;
 
 constexpr int kRounds = 25;
 constexpr double kWarmupSeconds = 0.5;   // of the same work: clock and power reach what a long run has
-constexpr double kLaunchSeconds = 2e-3;  // of products, at least: long against the microseconds of a start
+constexpr double kSampleSeconds = 2e-3;  // at least: long against a start and the 2 us that an event resolves
 constexpr uint32_t kSeed = 1;
 
 void check(cudaError_t status, const char* what) {
@@ -60,6 +61,14 @@ class Timer {
   cudaEvent_t end_ = nullptr;
 };
 
+// Doubles `amount`, on which `work` depends, until one call of `work` lasts kSampleSeconds.
+template <typename Amount, typename Work>
+void fill_sample(Amount& amount, const Work& work) {
+  const Timer timer;
+  // Of two: the first launch of all loads the kernel.
+  while (std::min(timer.seconds(work), timer.seconds(work)) < kSampleSeconds) amount *= 2;
+}
+
 template <typename Work>
 double median_seconds(const Work& work) {
   using Clock = std::chrono::steady_clock;
@@ -72,20 +81,25 @@ double median_seconds(const Work& work) {
   return seconds[kRounds / 2];
 }
 
-// Bytes read plus bytes written per second of a copy inside the device.
+// Bytes read plus bytes written per second of copies inside the device, one after the other: small ones stay
+// in its L2 cache, and what it takes the host to start one counts.
 double copy_bandwidth(int64_t bytes) {
   void* source = nullptr;
   void* target = nullptr;
   check(cudaMalloc(&source, static_cast<size_t>(bytes)), "cudaMalloc");
   check(cudaMalloc(&target, static_cast<size_t>(bytes)), "cudaMalloc");
   check(cudaMemset(source, 1, static_cast<size_t>(bytes)), "cudaMemset");
-  const double seconds = median_seconds([&] {
-    check(cudaMemcpyAsync(target, source, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice),
-          "cudaMemcpyAsync");
-  });
+  int copies = 1;
+  const auto work = [&] {
+    for (int copy = 0; copy < copies; ++copy)
+      check(cudaMemcpyAsync(target, source, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice),
+            "cudaMemcpyAsync");
+  };
+  fill_sample(copies, work);
+  const double seconds = median_seconds(work);
   check(cudaFree(source), "cudaFree");
   check(cudaFree(target), "cudaFree");
-  return 2.0 * static_cast<double>(bytes) / seconds;
+  return 2.0 * static_cast<double>(bytes) * copies / seconds;
 }
 
 // Multiply-adds count twice. Random operands, and launches that fill the device once.
@@ -102,9 +116,7 @@ double operations_per_second(const PeakKernel& kernel, int num_sms) {
       "cudaMemcpy");
   int32_t steps = 64;
   const auto work = [&] { kernel.launch(operands, steps, blocks, sums); };
-  const Timer timer;
-  // Of two: the first launch of all loads the kernel.
-  while (std::min(timer.seconds(work), timer.seconds(work)) < kLaunchSeconds) steps *= 2;
+  fill_sample(steps, work);
   const double seconds = median_seconds(work);
   check(cudaFree(operands), "cudaFree");
   check(cudaFree(sums), "cudaFree");
