@@ -5,7 +5,8 @@
     python benchmarks/accuracy_tables.py runs/accuracy
 
 One file per quantization in --out, so that an interrupted run goes on where it was, processes share the work,
-and more seeds only add files. Images of all methods start from the same noise.
+and more seeds only add files. Images of all methods start from the same noise. A quantization that raises is
+named and the others are measured; the exit code then is 1.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +25,13 @@ from typing import Any
 import torch
 from accuracy_methods import FAMILIES, Method, methods
 from diffusers.utils import logging
+from gpu_timing import reason_of
 from PIL import Image
 from subjects import find_subject
 
 import adpdm
 from adpdm.evaluate import EvaluationConfig, compare
+from adpdm.files import replacing
 from adpdm.model_folder import ModelFolder
 
 IMAGE_SEED = 1234  # of the samples that are compared; calibration has seeds of its own
@@ -125,29 +129,34 @@ def measure(cell: Cell) -> tuple[dict[str, Any], Any]:
 
 
 def write(cell: Cell, folder: Path, result: dict[str, Any], images: Any) -> None:
-    """The grid first, full precision above quantized, then the figures, each under a temporary name first."""
+    """The grid first, full precision above quantized, then the figures, each as a whole or not at all."""
     file = cell.file(folder)
     rows = [torch.from_numpy(part).permute(1, 0, 2, 3).flatten(1, 2) for part in images]
     grid = torch.cat(rows).squeeze(-1).numpy()
-    temporary = file.with_suffix(".tmp")
-    Image.fromarray(grid).save(temporary, format="png")
-    os.replace(temporary, file.with_suffix(".png"))
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, file)
+    with replacing(file.with_suffix(".png")) as temporary:
+        Image.fromarray(grid).save(temporary, format="png")
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def run(cells: Sequence[Cell], folder: Path) -> None:
-    """Measure what has no file yet, telling how long the rest will take."""
+def run(cells: Sequence[Cell], folder: Path) -> list[str]:
+    """Measure what has no file yet, telling how long the rest will take; returns the titles that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     open_cells = [cell for cell in cells if not cell.file(folder).exists()]
     print(f"{len(cells)} quantizations, {len(cells) - len(open_cells)} measured before", flush=True)
-    start = time.perf_counter()
+    start, failed = time.perf_counter(), []
     for number, cell in enumerate(open_cells, 1):
-        result, images = measure(cell)
-        write(cell, folder, result, images)
+        try:
+            result, images = measure(cell)
+        except Exception as error:
+            failed.append(cell.title)
+            words = f"failed: {reason_of(error)}"
+        else:
+            write(cell, folder, result, images)
+            words = f"{float(result['quality']['psnr_db']):.2f} dB"
         left = (time.perf_counter() - start) / number * (len(open_cells) - number) / 60
-        quality = f"{result['quality']['psnr_db']:.2f} dB, {left:.0f} min left"
-        print(f"{number}/{len(open_cells)} {cell.title}: {quality}", flush=True)
+        print(f"{number}/{len(open_cells)} {cell.title}: {words}, {left:.0f} min left", flush=True)
+    return failed
 
 
 def bits_name(text: str) -> str:
@@ -186,7 +195,8 @@ def main() -> None:
         for method in chosen
     ]
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
-    run(cells[rank::size], args.out)
+    if failed := run(cells[rank::size], args.out):
+        sys.exit(f"accuracy: failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -155,13 +155,13 @@ FAMILIES: dict[str, tuple[Method, ...]] = {
 
 
 def methods(families: list[str], only: list[str] | None) -> Iterator[Method]:
-    """Methods of some families, in order, or those of them that are named.
+    """Methods of some families, in order, each once, or those of them that are named.
 
     Raises:
         ValueError: for a name that no chosen family has.
     """
-    chosen = [method for family in families for method in FAMILIES[family]]
-    unknown = sorted(set(only or ()) - {m.name for m in chosen})
+    chosen = {method.name: method for family in families for method in FAMILIES[family]}
+    unknown = sorted(set(only or ()) - set(chosen))
     if unknown:
-        raise ValueError(f"no method is called {unknown[0]!r}; {families} have {[m.name for m in chosen]}")
-    return (m for m in chosen if only is None or m.name in only)
+        raise ValueError(f"no method is called {unknown[0]!r}; {families} have {list(chosen)}")
+    return (method for name, method in chosen.items() if only is None or name in only)

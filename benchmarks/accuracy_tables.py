@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accuracy_methods import FAMILIES
 from accuracy_plot import draw
+
+from adpdm.files import replacing
 
 Cells = list[dict[str, Any]]
 
@@ -26,7 +28,7 @@ class Row:
 
     Args:
         psnr_db, lpips: mean, smallest and largest over seeds of the mean over images; LPIPS where it was
-            measured.
+            measured of every seed.
         sample_gain_db: of a search on held-out samples, per seed.
     """
 
@@ -47,32 +49,65 @@ class Row:
 
 
 def read(folder: Path) -> Cells:
-    """All results of a folder.
+    """All results of a folder, each with the name of its `file`.
 
     Raises:
         SystemExit: where there are none.
     """
-    cells = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    cells = [{**json.loads(file.read_text()), "file": file.name} for file in sorted(folder.glob("*.json"))]
     if not cells:
         raise SystemExit(f"wanted results of benchmarks/accuracy.py, {folder} has none")
     return cells
 
 
-def rows(cells: Cells) -> list[Row]:
-    """Seeds together, in the order of the methods."""
+def rows(cells: Cells, wanted: Collection[str]) -> list[Row]:
+    """Seeds of the wanted methods together, in the order of the methods.
+
+    Raises:
+        SystemExit: for results of one method that differ in more than the seed, or in less.
+    """
     order = [method.name for family in FAMILIES.values() for method in family]
+    if strange := sorted({cell["method"] for cell in cells} - set(order)):
+        print(f"accuracy_tables: left out, as no family has it: {'; '.join(strange)}", file=sys.stderr)
     grouped: dict[tuple[Any, ...], Cells] = {}
-    for cell in cells:
+    for cell in (cell for cell in cells if cell["method"] in wanted):
         names = ("model", "checkpoint", "method", "bits", "num_images", "num_inference_steps")
         grouped.setdefault(tuple(cell[name] for name in names), []).append(cell)
     found = [_row(group) for group in grouped.values()]
     return sorted(found, key=lambda r: (r.model, order.index(r.method), r.bits))
 
 
+def _check_seeds(cells: Cells) -> None:
+    """Refuse to take a mean over anything but seeds."""
+    first, of_seeds = cells[0], {cells[0]["seed"]: cells[0]}
+    for cell in cells[1:]:
+        files = f"{first['file']} and {cell['file']}"
+        if others := _differences(first, cell):
+            raise SystemExit(
+                f"accuracy_tables: wanted results of {cell['method']!r} that differ in the seed alone, "
+                f"{files} differ in {', '.join(others)}: give each a folder of its own"
+            )
+        if (same := of_seeds.setdefault(cell["seed"], cell)) is not cell:
+            raise SystemExit(
+                f"accuracy_tables: wanted each seed of {cell['method']!r} once, got {cell['seed']} in "
+                f"{same['file']} and {cell['file']}"
+            )
+
+
+def _differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Names of what two results depend on, but for the seed, that are not equal."""
+    a, b = (
+        {"image_seed": c["image_seed"], "guidance": c.get("guidance"), **c["config"]} for c in (first, second)
+    )
+    return sorted(name for name in {**a, **b} if name != "seed" and a.get(name) != b.get(name))
+
+
 def _row(cells: Cells) -> Row:
+    _check_seeds(cells)
     first = cells[0]
     outcomes = [c["outcome"] for c in cells if c["outcome"] is not None]
     quality = [c["quality"] for c in cells]
+    # of all seeds or none: a mean over fewer would stand beside means over all
     lpips = [float(q["lpips"]) for q in quality if q["lpips"] is not None]
     errors = [[float(v) for v in q["noise_sqnr_own_trajectory_db"]] for q in quality]
     return Row(
@@ -84,7 +119,7 @@ def _row(cells: Cells) -> Row:
         first["num_images"],
         first["num_inference_steps"],
         _spread(statistics.fmean(float(v) for v in q["psnr_per_image_db"]) for q in quality),
-        _spread(lpips) if lpips else None,
+        _spread(lpips) if len(lpips) == len(cells) else None,
         statistics.fmean(c["integer_macs"] for c in cells),
         statistics.median(c["quantize_seconds"] for c in cells),
         sum(o["is_kept"] for o in outcomes) if outcomes else None,
@@ -129,6 +164,15 @@ def by_model(found: Sequence[Row]) -> list[list[Row]]:
     return list(parts.values())
 
 
+def plot_name(found: Sequence[Row], sections: Sequence[Sequence[Row]]) -> str:
+    """The file of a section's plot, which says of what it is where the model has several sections."""
+    first = found[0]
+    if sum(other[0].model == first.model for other in sections) == 1:
+        return f"accuracy-{first.model}.svg"
+    sampling = f"{first.num_images}-images-{first.num_inference_steps}-steps"
+    return f"accuracy-{first.model}-{first.checkpoint}-{sampling}.svg"
+
+
 def section(found: Sequence[Row]) -> str:
     """The tables of one model, and what became of its searches."""
     first = found[0]
@@ -155,22 +199,24 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="what accuracy.py was given as --out")
     parser.add_argument("--families", nargs="+", default=["strategies"], choices=list(FAMILIES))
     parser.add_argument("--json", type=Path, help="file to write the rows to")
-    parser.add_argument("--plot", type=Path, help="folder for MODEL.svg, needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="folder for accuracy-MODEL.svg, needs matplotlib")
     args = parser.parse_args()
     wanted = {method.name for family in args.families for method in FAMILIES[family]}
-    found = [row for row in rows(read(args.folder)) if row.method in wanted]
-    for mine in by_model(found):
+    cells = read(args.folder)
+    found = rows(cells, wanted)
+    if not found:
+        got = "; ".join(sorted({cell["method"] for cell in cells}))
+        families = " ".join(args.families)
+        raise SystemExit(f"accuracy_tables: wanted results of {families} in {args.folder}, got {got}")
+    sections = by_model(found)
+    for mine in sections:
         print(section(mine), end="\n\n")
         if args.plot:
-            draw(args.plot / f"accuracy-{mine[0].model}.svg", mine)
+            draw(args.plot / plot_name(mine, sections), mine)
     if args.json:
-        _write(args.json, json.dumps([asdict(r) for r in found], indent=1) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(args.json) as temporary:
+            temporary.write_text(json.dumps([asdict(r) for r in found], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -193,20 +193,22 @@ def map_calls(batch: int, channels: int, size: int) -> dict[str, tuple[dict[str,
     weight, bias = (torch.randn(channels, device=DEVICE) for _ in range(2))
     half = (weight.to(BF16), bias.to(BF16))
     q = quantizer(8)
-    target = torch.empty_like(x)
+    # reads and writes as many bytes together as quantize, 3 an element
+    source = torch.ones(elements * 3 // 2, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
     learned = torch.full((NUM_GROUPS,), 0.03, device=DEVICE), torch.zeros(NUM_GROUPS, device=DEVICE)
     return {
         "quantize": (
             {
                 "ours": lambda: ops.quantize(x, q.scale, q.zero_point, q.group_index, 8),
-                "torch copy": lambda: target.copy_(x),
+                "torch copy": lambda: target.copy_(source),
             },
             3.0 * elements,
         ),
         "quantize to channels last": (
             {
                 "ours": lambda: ops.quantize(planes, q.scale, q.zero_point, q.group_index, 8, True),
-                "torch copy": lambda: target.copy_(x),
+                "torch copy": lambda: target.copy_(source),
             },
             3.0 * elements,
         ),

@@ -57,11 +57,15 @@ class Session:
     referenced: dict[tuple[str, int], list[int]] = field(default_factory=dict)
 
     def worker(self, name: str, threads: int | None = None) -> Worker:
-        """Start a process for a contestant or the reference."""
+        """Start a process for a contestant or the reference; `threads` where it is timed.
+
+        Only then it runs at the contestant's level: what is prepared serves all levels, also where the CPU
+        lacks this one.
+        """
         contestant = REGISTRY.get(name)
         is_peer = contestant is not None and contestant.is_peer
         log = self.folder / f"{name}.log"
-        level = contestant.level if contestant is not None else ""
+        level = contestant.level if contestant is not None and threads is not None else ""
         python = self.peers_python if is_peer else sys.executable
         return Worker(python, threads, log, {"ADPDM_CPU": level} if level else {})
 
@@ -129,13 +133,22 @@ class Runner:
         self.row.wall.append(done["wall"])
         self.row.cpu.append(done["cpu"])
 
+    def set_aside(self, error: WorkerError) -> None:
+        """Take the contestant out of the race, and end its process, which may still be computing."""
+        self.worker.close()
+        set_aside(self.row, error)
+
 
 def load(session: Session, job: Job, row: Row, stack: ExitStack) -> Runner:
     """Build a contestant in a process that lives until the case is done."""
     row.seconds["prepare"] = prepare(session, job)
     say(f"{job.model}, batch {job.batch}, {job.threads} threads: loading {job.contestant}")
     worker = stack.enter_context(session.worker(job.contestant, job.threads))
-    done = worker.build("load", job)
+    try:
+        done = worker.build("load", job)
+    except WorkerError:
+        worker.close()  # or it might go on loading beside the others' samples
+        raise
     row.versions, row.notes = done["versions"], done["notes"]
     row.seconds["load"] = done["load_seconds"]
     forward = done["forward_seconds"]
@@ -152,7 +165,7 @@ def run_rounds(runners: list[Runner], rounds: int) -> None:
             try:
                 runner.sample()
             except WorkerError as error:
-                set_aside(runner.row, WorkerError(f"in round {number + 1}: {error}"))
+                runner.set_aside(WorkerError(f"in round {number + 1}: {error}"))
         left = [runner for runner in left if runner.row.state == "ok"]
         if number in (0, rounds // 4, rounds // 2, 3 * rounds // 4) and number + 1 < rounds:
             remaining = (time.monotonic() - start) / (number + 1) * (rounds - number - 1)
@@ -170,15 +183,20 @@ def judge(job: Job, runner: Runner) -> None:
         row.sqnr_db = results.sqnr_db(reference, output)
         row.sqnr_db_per_probe = [results.sqnr_db(r, o) for r, o in zip(reference, output, strict=True)]
     except WorkerError as error:
-        set_aside(row, error)
+        runner.set_aside(error)
     except ValueError as error:
-        set_aside(row, WorkerError(str(error)))
+        runner.set_aside(WorkerError(str(error)))
 
 
 def run_case(session: Session, case: Case, names: Sequence[str]) -> None:
-    """Fill a case; on Ctrl-C it keeps the rounds that are complete."""
+    """Fill a case, with the reference alone if that fails; on Ctrl-C keep the rounds that are complete."""
     template = Job("", case.model, case.batch, case.device, case.threads, str(session.folder))
-    case.probe_timesteps = make_reference(session, template)
+    try:
+        case.probe_timesteps = make_reference(session, template)
+    except WorkerError as error:
+        case.rows.append(Row("reference"))
+        set_aside(case.rows[0], WorkerError(str(error)))  # failed, not missing: nobody is timed
+        return
     case.load_average.append(os.getloadavg()[0])
     try:
         with ExitStack() as stack:
@@ -276,7 +294,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Case], bool]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 1 if a contestant failed, 130 after Ctrl-C; a missing package is no failure."""
+    """Exit code: 0, 1 if a contestant or the reference failed (not: lacks a package), 130 after Ctrl-C."""
     args = parse(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: nothing is left running
     if args.show:

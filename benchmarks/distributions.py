@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,15 @@ from subjects import find_subject
 import adpdm
 from adpdm.evaluate import SampleSet, SampleSettings, sample_set, set_distance
 from adpdm.evaluate.distance import SetDistance
+from adpdm.evaluate.sample_set import MANIFEST_NAME
+from adpdm.files import replacing
 from adpdm.graph import capture
 from adpdm.model_folder import ModelFolder
+from adpdm.schedulers import identity
 
 FULL = "full precision"
 SEED = 1234  # of the samples; calibration has 0
+ORIGIN_NAME = "origin.json"  # beside the images of a set
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -57,11 +60,16 @@ def main(words: Sequence[str] | None = None) -> None:
         configs = {bits: _config(bits, {**method.settings, **guidance}, args.steps) for bits in args.bits}
         subject.guided(None, args.guidance)  # refuses a model without conditions
         settings = SampleSettings(args.images, args.steps, SEED, args.batch)
+        sets = [
+            Wanted(subject, config, args.guidance, settings, _folder(args.out, bits, args.guidance))
+            for bits, config in {None: None, **configs}.items()
+        ]
+        missing = [each for each in sets if not each.is_complete()]
     except ValueError as error:
         parser.error(str(error))
     logging.disable_progress_bar()
-    for bits, config in {None: None, **configs}.items():
-        _sample(subject, config, settings, args.guidance, _folder(args.out, bits, args.guidance))
+    for each in missing:
+        each.sample()
     found = _distances(args.out, args.bits, args.guidance, args.real)
     _write(args.out / "distances.json", subject, args, found)
     print("\n".join(table(found)))
@@ -71,33 +79,76 @@ def _folder(out: Path, bits: str | None, guidance: float | None) -> Path:
     return out / f"{bits or 'float'}{'' if guidance is None else f'-guidance-{guidance:g}'}"
 
 
-def _sample(
-    subject: ModelFolder,
-    config: adpdm.QuantConfig | None,
-    settings: SampleSettings,
-    guidance: float | None,
-    folder: Path,
-) -> None:
-    """Fill the set of one quantization; None is full precision."""
-    if folder.is_dir():
-        made = SampleSet.open(folder)
-        if made.manifest["settings"] == asdict(settings) and not made.missing():
-            return
-    denoiser = subject.denoiser()
-    scheduler = subject.scheduler()
-    if config is not None:
-        null = None if guidance is None else subject.null_conditioning
-        given = subject.conditioning()
-        adpdm.quantize(denoiser, config, scheduler=scheduler, conditioning=given, null_conditioning=null)
-    capture(denoiser)
-    given = subject.conditioning()  # a row per class, so that a set can grow
+@dataclass(frozen=True)
+class Wanted:
+    """A set of images, and what it is sampled from.
 
-    def tell(what: str, done: int, total: int) -> None:
-        print(f"{folder.name}: {done} of {total} {what}", file=sys.stderr, flush=True)
+    Args:
+        config: of the quantization; None is full precision.
+        guidance: scale that is sampled under; None for none.
+    """
 
-    decode = subject.decoder(denoiser)
-    guided = subject.guided(denoiser, guidance)
-    sample_set(guided, scheduler, folder, settings, conditioning=given, decode=decode, progress=tell)
+    subject: ModelFolder
+    config: adpdm.QuantConfig | None
+    guidance: float | None
+    settings: SampleSettings
+    folder: Path
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the images depend on besides the settings, as JSON."""
+        return {
+            "checkpoint": self.subject.checksum,
+            "scheduler": identity(self.subject.scheduler()),
+            "guidance": self.guidance,
+            "config": None if self.config is None else self.config.to_dict(),
+        }
+
+    def is_complete(self) -> bool:
+        """Whether the images are there; one that does not say what it is of is left to `sample` to judge.
+
+        Raises:
+            ValueError: where the folder has images of something else, or more of them.
+        """
+        if not (self.folder / MANIFEST_NAME).is_file():
+            return False
+        made, file = SampleSet.open(self.folder), self.folder / ORIGIN_NAME
+        origin = json.loads(file.read_text()) if file.is_file() else None
+        found = {**(origin or self.origin), **made.manifest["settings"], "num_images": 0}
+        wanted = {**self.origin, **asdict(self.settings), "num_images": 0}
+        if others := [name for name, value in wanted.items() if found.get(name) != value]:
+            raise ValueError(
+                f"{self.folder} holds images of another {' and '.join(others)}: give another --out"
+            )
+        if made.num_images > self.settings.num_images:
+            raise ValueError(
+                f"{self.folder} holds {made.num_images} images, wanted at most --images "
+                f"{self.settings.num_images}: ask for as many, or give another --out"
+            )
+        return origin is not None and made.num_images == self.settings.num_images and not made.missing()
+
+    def sample(self) -> None:
+        """Make the images that are missing, and note what they are of."""
+        denoiser = self.subject.denoiser()
+        scheduler = self.subject.scheduler()
+        given = self.subject.conditioning()  # a row per class, so that a set can grow
+        if self.config is not None:
+            null = None if self.guidance is None else self.subject.null_conditioning
+            adpdm.quantize(
+                denoiser, self.config, scheduler=scheduler, conditioning=given, null_conditioning=null
+            )
+        capture(denoiser)
+
+        def tell(what: str, done: int, total: int) -> None:
+            print(f"{self.folder.name}: {done} of {total} {what}", file=sys.stderr, flush=True)
+
+        decode = self.subject.decoder(denoiser)
+        guided = self.subject.guided(denoiser, self.guidance)
+        sample_set(
+            guided, scheduler, self.folder, self.settings, conditioning=given, decode=decode, progress=tell
+        )
+        with replacing(self.folder / ORIGIN_NAME) as temporary:  # not before: it has compared what was there
+            temporary.write_text(json.dumps(self.origin, indent=1) + "\n")
 
 
 def _config(bits: str, method: dict[str, Any], steps: int) -> adpdm.QuantConfig:
@@ -134,9 +185,8 @@ def _write(file: Path, subject: ModelFolder, args: argparse.Namespace, found: An
         "versions": {"adpdm": adpdm.__version__, "torch": torch.__version__},
         "distances": {name: {to: d.to_dict() for to, d in row.items()} for name, row in found.items()},
     }
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def table(found: dict[str, dict[str, SetDistance]]) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from gpu_timing import Timed
+from unet_results import write_whole
 
 ROUNDS = 25
 
@@ -57,10 +58,9 @@ def main() -> None:
     peaks["bf16_matmul_8192_TFLOPS"] = bf16_matmul_tflops(8192)
     peaks["bf16_conv3x3_2x640x64_TFLOPS"] = bf16_conv_tflops(2, 640, 64)
     peaks["bf16_conv3x3_128x256x16_TFLOPS"] = bf16_conv_tflops(128, 256, 16)
-    text = json.dumps(peaks, indent=1)
-    print(text)
+    print(json.dumps(peaks, indent=1))
     if args.json:
-        args.json.write_text(text + "\n")
+        write_whole(args.json, peaks)
 
 
 if __name__ == "__main__":

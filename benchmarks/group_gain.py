@@ -9,11 +9,11 @@ The gain of a range for every step is the most that any grouping reaches with ra
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import results_file
 from diffusers.utils import logging
 from subjects import find_subject
 
@@ -81,7 +81,8 @@ def main() -> None:
                 flush=True,
             )
     if args.json:
-        args.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
+        settings = {**vars(args), "model": subject.name, "checkpoint": subject.checksum}
+        results_file.write(args.json, settings, map(asdict, rows))
 
 
 if __name__ == "__main__":

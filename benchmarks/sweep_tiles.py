@@ -2,7 +2,7 @@
 
 python benchmarks/sweep_tiles.py --json tiles.json --table tools/tile_table.json
 
-Costs are in the units of tools/tile_table.json (csrc/cuda/planner.cu explains them). --table replaces the
+Costs are in the units of tools/tile_table.json (csrc/cuda/planner.cpp explains them). --table replaces the
 measured architecture's rows there; tools/make_tile_table.py then makes the planner's table of them. The
 second part times every tile and number of splits on real layers and reports what the planner's choice costs
 over the best one, and whose results are not bit for bit the planner's; the exit code then is 1. --json is
@@ -31,6 +31,7 @@ from gpu_timing import Call, Clock, Timed, reason_of
 from unet_results import write_whole
 
 from adpdm import ops
+from adpdm.files import replacing
 from adpdm.ops import Epilogue
 
 TABLE = Path(__file__).resolve().parents[1] / "tools" / "tile_table.json"
@@ -41,6 +42,7 @@ SHORT, LONG = 16, 80  # k tiles of the two reductions between which a slope is t
 WAVES = 4  # of a full device
 OUTPUT_TILES = 16  # of the full device's matrix, so that it is not bound by memory
 CORES = ("mma", "wgmma")
+WGMMA_ARCH = 90  # the only one that has it, whatever later ones find in the table (csrc/cuda/planner.cpp)
 PLANNED = "planned"  # what the planner chooses by itself
 CONTESTANTS = {"a8w8": "W8A8", "a8w4": "W4A8", "a4w4": "W4A4", "a4w4-unpacked": "W4A4"}
 
@@ -118,18 +120,20 @@ def line(tile: Tile, rows: int, outputs: int, time: MatrixTimer) -> tuple[float,
 def measure_costs(tile: Tile, num_sms: int, megahertz: float, time: MatrixTimer = time_matrix) -> list[int]:
     """The tile's row of the table: [blocks_per_sm, tile_cycles, lone_cycles, block_cycles]."""
     lone, start = line(tile, tile.rows * num_sms, tile.outputs, time)
-    blocks = num_sms * tile.blocks_per_sm * WAVES
-    rows = tile.rows * -(-blocks // OUTPUT_TILES)
-    full, _ = line(tile, rows, tile.outputs * OUTPUT_TILES, time)
-    share = full / (tile.blocks_per_sm * WAVES)  # of one block, of a multiprocessor that is full of them
+    row_tiles = max(1, num_sms * tile.blocks_per_sm * WAVES // OUTPUT_TILES)  # down: no wave of a few blocks
+    full, _ = line(tile, tile.rows * row_tiles, tile.outputs * OUTPUT_TILES, time)
+    # of one block, of a multiprocessor that is full of them
+    share = full / -(-row_tiles * OUTPUT_TILES // num_sms)
     return [tile.blocks_per_sm, *(max(1, round(megahertz * us)) for us in (share, lone, start))]
 
 
-def tiles_of(architecture: dict[str, Any]) -> list[Tile]:
-    """All tiles of all cores that the architecture has."""
+def tiles_of(table: dict[str, Any], arch: int) -> list[Tile]:
+    """All tiles of all cores that a device has."""
+    architecture = architecture_of(table, arch)
     return [
         Tile(core, mode, rows, outputs, costs[0])
         for core in CORES
+        if core != "wgmma" or arch == WGMMA_ARCH
         for mode, tiles in architecture.get(core, {}).items()
         for name, costs in tiles.items()
         for rows, outputs in [map(int, name.split("x"))]
@@ -195,8 +199,8 @@ def judge_planner(
 
 
 def replace_rows(table: dict[str, Any], arch: int, rows: dict[str, Any], origin: str) -> dict[str, Any]:
-    """The table with measured rows for exactly this architecture."""
-    base = architecture_of(table, arch)
+    """The table with measured rows, and no others, for exactly this architecture."""
+    base = {key: value for key, value in architecture_of(table, arch).items() if key not in CORES}
     entry = {**base, "arch": arch, "origin": origin, **rows}
     others = [e for e in table["architectures"] if e["arch"] != arch]
     return {**table, "architectures": sorted([*others, entry], key=lambda e: int(e["arch"]))}
@@ -279,7 +283,7 @@ def main() -> None:
     major, minor = torch.cuda.get_device_capability()
     arch = 10 * major + minor
     properties = torch.cuda.get_device_properties(0)
-    tiles = tiles_of(architecture_of(json.loads(TABLE.read_text()), arch))
+    tiles = tiles_of(json.loads(TABLE.read_text()), arch)
     megahertz = clock_megahertz()
     sweep = Sweep(arch, f"measured on {properties.name} at up to {megahertz:.0f} MHz", args.json)
     sweep.measure_tiles(tiles, properties.multi_processor_count, megahertz)
@@ -290,7 +294,8 @@ def main() -> None:
         sys.exit(f"sweep_tiles: failed: {'; '.join(sweep.failed)}")
     if args.table:
         new = replace_rows(json.loads(args.table.read_text()), arch, sweep.rows, sweep.origin)
-        args.table.write_text(json.dumps(new, indent=2) + "\n")
+        with replacing(args.table) as temporary:
+            temporary.write_text(json.dumps(new, indent=2) + "\n")
     if wrong := [f"{c.layer} {c.mode} {', '.join(c.wrong)}" for c in sweep.choices if c.wrong]:
         sys.exit(f"sweep_tiles: other results than planned: {'; '.join(wrong)}")
 

@@ -16,7 +16,15 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT_VERSION = 1
 CPU_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-ENVIRONMENT = ("ADPDM_CPU", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "KMP_BLOCKTIME", "GOMP_SPINCOUNT")
+ENVIRONMENT = (
+    "ADPDM_CPU",
+    "ADPDM_CUDA_TILE",
+    "ADPDM_FORCE_MMA_SYNC",
+    "OMP_WAIT_POLICY",
+    "OMP_PROC_BIND",
+    "KMP_BLOCKTIME",
+    "GOMP_SPINCOUNT",
+)
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,10 @@ def write_json(path: Path, result: dict[str, Any], cases: list[Case], is_partial
 
 
 def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file at once or not at all; a reader never sees half a file."""
+    """Write a JSON file at once or not at all; a reader never sees half a file.
+
+    Not by `adpdm.files`: gpu_peaks.py runs on a lent card while the extension that adpdm needs is compiled.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -109,7 +109,10 @@ class Worker:
         return f"the process died with {how} during {what!r}; it last printed: {last or 'nothing'}"
 
     def close(self) -> None:
-        """End the process and all it started; inductor has a pool of compilers."""
+        """End the process and all it started, as inductor's pool of compilers; a second call does nothing."""
+        assert self._process.stdout is not None
+        if self._process.stdout.closed:  # then its number may be another's
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

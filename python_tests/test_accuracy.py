@@ -1,4 +1,4 @@
-"""benchmarks/accuracy.py and accuracy_tables.py: cells, resuming, sharing by processes, tables."""
+"""benchmarks/accuracy.py: cells, resuming, failures, sharing by processes, what tables find in a file."""
 
 from __future__ import annotations
 
@@ -69,6 +69,9 @@ def test_every_method_and_bit_width_gives_a_file_with_what_was_measured(
     assert not list((tmp_path / "out").glob("*.tmp"))
     grid = np.array(Image.open(files[0].with_suffix(".png")))
     assert grid.shape == (16, 16)  # two images of 8x8, full precision above quantized
+    rows = accuracy_tables.rows(accuracy_tables.read(tmp_path / "out"), {"dp"})
+    images = {c["bits"]: c["quality"]["psnr_per_image_db"] for c in cells if c["method"] == "dp"}
+    assert {r.bits: r.psnr_db[0] for r in rows} == {b: pytest.approx(np.mean(v)) for b, v in images.items()}
 
 
 def test_a_second_run_measures_nothing_again_and_more_seeds_add_files(
@@ -80,6 +83,66 @@ def test_a_second_run_measures_nothing_again_and_more_seeds_add_files(
     assert "8 quantizations, 4 measured before" in capsys.readouterr().out
     assert len(after) == 8
     assert {f: f.stat().st_mtime_ns for f in before} == before
+
+
+def test_a_quantization_that_raises_is_named_and_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject = ModelFolder(tmp_path / "tiny", "unet", "")
+    cells = [accuracy.Cell(subject, METHODS[0], bits, 0, 2, 4) for bits in ("w8a8", "w4a4", "w6a6")]
+
+    def measure(cell: accuracy.Cell) -> tuple[dict[str, Any], Any]:
+        if cell.bits == "w4a4":
+            raise RuntimeError("no such kernel\nand more")
+        return {"quality": {"psnr_db": "inf"}}, np.zeros((2, 1, 4, 4, 1), np.uint8)
+
+    monkeypatch.setattr(accuracy, "measure", measure)
+    assert accuracy.run(cells, tmp_path / "out") == ["tiny w4a4 seed 0 shared"]
+    bits = [file.name.split("-")[1] for file in sorted((tmp_path / "out").glob("*.json"))]
+    assert bits == ["w6a6", "w8a8"]
+    printed = capsys.readouterr().out
+    assert "2/3 tiny w4a4 seed 0 shared: failed: RuntimeError: no such kernel, " in printed
+    assert "3/3 tiny w6a6 seed 0 shared: inf dB, 0 min left" in printed
+
+
+def test_a_run_with_a_failure_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unet_folder: Path
+) -> None:
+    def measure(cell: accuracy.Cell) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(accuracy, "measure", measure)
+    wanted = "^accuracy: failed: tiny w8a8 seed 0 shared; tiny w8a8 seed 0 dp; tiny w4a4 seed 0 shared; "
+    with pytest.raises(SystemExit, match=wanted):
+        run(monkeypatch, tmp_path / "out", unet_folder)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".json"])
+def test_a_file_that_cannot_be_written_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str
+) -> None:
+    cell = accuracy.Cell(ModelFolder(Path("tiny"), "unet", ""), METHODS[0], "w8a8", 0, 2, 4)
+
+    def fail(self: Path, *args: Any, **kwargs: Any) -> None:
+        self.write_bytes(b"half")
+        raise OSError("no space left")
+
+    if suffix == ".png":
+        monkeypatch.setattr(Image.Image, "save", lambda self, path, **kwargs: fail(path))
+    else:
+        monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="no space left"):
+        accuracy.write(cell, tmp_path, {}, np.zeros((2, 1, 4, 4, 1), np.uint8))
+    assert not [file for file in tmp_path.iterdir() if file.suffix != ".png" or suffix == ".png"]
+
+
+def test_methods_that_two_families_share_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    names = [method.name for method in accuracy_methods.methods(["strategies", "correction"], None)]
+    assert len(names) == len(set(names)) == len(FAMILIES["strategies"]) + 2
+    known: dict[str, Method] = {}
+    for method in (method for family in FAMILIES.values() for method in family):
+        assert known.setdefault(method.name, method) == method, "one name is one method"
 
 
 def test_processes_share_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unet_folder: Path) -> None:
@@ -145,34 +208,3 @@ def test_methods_of_all_families_are_valid_settings_with_names_of_their_own() ->
     subject = ModelFolder(Path(), "unet", "")
     for method in (m for found in FAMILIES.values() for m in found):
         accuracy.Cell(subject, method, "w4a4", 0, 16, 50).config()
-
-
-def test_tables_hold_the_mean_and_the_range_over_seeds(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unet_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    files = run(monkeypatch, tmp_path / "out", unet_folder, "--seeds", 0, 1)
-    for file in files:
-        cell = json.loads(file.read_text())
-        # dp 40 and 42 dB, shared 30 and 32
-        level = (40 if cell["method"] == "dp" else 30) + 2 * cell["seed"]
-        cell["quality"].update(psnr_per_image_db=[level - 1, level + 1], lpips=0.01)
-        file.write_text(json.dumps(cell))
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["tables", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json")])
-    accuracy_tables.main()
-    printed = capsys.readouterr().out
-    assert "| shared | 31.0 (30.0 to 32.0) | 31.0 (30.0 to 32.0) |" in printed
-    assert "| dp | 41.0 (40.0 to 42.0) | 41.0 (40.0 to 42.0) |" in printed
-    assert "| dp | 0.0100 | 0.0100 |" in printed
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(r["method"], r["bits"]) for r in rows] == [
-        ("shared", "w4a4"),
-        ("shared", "w8a8"),
-        ("dp", "w4a4"),
-        ("dp", "w8a8"),
-    ]
-
-
-def test_tables_of_an_empty_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="wanted results of benchmarks/accuracy.py"):
-        accuracy_tables.read(tmp_path)

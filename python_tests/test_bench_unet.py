@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -32,7 +33,7 @@ import workers  # noqa: E402
 from contestants import REGISTRY, Contestant  # noqa: E402
 from job import Job  # noqa: E402
 from unet_results import Case, Row  # noqa: E402
-from workers import WorkerError  # noqa: E402
+from workers import WorkerError, WorkerMissing  # noqa: E402
 
 # A contestant that goes wrong, without a model, as diffusers takes seconds to import; a worker that knows it.
 FAKES = f"""
@@ -235,6 +236,88 @@ def test_bench_unet_keeps_complete_rounds_on_interrupt(
     assert [len(row["cpu"]) for row in result["cases"][0]["rows"]] == [2, 2]
 
 
+class Process:
+    """A worker without a process, which answers or raises what it was made with."""
+
+    def __init__(self, answer: dict[str, Any] | WorkerError) -> None:
+        self.answer, self.is_closed = answer, False
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        if isinstance(self.answer, WorkerError):
+            raise self.answer
+        return self.answer
+
+    def build(self, what: str, job: Job) -> dict[str, Any]:
+        return self.ask(what)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def test_bench_unet_ends_the_process_of_who_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = WorkerError("no answer to 'run' within 900 s")
+    processes: dict[str, Any] = {when: Process(slow) for when in ("load", "judge", "run")}
+    job = Job("torch-fp32", "tiny", 1, "cpu", 1, str(tmp_path))
+    monkeypatch.setattr(bench_unet, "Worker", lambda *arguments: processes["load"])
+    with ExitStack() as stack:
+        with pytest.raises(WorkerError, match="no answer"):
+            bench_unet.load(bench_unet.Session(tmp_path, 1, "python"), job, Row("torch-fp32"), stack)
+        assert processes["load"].is_closed, "before the others are timed"
+    runners = {
+        when: bench_unet.Runner(Row("torch-fp32"), process, 1, True, 1.0)
+        for when, process in processes.items()
+    }
+    bench_unet.judge(job, runners["judge"])
+    assert processes["judge"].is_closed
+    bench_unet.run_rounds([runners["run"]], 2)
+    assert processes["run"].is_closed
+    assert runners["run"].row.reason == f"in round 1: {slow}"
+
+
+def test_worker_is_closed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "worker.py").write_text("input()\n")
+    monkeypatch.setattr(workers, "SCRIPT", tmp_path / "worker.py")
+    ended: list[int] = []
+    kill = os.killpg
+    monkeypatch.setattr(os, "killpg", lambda group, how: (ended.append(group), kill(group, how)))
+    with workers.Worker(sys.executable, 1, tmp_path / "log", {}) as worker:
+        worker.close()
+    assert len(ended) == 1, "the number may be another process's by then"
+
+
+def test_bench_unet_goes_on_with_the_next_model_without_a_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make_reference(session: Any, job: Job) -> list[int]:
+        if job.model == "sdxl":
+            raise WorkerMissing("the process died with signal SIGKILL during 'reference'")
+        return [999]
+
+    def load(session: Any, job: Job, row: Row, stack: Any) -> Any:
+        process: Any = Process({"wall": 0.5, "cpu": 0.25})
+        return bench_unet.Runner(row, process, 1, True, 1.0)
+
+    monkeypatch.setattr(bench_unet, "make_reference", make_reference)
+    monkeypatch.setattr(bench_unet, "load", load)
+    monkeypatch.setattr(bench_unet, "judge", lambda job, runner: None)
+    output = tmp_path / "result.json"
+    names = ["--quick", "--rounds", "1", "--contestants", "ours-w8a8"]
+    assert bench_unet.main(["--models", "sdxl", "tiny", "--output", str(output), *names]) == 1
+    sdxl, tiny = json.loads(output.read_text())["cases"]
+    (row,) = sdxl["rows"]
+    assert (row["contestant"], row["state"]) == ("reference", "failed")
+    assert [r["wall"] for r in tiny["rows"]] == [[0.5]]
+    assert "reference: failed: the process died with signal SIGKILL" in capsys.readouterr().out
+
+
 def test_reference_holds_what_adpdm_calibrates_on(tmp_path: Path) -> None:
     job = Job("reference", "tiny", 3, "cpu", 1, str(tmp_path))
     peer_worker.write_reference(job)
@@ -362,9 +445,33 @@ def test_a_contestant_of_one_level_runs_at_that_level(
     monkeypatch.setattr(bench_unet, "Worker", lambda *arguments: environments.append(arguments[-1]))
     session = bench_unet.Session(tmp_path, 20, "python")
     for name in ("ours-w8a8-graph-avx2", "ours-w8a8-graph", "reference"):
-        session.worker(name)
+        session.worker(name, 1)
     assert environments == [{"ADPDM_CPU": "avx2"}, {}, {}]
     assert not any(REGISTRY[name].level for name in bench_unet.parse(["--contestants", "all"]).contestants)
+
+
+def test_what_levels_share_is_prepared_at_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments = []
+
+    def start(python: str, threads: int | None, log: Path, extra: Mapping[str, str]) -> Process:
+        environments.append(extra)
+        return Process({"seconds": 2.0})
+
+    monkeypatch.setattr(bench_unet, "Worker", start)
+    session = bench_unet.Session(tmp_path, 20, "python")
+    for level in ("amx", "avx2"):
+        job = Job(f"ours-w8a8-graph-{level}", "tiny", 1, "cpu", 1, str(tmp_path))
+        assert bench_unet.prepare(session, job) == 2.0
+    assert environments == [{}]
+
+
+def test_results_record_the_variables_that_our_kernels_read() -> None:
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu", ".h", ".cuh")]
+    read = {name for path in sources for name in re.findall(r'getenv\("(ADPDM_\w+)"\)', path.read_text())}
+    assert "ADPDM_CPU" in read
+    assert read <= set(unet_results.ENVIRONMENT)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
+import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -53,6 +55,8 @@ def test_map_contestants_run(kernels: ModuleType) -> None:
     for work, (calls, num_bytes) in kernels.map_calls(1, 32, 4).items():
         assert next(iter(calls)) == "ours", work
         assert num_bytes >= 3 * 32 * 16
+        if "torch copy" in calls:
+            assert 2 * calls["torch copy"]().nbytes == num_bytes, "read and written, as the rate counts them"
         for call in calls.values():
             assert call() is not None
 
@@ -234,7 +238,7 @@ def test_peaks_say_what_the_card_lacks(
     program = tmp_path / "adpdm_gpu_peaks"
     program.write_text(f"#!/bin/sh\necho '{json.dumps(rates)}'\n")
     program.chmod(0o755)
-    path = tmp_path / "peaks.json"
+    path = tmp_path / "new" / "peaks.json"
     monkeypatch.setattr("sys.argv", ["gpu_peaks", str(program), "--json", str(path)])
     with torch.random.fork_rng(devices=[]):
         peaks.main()
@@ -246,27 +250,55 @@ def test_peaks_say_what_the_card_lacks(
     assert all(f'"{name.removesuffix("_TOPS")}"' in names for name in kernels.INT8_RATES)
 
 
-def test_costs_are_found_again(sweep: ModuleType) -> None:
-    tile = sweep.Tile("mma", "a8w8", 64, 64, 3)
-    tile_cycles, lone_cycles, block_cycles, sms, megahertz = 200, 320, 2200, 100, 1500.0
+def test_peaks_are_measured_while_the_extension_is_compiled(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(sys.modules):
+        if name == "adpdm" or name.startswith("adpdm."):
+            monkeypatch.setitem(sys.modules, name, None)
+    for name in ("gpu_peaks", "gpu_timing", "unet_results"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert importlib.import_module("gpu_peaks").ROUNDS >= 20
+
+
+@pytest.mark.parametrize(
+    ("sms", "blocks_per_sm", "tile_cycles", "lone_cycles"),
+    [(100, 3, 200, 320), (114, 1, 731, 731), (114, 3, 200, 320), (142, 1, 731, 731), (78, 1, 731, 731)],
+)
+def test_costs_are_found_again(
+    sweep: ModuleType, sms: int, blocks_per_sm: int, tile_cycles: int, lone_cycles: int
+) -> None:
+    tile = sweep.Tile("mma", "a8w8", 64, 64, blocks_per_sm)
+    block_cycles, megahertz = 2200, 1500.0
 
     def planted(tile: Any, rows: int, outputs: int, k_tiles: int) -> float:
-        """The planner's model of an unsplit layer (csrc/cuda/planner.cu)."""
+        """The planner's model of an unsplit layer (csrc/cuda/planner.cpp)."""
         blocks = -(-rows // tile.rows) * -(-outputs // tile.outputs)
         per_sm = -(-blocks // sms)
         waves = -(-per_sm // tile.blocks_per_sm)
         cycles = k_tiles * max(per_sm * tile_cycles, waves * lone_cycles) + waves * block_cycles
         return float(cycles) / megahertz
 
-    assert sweep.measure_costs(tile, sms, megahertz, planted) == [3, tile_cycles, lone_cycles, block_cycles]
+    costs = [blocks_per_sm, tile_cycles, lone_cycles, block_cycles]
+    assert sweep.measure_costs(tile, sms, megahertz, planted) == costs
 
 
 def test_every_tile_of_the_table_is_swept(sweep: ModuleType) -> None:
     table = json.loads(sweep.TABLE.read_text())
-    tiles = sweep.tiles_of(sweep.architecture_of(table, 90))
+    tiles = sweep.tiles_of(table, 90)
     assert {"mma:128x128", "wgmma:128x128", "wgmma:128x160", "wgmma:128x256"} <= {t.choice for t in tiles}
     assert {t.codes_per_k_tile for t in tiles if t.core == "wgmma"} == {128}
-    assert {t.core for t in sweep.tiles_of(sweep.architecture_of(table, 86))} == {"mma"}
+    assert {t.core for t in sweep.tiles_of(table, 86)} == {"mma"}
+
+
+def test_later_devices_are_not_asked_for_wgmma(sweep: ModuleType) -> None:
+    table = json.loads(sweep.TABLE.read_text())
+    assert {t.core for t in sweep.tiles_of(table, 100)} == {"mma"}
+    new = sweep.replace_rows(table, 100, {"mma": {"a8w8": {}}}, "measured")
+    entries = {entry["arch"]: entry for entry in new["architectures"]}
+    assert entries[100] == {"arch": 100, "origin": "measured", "mma": {"a8w8": {}}}
+    planner = (ROOT / "csrc" / "cuda" / "planner.cpp").read_text()
+    assert f"request.wgmma && device.arch == {sweep.WGMMA_ARCH}" in planner
 
 
 def test_planner_is_judged_against_the_best_tile(sweep: ModuleType) -> None:
@@ -341,25 +373,50 @@ def test_sweep_names_a_choice_with_other_results_and_saves_it(
     assert str(found.choices[0]).endswith("loss   0.0%, other results than planned: mma:64x64/4")
 
 
-def test_sweep_fails_where_a_choice_has_other_results(
-    sweep: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def swept(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """sweep_tiles.py on "a card" on which there is nothing to measure."""
+
     class Properties:
         name, multi_processor_count = "a card", 132
-
-    def judge_layers(self: Any, layers: list[Any], tiles: list[Any]) -> None:
-        self.choices.append(sweep.Choice("a layer", "a8w8", 2.0, 2.0, "mma:64x64/1", ["mma:64x64/4"]))
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     monkeypatch.setattr(sweep, "clock_megahertz", lambda: 1980.0)
     monkeypatch.setattr(sweep.Sweep, "measure_tiles", lambda *args: None)
-    monkeypatch.setattr(sweep.Sweep, "judge_layers", judge_layers)
+    monkeypatch.setattr(sweep.Sweep, "judge_layers", lambda *args: None)
+    return sweep
+
+
+def test_sweep_fails_where_a_choice_has_other_results(
+    swept: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge_layers(self: Any, layers: list[Any], tiles: list[Any]) -> None:
+        self.choices.append(swept.Choice("a layer", "a8w8", 2.0, 2.0, "mma:64x64/1", ["mma:64x64/4"]))
+
+    monkeypatch.setattr(swept.Sweep, "judge_layers", judge_layers)
     monkeypatch.setattr("sys.argv", ["sweep_tiles"])
     message = "sweep_tiles: other results than planned: a layer a8w8 mma:64x64/4"
     with torch.no_grad(), torch.random.fork_rng(devices=[]), pytest.raises(SystemExit, match=message):
-        sweep.main()
+        swept.main()
+
+
+def test_a_table_that_cannot_be_written_is_what_it_was(
+    swept: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "table.json"
+    table.write_text(swept.TABLE.read_text())
+
+    def fail(self: Path, text: str) -> None:
+        self.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr("sys.argv", ["sweep_tiles", "--table", str(table)])
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), pytest.raises(OSError, match="no space left"):
+        swept.main()
+    assert [path.read_text() for path in tmp_path.iterdir()] == [swept.TABLE.read_text()]
 
 
 def test_measured_rows_replace_only_their_architecture(sweep: ModuleType) -> None:
@@ -381,6 +438,13 @@ def test_measured_rows_replace_only_their_architecture(sweep: ModuleType) -> Non
     assert again["architectures"][1]["wgmma"] == {}
     with pytest.raises(SystemExit, match="architecture 80 or later, got 75"):
         sweep.architecture_of(table, 75)
+
+
+def test_sources_that_benchmarks_name_exist() -> None:
+    texts = [*(ROOT / "benchmarks").glob("*.py"), ROOT / "tools" / "tile_table.json", Path(__file__)]
+    named = {name for text in texts for name in re.findall(r"csrc/[\w/]+\.\w+", text.read_text())}
+    assert "csrc/cuda/planner.cpp" in named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
 def test_benchmarks_refuse_to_run_without_a_gpu(sweep: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
