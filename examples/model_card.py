@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import json
 import math
 import shlex
@@ -26,8 +27,9 @@ from typing import Any
 import numpy as np
 from model_samples import Quality, Samples, Sampling, load_model, measure
 from PIL import Image
-from training import CURVE_FILE, check_device, command_line, replace_text
+from training import CURVE_FILE, check_device, command_line
 from training_data import CIFAR10, FASHION_MNIST, IMAGE_DATA
+from training_files import replace_text
 
 from adpdm.evaluate import INSTALL_SENTENCE, load_lite0
 from adpdm.evaluate.frechet import MIN_IMAGES
@@ -245,7 +247,7 @@ def _training(card: Card) -> str:
         seen = sum(part["images"] for part in _trainings(record)[:-1])
         words += f" It went on from weights that had seen {seen:,} images (commands below)."
     if "autoencoder" in record:
-        seen = record["autoencoder"]["images"]
+        seen = sum(part["images"] for part in _trainings(record["autoencoder"]))
         words += f" Its autoencoder has seen {seen:,} images before; its text encoder has random weights."
     if not len(curve):
         return _fill(words + " No loss curve was recorded.")
@@ -272,27 +274,52 @@ def _quality(card: Card) -> str:
 
 
 def _commands(card: Card) -> str:
-    """Data, training and card, as a shell takes them."""
-    trainings, record, denoiser = [], card.model.record, card.model.part
-    data = {"--data": FETCHED[record["data"]]}
-    autoencoder = [record["autoencoder"]] if "autoencoder" in record else []
-    for part in [*autoencoder, *_trainings(record)]:
-        for number, run in enumerate(part["commands"]):
-            if run["from_images"]:
-                before = "" if number else "; what came before was not recorded"
-                trainings.append(f"# from {run['from_images']:,} images on{before}")
-            trainings.append(_placed(run["command"], data | _made_before(part, denoiser)))
-    lines = [*IMAGE_DATA[record["data"]].fetch, *trainings, _placed(card.command, data)]
+    """Data, training and card, as a shell takes them one after the other."""
+    data = {"--data": FETCHED[card.model.record["data"]]}
+    runs = Runs(data)
+    folder = runs.add(card.model.record, card.model.part)
+    last = _placed(card.command if folder is None else _card_of(folder, card.command), data)
+    lines = [*IMAGE_DATA[card.model.record["data"]].fetch, *runs.lines, last]
     return "```sh\n" + "\n".join(lines) + "\n```"
 
 
-def _made_before(record: dict[str, Any], denoiser: str) -> dict[str, str]:
-    """By option of a training's commands, where those before them leave the models that they are given."""
-    places = {}
-    for option, key, part in (("--autoencoder", "autoencoder", "vae"), ("--init", "before", denoiser)):
-        if key in record and (folder := _folder_of(record[key])):
-            places[option] = f"{folder}/{part}"
-    return places
+class Runs:
+    """The commands of trainings in the order in which they need each other, each training in its own folder.
+
+    Args:
+        places: paths by option that all of them are given.
+    """
+
+    def __init__(self, places: dict[str, str]) -> None:
+        self.places = places
+        self.lines: list[str] = []
+        self.done: list[tuple[dict[str, Any], str | None]] = []  # records and folders
+
+    def add(self, record: dict[str, Any], part: str) -> str | None:
+        """Append a training of a part behind those that it needs; its folder, where that is known."""
+        for known, folder in self.done:
+            if known == record:
+                return folder
+        places = dict(self.places)
+        for option, key, made in (("--autoencoder", "autoencoder", "vae"), ("--init", "before", part)):
+            if key in record and (folder := self.add(record[key], made)):
+                places[option] = f"{folder}/{made}"
+        if folder := self._own(_folder_of(record)):
+            places["--out"] = folder
+        for number, run in enumerate(record["commands"]):
+            if run["from_images"]:
+                before = "" if number else "; what came before was not recorded"
+                self.lines.append(f"# from {run['from_images']:,} images on{before}")
+            self.lines.append(_placed(run["command"], places))
+        self.done.append((record, folder))
+        return folder
+
+    def _own(self, folder: str | None) -> str | None:
+        """With a number where an earlier training has that name: in it, this one would continue that one."""
+        taken = [known for _, known in self.done]
+        if folder is None or folder not in taken:
+            return folder
+        return next(name for n in itertools.count(2) if (name := f"{folder}-{n}") not in taken)
 
 
 def _folder_of(record: dict[str, Any]) -> str | None:
@@ -302,6 +329,15 @@ def _folder_of(record: dict[str, Any]) -> str | None:
     given, _ = parser.parse_known_args(shlex.split(record["commands"][-1]["command"]))
     folder: str | None = given.out
     return folder
+
+
+def _card_of(folder: str, command: str) -> str:
+    """The command of a card with another folder: its only word that is no option and no option's value."""
+    words = shlex.split(command)
+    for i, (before, word) in enumerate(itertools.pairwise(words), 1):
+        if i > 1 and not word.startswith("-") and ("=" in before or not before.startswith("-")):
+            words[i] = folder
+    return shlex.join(words)
 
 
 def _placed(command: str, places: dict[str, str]) -> str:

@@ -8,11 +8,11 @@ Writes the quantized pipeline and samples.png into --out. --quick takes seconds:
 from __future__ import annotations
 
 import argparse
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline
 from diffusers.utils import make_image_grid
 
 import adpdm
@@ -59,6 +59,9 @@ def main() -> None:
         **(QUICK if args.quick else {}),
     )
     pipe = adpdm.load_pipeline(args.model)
+    kind = type(pipe)
+    if "batch_size" not in inspect.signature(kind.__call__).parameters:
+        parser.error(f"--model must be an unconditional pipeline, such as DDIMPipeline, got {kind.__name__}")
     report = adpdm.quantize(pipe, config)
     print(f"quantized: {report.coverage}")
 
@@ -68,7 +71,7 @@ def main() -> None:
     make_image_grid(images, rows=args.images // 4, cols=4).save(args.out / "samples.png")
 
     # `import adpdm` has taught diffusers the format, so that its own from_pretrained loads it.
-    loaded = DDIMPipeline.from_pretrained(args.out, local_files_only=True)
+    loaded = kind.from_pretrained(args.out, local_files_only=True)
     again = sample(loaded, args.images, steps, args.seed)
     if any(a.tobytes() != b.tobytes() for a, b in zip(images, again, strict=True)):
         raise SystemExit(f"{args.out}: the loaded pipeline samples other images than the saved one")

@@ -45,7 +45,8 @@ class AutoencoderTrainer(Trainer):
 
     def __init__(self, recipe: Recipe, args: argparse.Namespace) -> None:
         super().__init__(recipe, args)
-        self.probe: Tensor = recipe.data.load(args.data)[0][:PROBE_IMAGES]
+        images: Tensor = recipe.data.load(args.data)[0]
+        self.probe = images[:PROBE_IMAGES].clone()  # a view would keep all of them
 
     def loss(self, forward: Callable[..., Any], clean: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean absolute error of the decoded images and KL_WEIGHT of the divergence, [], twice."""

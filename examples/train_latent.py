@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,12 +41,14 @@ from training import (
     argument_parser,
     default_precision,
     parse,
-    read_record,
     reduced_precision,
     train,
 )
 from training_data import CIFAR10
+from training_files import record_of_part
 from transformers import CLIPTextModel
+
+from adpdm.files import replacing, share
 
 ENCODED_AT_ONCE = 250  # images
 
@@ -83,8 +84,7 @@ class LatentTrainer(Trainer):
             # As it is saved, so that the pipeline that comes out has the texts that were trained on.
             self.text_encoder = make_text_encoder(self.tokenizer, args.seed).half().float()
         self.embeddings = encode(self.tokenizer, self.text_encoder, all_captions())
-        trained = read_record(args.autoencoder.parent)  # of a whole pipeline, where --autoencoder is its vae/
-        self.autoencoder = trained.get("autoencoder", trained) if trained else None
+        self.autoencoder = record_of_part(args.autoencoder, "vae")
         super().__init__(recipe, args)
 
     def _refuse_another_autoencoder(self, args: argparse.Namespace) -> None:
@@ -105,11 +105,13 @@ class LatentTrainer(Trainer):
         return {"encoder_hidden_states": self.embeddings[rows].to(self.device)}
 
     def _record(self) -> dict[str, Any]:
-        """Also how the autoencoder came to be, and the texts that stand for classes."""
+        """Also how the autoencoder came to be, the mirror images, and the texts that stand for classes."""
         autoencoder = {} if self.autoencoder is None else {"autoencoder": self.autoencoder}
-        return {**super()._record(), **autoencoder, "captions": captions(TEMPLATES[-1])}
+        own = {"flips": True, **autoencoder, "captions": captions(TEMPLATES[-1])}
+        return {**super()._record(), **own}
 
-    def _save_model(self) -> None:
+    def _save_constant_parts(self) -> None:
+        """The whole pipeline, of which the U-Net alone changes."""
         parts = {"vae": self.vae, "text_encoder": self.text_encoder, "unet": self._averaged()}
         pipe = StableDiffusionPipeline(
             **{name: part.half() for name, part in parts.items()},
@@ -122,6 +124,11 @@ class LatentTrainer(Trainer):
             requires_safety_checker=False,
         )
         pipe.save_pretrained(self.out)
+        for name in parts:
+            share(self.out / name)
+
+    def _save_model(self) -> None:
+        self._averaged().half().save_pretrained(self.out / self.recipe.folder)
 
 
 def load_text_encoder(folder: Path) -> CLIPTextModel:
@@ -135,22 +142,22 @@ def load_latents(path: Path, autoencoder: Path, cache: Path, precision: str) -> 
 
     Args:
         path: of the images, for CIFAR10.load.
-        cache: where they are kept, with the checksum of the autoencoder.
+        cache: where they are kept, with a checksum of all that they follow from.
         precision: of the encoder's products, as --precision.
     """
     images, labels = CIFAR10.load(path)
     weights = (autoencoder / "diffusion_pytorch_model.safetensors").read_bytes()
-    key = hashlib.sha256(weights + images.numpy().tobytes()).hexdigest()
+    vae = AutoencoderKL.from_pretrained(autoencoder)
+    settings = repr((precision, vae.config.scaling_factor)).encode()
+    key = hashlib.sha256(weights + images.numpy().tobytes() + settings).hexdigest()
     if cache.exists():
         with safe_open(cache, "pt") as stored:
             if (stored.metadata() or {}).get("key") == key:
                 return stored.get_tensor("latents").float(), labels.repeat(2)
-    vae = AutoencoderKL.from_pretrained(autoencoder)
     latents = encode_images(vae, torch.cat([images, images.flip(3)]), precision)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_suffix(".tmp")
-    save_file({"latents": latents}, temporary, metadata={"key": key})
-    os.replace(temporary, cache)
+    with replacing(cache) as temporary:
+        save_file({"latents": latents}, temporary, metadata={"key": key})
     return latents.float(), labels.repeat(2)
 
 
@@ -174,7 +181,12 @@ def encode_images(vae: AutoencoderKL, images: Tensor, precision: str) -> Tensor:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argument_parser(__doc__, CIFAR10)
     parser.add_argument("--autoencoder", type=Path, required=True, help="vae/ of train_autoencoder.py")
-    parser.add_argument("--min-snr", type=float, metavar="GAMMA", help="gamma of min-SNR weights, such as 5")
+    parser.add_argument(
+        "--min-snr",
+        type=float,
+        metavar="GAMMA",
+        help="gamma of min-SNR weights, such as 5; a continued training keeps its own",
+    )
     args = parse(parser, __file__, words)
     if args.min_snr is not None and not args.min_snr > 0:
         parser.error(f"--min-snr must be greater than 0, got {args.min_snr:g}")

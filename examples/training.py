@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_data import FASHION_MNIST, ImageData
+from training_files import RECORD_FILE, load_weights, read_record, record_of_part, replace_text
 from winograd import use_winograd
+
+from adpdm.files import share
 
 GRADIENT_CLIP = 1.0
 NUM_TRAIN_TIMESTEPS = 1000
 CURVE_STEPS = 50  # steps whose mean loss makes a row of loss.csv and a line of progress
-CURVE_FILE, RECORD_FILE = "loss.csv", "training.json"
+CURVE_FILE = "loss.csv"
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,13 @@ class Trainer:
         self.denoiser = recipe.make()
         self.before = None  # the record of the training that --init comes from
         if args.init is not None:
-            self.denoiser = type(self.denoiser).from_pretrained(args.init)
-            self.before = read_record(args.init.parent)
+            self.before = record_of_part(args.init, recipe.folder)
+            if not self.state_path.exists():
+                load_weights(self.denoiser, args.init)
         self.denoiser = self.denoiser.float().train().to(self.device, memory_format=torch.channels_last)
         self.ema = {name: value.detach().clone() for name, value in self.denoiser.state_dict().items()}
-        self.fused = self.device.type == "cpu"  # a GPU has torch's default, several tensors at once
+        # None is torch's default, on a GPU several tensors at once; False would be one at a time.
+        self.fused = True if self.device.type == "cpu" else None
         self.optimizer = torch.optim.AdamW(
             self.denoiser.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=self.fused
         )
@@ -145,25 +150,43 @@ class Trainer:
         self.denoiser.load_state_dict(state["denoiser"])
         self.ema = {name: value.to(self.device) for name, value in state["ema"].items()}
         for group in state["optimizer"]["param_groups"]:
-            group["fused"] = self.fused  # of here, not of where the state was written
+            group["fused"], group["foreach"] = self.fused, None  # of here, not of where it was written
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.step, self.seen = state["step"], state["seen"]
         record = read_record(self.out)
         if record is not None:
-            self.before = record.get("before")
-            # Records of before 2026-11-29 do not say it: there was one.
-            self.precision = precision or record.get("precision", "bfloat16")
+            self._keep_settings(record, precision)
         if "curve" in state:  # states of before 2026-11-28 have none: their curve begins where they go on
             self.curve.load(state["curve"])
         print(f"continuing at {self.seen} images (step {self.step})", flush=True)
+
+    def _keep_settings(self, record: dict[str, Any], precision: str | None) -> None:
+        """Go on as the training began, which its record tells."""
+        self.before, self.seed = record.get("before"), record["seed"]
+        # Records of before 2026-11-29 say neither: there was one precision, and there were no weights.
+        self.precision = precision or record.get("precision", "bfloat16")
+        gamma, given = record.get("min_snr"), self.recipe.min_snr
+        if given is not None and given != gamma:
+            began = "without --min-snr" if gamma is None else f"with --min-snr {gamma:g}"
+            raise SystemExit(
+                f"{self.out} was trained {began}, got --min-snr {given:g}; "
+                "continue without the option, or choose another --out"
+            )
+        self.recipe = replace(self.recipe, min_snr=gamma)
 
     def save(self) -> None:
         """Write the state, then the EMA model in float16, the curve and the record of the training.
 
         The state is written under a temporary name first; the rest follows from it.
+
+        Raises:
+            SystemExit: losses or weights are no numbers; what was saved before is left alone.
         """
+        self._check_finite()
         self.out.mkdir(parents=True, exist_ok=True)
+        if not self.state_path.exists():
+            self._save_constant_parts()
         state = {
             "denoiser": self.denoiser.state_dict(),
             "ema": self.ema,
@@ -177,8 +200,26 @@ class Trainer:
         torch.save(state, temporary)
         os.replace(temporary, self.state_path)
         self._save_model()
+        share(self.out / self.recipe.folder)
         replace_text(self.out / CURVE_FILE, self.curve.csv())
         replace_text(self.out / RECORD_FILE, json.dumps(self._record(), indent=2) + "\n")
+
+    def _check_finite(self) -> None:
+        loss = self.curve.total.item()
+        if not math.isfinite(loss):
+            raise self.diverged(f"the loss is {loss}")
+        weights = (*self.denoiser.state_dict().values(), *self.ema.values())
+        if not all(bool(value.isfinite().all()) for value in weights):
+            raise self.diverged("the weights are not finite")
+
+    def diverged(self, what: str) -> SystemExit:
+        """To be raised when a training has come to what is no number."""
+        is_there = self.state_path.exists()
+        kept = f"{self.state_path} is of the last save before" if is_there else "nothing was saved before"
+        return SystemExit(f"{what} at {self.seen} images; {kept}")
+
+    def _save_constant_parts(self) -> None:
+        """Write what training does not change; once, before there is a state that goes on with it."""
 
     def _save_model(self) -> None:
         self._averaged().half().save_pretrained(self.out / self.recipe.folder)
@@ -323,19 +364,6 @@ def fastest_attention(device: torch.device) -> contextlib.AbstractContextManager
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """What a training left in its folder about itself."""
-    path = folder / RECORD_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def command_line(script: str, words: Sequence[str]) -> str:
     """A command as a shell takes it, absolute paths shortened to their last part: a card tells no folders."""
     short = []
@@ -360,12 +388,14 @@ def argument_parser(description: str | None, data: ImageData) -> argparse.Argume
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for denoiser, scheduler/, state.pt and loss.csv"
     )
-    parser.add_argument("--init", type=Path, help="folder of a denoiser to start from")
+    parser.add_argument("--init", type=Path, help="folder of a model of the same shape to start from")
     parser.add_argument("--images", type=int, default=2_000_000, help="images to train on in total")
     parser.add_argument("--decay-images", type=int, default=400_000, help="images of linear decay at the end")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop and save after this time")
     parser.add_argument("--save-every", type=int, default=250, help="steps between state files")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of a new training; a continued one keeps its own"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--precision",
@@ -401,8 +431,8 @@ def parse(parser: argparse.ArgumentParser, script: str, words: Sequence[str] | N
 
 def train(recipe: Recipe, args: argparse.Namespace, trainer_type: type[Trainer] = Trainer) -> None:
     """Train until the images or the minutes are used up; an interrupted run continues from its last state."""
+    trainer = trainer_type(recipe, args)  # first, for what it refuses: reading the data may take minutes
     images, labels = recipe.data.load(args.data)
-    trainer = trainer_type(recipe, args)
     images = images.to(trainer.device)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     forward = torch.compile(trainer.denoiser) if args.compile else trainer.denoiser
@@ -422,9 +452,7 @@ def _report(trainer: Trainer, args: argparse.Namespace, images_per_second: float
     """Close a row of the curve and tell it, the speed and the time left."""
     loss = trainer.curve.close_row(trainer.seen)
     if not math.isfinite(loss):
-        raise SystemExit(
-            f"the loss is {loss} at {trainer.seen} images; {trainer.state_path} is of the last save before"
-        )
+        raise trainer.diverged(f"the loss is {loss}")
     print(
         f"images {trainer.seen}/{args.images} loss {loss:.4f} {images_per_second:.0f} images/s, "
         f"{(args.images - trainer.seen) / images_per_second / 60:.0f} min left",

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 
 from adpdm.nn import quant_layers
-from adpdm.testing import ONE_BLOCK, tiny_pipeline
+from adpdm.testing import ONE_BLOCK, tiny_pipeline, tiny_transformer
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "quantize_and_sample.py"
@@ -49,6 +49,30 @@ def test_quantize_and_sample_writes_a_pipeline_that_loads(
     layers = quant_layers(DDIMPipeline.from_pretrained(out, local_files_only=True).unet)
     assert layers
     assert all(layer.is_frozen for layer in layers.values())
+
+
+def test_quantize_and_sample_loads_the_pipeline_that_it_saved(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that samples by DDPM, which draws noise in every step."""
+    unet = DDIMPipeline.from_pretrained(model).unet
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    options = ["--quick", "--model", tmp_path / "ddpm", "--out", tmp_path / "w8a8", "--images", "4"]
+    run_here(options, monkeypatch)
+    assert "loaded again, it samples the same 4 images" in capsys.readouterr().out
+
+
+def test_quantize_and_sample_refuses_what_it_cannot_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before it quantizes: a transformer with classes."""
+    tiny_transformer().save_pretrained(tmp_path / "dit" / "transformer")
+    DDPMScheduler().save_pretrained(tmp_path / "dit" / "scheduler")
+    with pytest.raises(SystemExit, match="2"):
+        run_here(["--quick", "--model", tmp_path / "dit", "--out", tmp_path / "out"], monkeypatch)
+    wanted = "--model must be an unconditional pipeline, such as DDIMPipeline, got BarePipeline"
+    assert wanted in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_quantize_and_sample_keeps_an_existing_folder(
@@ -110,6 +134,25 @@ def test_training_resumes_to_the_same_bytes(
     file = f"{folder}/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
     assert kind.from_pretrained(tmp_path / "parts" / folder).config.sample_size == 32
+
+
+def test_init_keeps_what_the_script_set_for_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transformer drops no labels by itself; the trainer does, by its own generator."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    module, training = (importlib.import_module(name) for name in ("train_dit", "training"))
+    smaller = {"num_attention_heads": 1, "num_layers": 1}
+    monkeypatch.setattr(
+        module, "DiTTransformer2DModel", lambda **given: DiTTransformer2DModel(**{**given, **smaller})
+    )
+    saved = module.make_transformer()
+    saved.save_pretrained(tmp_path / "init")
+    words = ["--data", "x", "--out", str(tmp_path / "out"), "--init", str(tmp_path / "init"), "--seed", "1"]
+    args = training.parse(training.argument_parser("", module.FASHION_MNIST), "x.py", words)
+    recipe = module.Recipe(module.make_transformer, "transformer", learning_rate=1e-3)
+    model = training.Trainer(recipe, args).denoiser
+    blocks = model.transformer_blocks
+    assert [block.norm1.emb.class_embedder.dropout_prob for block in blocks] == [0.0]
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,44 @@ def test_interrupted_card_says_that_it_continues(
     assert not (unet_folder / "README.md").exists()
 
 
+def command(script: str, options: str, from_images: int = 0) -> dict[str, Any]:
+    return {"from_images": from_images, "command": f"python examples/{script}.py --data x {options}"}
+
+
+def test_commands_of_the_card_run_one_after_the_other(script: ModuleType, unet_folder: Path) -> None:
+    """Each training once, in a folder of its own, where the next one and the card look for what it left."""
+    first = {**RECORD, "commands": [command("train_autoencoder", "--out ae1")]}
+    second = {**first, "before": first, "images": 100}
+    second["commands"] = [command("train_autoencoder", "--init vae --out ae2")]
+    begun = {
+        **RECORD,
+        "autoencoder": second,
+        "commands": [command("train_latent", "--autoencoder v --out sd")],
+    }
+    went_on = [
+        command("train_latent", "--autoencoder=v --init=unet --out=sd"),
+        command("train_latent", "--autoencoder v --init unet --out sd --compile", from_images=320),
+    ]
+    record = {**RECORD, "before": begun, "autoencoder": second, "commands": went_on}
+    (unet_folder / "training.json").write_text(json.dumps(record))
+    card = run(script, unet_folder, "--images", "4")
+    data, latent = "--data cifar10.npz", "python examples/train_latent.py --data cifar10.npz"
+    assert card.split("```sh\n")[1].splitlines() == [
+        "python examples/fetch_cifar10.py --out cifar10.npz",
+        f"python examples/train_autoencoder.py {data} --out ae1",
+        f"python examples/train_autoencoder.py {data} --init ae1/vae --out ae2",
+        f"{latent} --autoencoder ae2/vae --out sd",
+        f"{latent} --autoencoder=ae2/vae --init=sd/unet --out=sd-2",
+        "# from 320 images on",
+        f"{latent} --autoencoder ae2/vae --init sd/unet --out sd-2 --compile",
+        "python examples/model_card.py sd-2 --steps 2 --batch 4 --seed 5 --images 4",
+        "```",
+    ]
+    words = " ".join(card.split())
+    assert "Its autoencoder has seen 6,500 images before" in words
+    assert "weights that had seen 6,400 images" in words
+
+
 def test_card_of_a_training_without_a_curve(script: ModuleType, unet_folder: Path) -> None:
     (unet_folder / "loss.csv").write_text("images,loss\n")
     card = run(script, unet_folder, "--images", "4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -51,3 +52,8 @@ def test_shipped_card_is_what_the_script_writes(
     wanted = re.sub(r"(?<=## Quality\n\n).*?(?=\n\n## Data)", "Not measured.", shipped, flags=re.S)
     assert script.render(card) == wanted
     assert command in shipped
+
+
+def test_record_of_latents_tells_that_mirror_images_were_among_them() -> None:
+    record = json.loads((ROOT / "models" / "sd-cifar10" / "training.json").read_text())
+    assert record["flips"] is True

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,6 +19,8 @@ import torch
 from diffusers import UNet2DModel
 from test_devices import Elsewhere, pretended
 from torch.utils._pytree import tree_map
+
+from adpdm.testing import tiny_transformer
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -221,11 +225,107 @@ def test_training_stops_when_the_loss_is_no_number(
 ) -> None:
     broken = replace(script.RECIPES["small"], learning_rate=float("inf"))
     monkeypatch.setitem(script.RECIPES, "small", broken)
-    with pytest.raises(
-        SystemExit, match="the loss is nan at 4 images; .*state.pt is of the last save before"
-    ):
+    with pytest.raises(SystemExit, match="the loss is nan at 4 images; nothing was saved before"):
         run(script, data, tmp_path, 4)
     assert not (tmp_path / "state.pt").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(
+    script: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of a training too short for a row of the curve, or between its rows."""
+    run(script, data, tmp_path / "good", 1)
+    state, before = (tmp_path / "good" / "state.pt").read_bytes(), files(tmp_path / "good")
+    broken = replace(script.RECIPES["small"], learning_rate=float("inf"))
+    monkeypatch.setitem(script.RECIPES, "small", broken)
+    with pytest.raises(SystemExit, match="the weights are not finite at 2 images; nothing was saved before"):
+        run(script, data, tmp_path / "new", 1)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(
+        SystemExit, match="the weights are not finite at 4 images; .*state.pt is of the last save before"
+    ):
+        run(script, data, tmp_path / "good", 2)
+    assert (tmp_path / "good" / "state.pt").read_bytes() == state
+    assert files(tmp_path / "good") == before
+
+
+def test_losses_that_are_no_numbers_are_not_saved(
+    script: ModuleType, training: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = training.LossCurve.add
+    monkeypatch.setattr(training.LossCurve, "add", lambda self, loss: add(self, loss * float("inf")))
+    with pytest.raises(SystemExit, match="the loss is inf at 2 images; nothing was saved before"):
+        run(script, data, tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """New files may be read by all."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_weights_may_be_read_by_whom_the_umask_says(script: ModuleType, data: Path, tmp_path: Path) -> None:
+    """safetensors keeps what it writes for its owner."""
+    for steps in (1, 2):
+        run(script, data, tmp_path, steps)
+        assert (tmp_path / WEIGHTS).stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (
+            partial(tiny_unet, layers=2),
+            "wanted a UNet2DModel with layers_per_block=1, .*init has layers_per_block=2",
+        ),
+        (partial(tiny_transformer), "wanted a UNet2DModel, .*init holds a DiTTransformer2DModel"),
+        (None, "wanted the folder of a UNet2DModel, .*init has no config.json"),
+    ],
+    ids=["shape", "class", "none"],
+)
+def test_init_of_another_shape_is_refused_before_data_is_read(
+    script: ModuleType, tmp_path: Path, saved: Any, message: str
+) -> None:
+    if saved is not None:
+        saved().save_pretrained(tmp_path / "init")
+    with pytest.raises(SystemExit, match=message):
+        run(script, tmp_path / "none.npz", tmp_path / "out", 1, "--init", str(tmp_path / "init"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_init_may_be_gone_when_its_training_continues(script: ModuleType, data: Path, tmp_path: Path) -> None:
+    """The weights are those of the state, not of the folder once more."""
+    outs = tmp_path / "whole", tmp_path / "parts"
+    for out, all_steps in zip(outs, ((2,), (1, 2)), strict=True):
+        torch.manual_seed(7)
+        tiny_unet().save_pretrained(tmp_path / "init")
+        for steps in all_steps:
+            run(script, data, out, steps, "--init", str(tmp_path / "init"))
+            shutil.rmtree(tmp_path / "init", ignore_errors=True)
+    assert (outs[0] / WEIGHTS).read_bytes() == (outs[1] / WEIGHTS).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")
+def test_optimizer_of_a_gpu_is_as_torch_chooses(
+    script: ModuleType, training: ModuleType, data: Path, tmp_path: Path
+) -> None:
+    """New or resumed; with fused=False torch updates one tensor at a time."""
+    run(script, data, tmp_path / "resumed", 1)
+    chosen = {}
+    for out in ("new", "resumed"):
+        for device in ("cpu", "meta"):
+            words = ["--data", str(data), "--out", str(tmp_path / out)]
+            args = training.parse(training.argument_parser("", script.CIFAR10), "x.py", words)
+            args.device = device
+            optimizer = training.Trainer(script.RECIPES["small"], args).optimizer
+            chosen[out, device] = [(group["fused"], group["foreach"]) for group in optimizer.param_groups]
+    for out in ("new", "resumed"):
+        assert chosen[out, "cpu"] == [(True, None)]
+        assert chosen[out, "meta"] == [(None, None)]
 
 
 def test_options_are_checked_before_anything_is_read(

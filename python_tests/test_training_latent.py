@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_autoencoder_is_not_compiled(data: Path, tmp_path: Path, capsys: pytest.
 def test_latents_are_those_of_images_and_their_mirror_images(
     data: Path, autoencoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Kept in a file, and made again for another autoencoder."""
+    """Kept in a file, and made again for another precision, scale or autoencoder."""
     cache = tmp_path / "out" / "latents.safetensors"
     latents, labels = train_latent.load_latents(data, autoencoder, cache, "bfloat16")
     images, wanted = train_latent.CIFAR10.load(data)
@@ -178,6 +179,12 @@ def test_latents_are_those_of_images_and_their_mirror_images(
     before = cache.stat().st_mtime_ns
     assert torch.equal(train_latent.load_latents(data, autoencoder, cache, "bfloat16")[0], latents)
     assert cache.stat().st_mtime_ns == before
+    closer = train_latent.load_latents(data, autoencoder, cache, "float32")[0]
+    assert (closer - exact).abs().max() < 0.1 * (latents - exact).abs().max()
+    vae.register_to_config(scaling_factor=4.0)  # the weights stay
+    vae.save_pretrained(autoencoder)
+    doubled = train_latent.load_latents(data, autoencoder, cache, "float32")[0]
+    assert (doubled - 2 * closer).abs().max() <= 2**-23  # float16 near 0 has steps of 2**-24
     vae.encoder.conv_in.bias.data += 1
     vae.save_pretrained(autoencoder)
     assert not torch.equal(train_latent.load_latents(data, autoencoder, cache, "bfloat16")[0], latents)
@@ -191,7 +198,8 @@ def test_pipeline_resumes_to_the_same_bytes_and_samples_texts(
     for steps in (1, 4):
         parts = run(train_latent, data, tmp_path / "parts", steps, *options)
     assert weights(parts / "unet") == weights(whole / "unet")
-    assert '"data": "CIFAR-10"' in (whole / "training.json").read_text()
+    record = json.loads((whole / "training.json").read_text())
+    assert (record["data"], record["flips"]) == ("CIFAR-10", True)  # by the mirror images among the latents
     assert not any(str(tmp_path.parent) in file.read_text() for file in whole.rglob("*.json"))
     pipe = adpdm.load_pipeline(whole)
     pipe.set_progress_bar_config(disable=True)
@@ -232,6 +240,83 @@ def test_training_goes_on_from_a_shipped_pipeline(trained: Path, data: Path, tmp
     assert f"It went on from weights that had seen {before['images']:,} images" in words
     assert "min-SNR weights of gamma 5" in words
     assert words.count("python examples/train_latent.py") == 3
+
+
+def test_first_save_that_is_interrupted_goes_on(
+    data: Path, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as there is a state, there is what resuming reads beside it; that is written once."""
+
+    def interrupt(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    options = ("--autoencoder", autoencoder)
+    whole = run(train_latent, data, tmp_path / "whole", 2, *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_latent.LatentTrainer, "_save_model", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(train_latent, data, tmp_path / "parts", 1, *options)
+    parts = tmp_path / "parts"
+    assert (parts / "state.pt").exists()
+    constant = [file for name in ("vae", "text_encoder", "tokenizer") for file in (parts / name).iterdir()]
+    times = [file.stat().st_mtime_ns for file in constant]
+    run(train_latent, data, parts, 2, *options)
+    assert weights(parts / "unet") == weights(whole / "unet")
+    assert {file.name for file in parts.iterdir()} == {file.name for file in whole.iterdir()}
+    assert [file.stat().st_mtime_ns for file in constant] == times
+
+
+def test_resumed_training_keeps_seed_and_gamma(data: Path, autoencoder: Path, tmp_path: Path) -> None:
+    """As its record tells them; one of before there was a gamma had none."""
+    options = ("--autoencoder", autoencoder, "--precision", "float32")
+    whole = run(train_latent, data, tmp_path / "whole", 2, *options, "--min-snr", "0.01", "--seed", "3")
+    parts = run(train_latent, data, tmp_path / "parts", 1, *options, "--min-snr", "0.01", "--seed", "3")
+    with pytest.raises(
+        SystemExit, match="parts was trained with --min-snr 0.01, got --min-snr 0.02; continue"
+    ):
+        run(train_latent, data, parts, 2, *options, "--min-snr", "0.02")
+    run(train_latent, data, parts, 2, *options)
+    assert weights(parts / "unet") == weights(whole / "unet")
+    record = json.loads((parts / "training.json").read_text())
+    assert (record["seed"], record["min_snr"]) == (3, 0.01)
+    run(train_latent, data, parts, 2, *options, "--min-snr", "0.01")
+    del record["min_snr"], record["precision"]
+    (parts / "training.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="parts was trained without --min-snr, got --min-snr 0.01; continue"):
+        run(train_latent, data, parts, 3, *options, "--min-snr", "0.01")
+    run(train_latent, data, parts, 3, *options)
+    assert json.loads((parts / "training.json").read_text())["min_snr"] is None
+
+
+def test_autoencoder_goes_on_from_that_of_a_pipeline(trained: Path, data: Path, tmp_path: Path) -> None:
+    """Whose scaling factor is its own; its record is not the denoiser's."""
+    out = run(train_autoencoder, data, tmp_path / "out", 1, "--init", trained / "vae")
+    records = [json.loads((folder / "training.json").read_text()) for folder in (out, trained)]
+    assert records[0]["before"] == records[1]["autoencoder"]
+
+
+def test_autoencoder_keeps_no_images_but_its_probe(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_autoencoder, "PROBE_IMAGES", 4)
+    words = ["--data", str(data), "--out", str(tmp_path / "out")]
+    args = training.parse(training.argument_parser("", train_autoencoder.CIFAR10), "x.py", words)
+    recipe = training.Recipe(tiny_autoencoder, "vae", 1e-3, data=train_autoencoder.CIFAR10)
+    probe = train_autoencoder.AutoencoderTrainer(recipe, args).probe
+    assert probe.untyped_storage().nbytes() == probe.nbytes == 4 * 3 * 32 * 32
+
+
+def test_what_safetensors_writes_may_be_read_by_whom_the_umask_says(
+    data: Path, autoencoder: Path, tmp_path: Path
+) -> None:
+    before = os.umask(0o022)
+    try:
+        out = run(train_latent, data, tmp_path / "out", 1, "--autoencoder", autoencoder)
+    finally:
+        os.umask(before)
+    written = sorted(out.rglob("*.safetensors"))
+    assert [file.parent.name for file in written] == ["out", "text_encoder", "unet", "vae"]
+    assert [file.stat().st_mode & 0o777 for file in written] == [0o644] * 4
 
 
 def test_gamma_that_is_no_weight_is_refused(
@@ -283,11 +368,13 @@ def test_texts_and_latents_stay_those_of_the_beginning(data: Path, autoencoder: 
     texts = (out / "text_encoder" / "model.safetensors").read_bytes()
     run(train_latent, data, out, 2, "--autoencoder", autoencoder, "--seed", "7")
     assert (out / "text_encoder" / "model.safetensors").read_bytes() == texts
+    latents = (out / "latents.safetensors").read_bytes()
     torch.manual_seed(5)
     other = tmp_path / "other"
     tiny_autoencoder().save_pretrained(other)
     with pytest.raises(SystemExit, match="was trained in the latents of another autoencoder than"):
         run(train_latent, data, out, 3, "--autoencoder", other)
+    assert (out / "latents.safetensors").read_bytes() == latents  # no image was encoded by the other one
 
 
 def test_images_are_conditioned_on_captions_of_their_class(
