@@ -210,7 +210,7 @@ def write_json(path: Path, result: dict[str, Any], cases: list[Case], is_partial
 def write_whole(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file at once or not at all; a reader never sees half a file.
 
-    Not by `adpdm.files`: gpu_peaks.py runs on a lent card while the extension that adpdm needs is compiled.
+    Not by `adpdm.files`: gpu_peaks.py runs while the extension that adpdm needs is still being compiled.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
