@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 TILE, POINTS = 4, 6  # results, and values that stand for them, along one axis
-MIN_CHANNELS = 64  # with fewer there is little to win: changing forms costs as much, and there are few products
+MIN_CHANNELS = 64  # with fewer there is little to win: few products, and changing forms costs as much
 
 # d [6] -> BT d, g [3] -> G g, and AT of their product is the correlation [4] of both.
 BT = (
