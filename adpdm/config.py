@@ -31,7 +31,9 @@ class SearchConfig:
         batch_size: images per optimizer step.
         learning_rate: of the factors on the ends of the ranges; above 3e-3 they wander more than they learn.
         logits_learning_rate: of the group logits, which must travel further than a scale does.
-        entropy_weight: lambda of J = J_d + lambda * J_e, J_d relative to the energy of the target.
+        entropy_weight: lambda of J = J_d + lambda * J_e: in an optimizer step each row of logits moves by
+            lambda times the gradient of its entropy, and an element that the batch shows by about 1, both
+            times `logits_learning_rate`.
         initial_logit: how far the logits start towards the dynamic-programming group.
         replay: share of optimizer steps on steps of the cached trajectories, so that every
             row of the logits is trained, not only the selected ones.
@@ -45,9 +47,9 @@ class SearchConfig:
     refit_steps: int = 40
     batch_size: int = 8
     learning_rate: float = 1e-3
-    logits_learning_rate: float = 2e-2
-    entropy_weight: float = 0.1
-    initial_logit: float = 1.5
+    logits_learning_rate: float = 0.2
+    entropy_weight: float = 5.0
+    initial_logit: float = 1.0
     replay: float = 0.75
     objective: Objective = "teacher"
     keep_if_worse: bool = False

@@ -24,8 +24,8 @@ FINAL_LEARNING_RATE = 0.1  # of the start, reached linearly
 class RowAdam(torch.optim.Optimizer):
     """Adam (Kingma and Ba 2015) that leaves an element alone in steps in which it has no gradient.
 
-    A batch shows one sampling step, so once hardened most groups have no gradient in it. Plain Adam would go
-    on moving them by momentum, ten learning rates for a single noisy visit.
+    A batch shows one sampling step, so most rows of logits have no gradient in it and, once hardened, most
+    groups. Plain Adam would go on moving them by momentum, ten learning rates for a single noisy visit.
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.99)) -> None:
@@ -83,7 +83,7 @@ class SearchOutcome:
     start_loss: float  # of the partition that the search started from
     soft_loss: float  # relative squared error of the mixture on held-out batches
     hard_loss: float  # the same after hardening and re-fitting
-    start_error: float  # mean squared error of held-out final samples, of the partition that was started from
+    start_error: float  # squared error of held-out final samples, of the partition that was started from
     hard_error: float  # the same after hardening and re-fitting
     max_importance: float  # mean over layers and steps of max pi before hardening
     is_kept: bool  # False where it ended worse by either than it started, and the start was put back
@@ -194,11 +194,23 @@ class GroupSearch:
             group["lr"] = rate * (1 - (1 - FINAL_LEARNING_RATE) * min(fraction, 1.0))
         loss = self._take_gradients(batch)
         if self.quantizers[0].mode is Mode.MIXTURE:
-            ramp = self.settings.entropy_weight * min(fraction, 1.0)
-            (ramp * self.entropy().mean()).backward()
+            self._decide(self.settings.entropy_weight * min(fraction, 1.0))
         self.optimizer.step()
         self.steps_done += 1
         return loss
+
+    def _decide(self, weight: float) -> None:
+        """Take every row of logits one step down the gradient of its own entropy.
+
+        Beside Adam, as decoupled weight decay is (Loshchilov and Hutter 2019): Adam divides out the size of a
+        gradient, so inside it rows that no batch has shown would harden at full rate whatever the weight is.
+        """
+        logits = [importance.logits for importance in self.importances]
+        total = torch.stack([i.normalized_entropy().sum() for i in self.importances]).sum()
+        rate = self.optimizer.param_groups[-1]["lr"] * weight
+        with torch.no_grad():
+            for rows, gradient in zip(logits, torch.autograd.grad(total, logits), strict=True):
+                rows.sub_(rate * gradient)
 
     def _take_gradients(self, batch: Batch) -> float:
         """Give parameters the gradients of a batch's relative loss, whose parts processes share; the loss."""

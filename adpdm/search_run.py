@@ -22,6 +22,7 @@ from .timesteps import TimestepSelector, mmd_trace
 from .trajectory import Trajectory, pick, run_in_units
 
 HOLDOUT_BATCHES = 16  # batches, spread over the steps, on which hardening is judged
+REPLAYED, SELECTED, HELD_OUT = range(3)  # batches, each kind with noise of its own
 
 
 class SearchRun:
@@ -39,7 +40,7 @@ class SearchRun:
         self.sampler = replay.sampler
         # Drawing by the root of the weight and weighing by the other root keeps the expectation and evens out
         # the gradients, which would otherwise come from a few steps.
-        self.draw_weights = replay.call_weights.sqrt() / replay.call_weights.sqrt().mean()  # [M] f64
+        self.roots = replay.call_weights.sqrt()  # [M] f64
         self.selector = TimestepSelector(config, config.num_rounds, len(self.sampler.timesteps))
         self.pool: list[Batch] = []  # selected images, of every round
         self.losses: list[float] = []  # of every optimizer step
@@ -90,8 +91,9 @@ class SearchRun:
         generator = torch.Generator().manual_seed(self.config.seed * 7_368_787 + index)
         size = self.config.search.batch_size
         if float(torch.rand(1, generator=generator, device="cpu")) < self.config.search.replay:
-            call = int(torch.multinomial(self.draw_weights, 1, generator=generator))
-            return self._batch(cached, call, _numbers(cached.samples.shape[1], size, generator), index)
+            call = int(torch.multinomial(self.roots, 1, generator=generator))
+            images = _numbers(cached.samples.shape[1], size, generator)
+            return self._batch(cached, call, images, (REPLAYED, index))
         chosen = self.pool[int(_numbers(len(self.pool), 1, generator))]
         images = _numbers(chosen.sample.shape[0], size, generator)
         conditioning = pick(chosen.conditioning, images)
@@ -99,19 +101,26 @@ class SearchRun:
             chosen, sample=chosen.sample[images], target=chosen.target[images], conditioning=conditioning
         )
 
-    def _batch(self, trajectory: Trajectory, call: int, images: Tensor, draw: int) -> Batch:
-        """Images of a trajectory at one call, with the target of the objective."""
+    def _batch(self, trajectory: Trajectory, call: int, images: Tensor, noise: tuple[int, int]) -> Batch:
+        """Images of a trajectory at one call, with the target of the objective.
+
+        Args:
+            noise: kind and number of the batch, for noise that is its own.
+        """
         timestep = self.sampler.calls[call]
         sample, target = trajectory.samples[call, images], trajectory.noise_preds[call, images]
         if self.config.search.objective == "noise":
             final = trajectory.final[images]
-            generator = torch.Generator().manual_seed(self.config.seed * 15_485_863 + draw)
+            kind, number = noise
+            generator = torch.Generator().manual_seed(self.config.seed * 15_485_863 + 3 * number + kind)
             target = torch.randn(final.shape, generator=generator, device="cpu").to(final.device)
             # A copy: schedulers over sigmas remember the first timestep that they scale for.
             scheduler = copy.deepcopy(self.sampler.scheduler)
             sample = scheduler.add_noise(final, target, timestep.expand(len(images)))
             sample = model_input(scheduler, sample, timestep)
-        weight, conditioning = float(self.draw_weights[call]), pick(trajectory.conditioning, images)
+        # p_k w_k = omega_k / M for calls that are drawn by their roots.
+        weight = float(self.roots[call] * self.roots.mean())
+        conditioning = pick(trajectory.conditioning, images)
         return Batch(timestep, in_channels_last(sample), target, weight, conditioning)
 
     # ---- images ----
@@ -132,7 +141,8 @@ class SearchRun:
         self.search.set_mode(Mode.FLOAT)
         made = self._sample(first, count, stop)
         self.search.set_mode(Mode.MIXTURE)
-        return self._batch(made, call, torch.arange(made.samples.shape[1], device="cpu"), round_index)
+        all_images = torch.arange(made.samples.shape[1], device="cpu")
+        return self._batch(made, call, all_images, (SELECTED, round_index))
 
     def _call_at(self, step_index: int, round_index: int) -> int:
         """The call that shows a step in a round: where a scheduler comes back to a timestep, each in turn."""
@@ -148,16 +158,21 @@ class SearchRun:
         weights, last = self.replay.call_weights, len(self.sampler.calls) - 1
         calls = torch.linspace(0, last, HOLDOUT_BATCHES, device="cpu").round().long().tolist()
         images = torch.arange(self.config.search.batch_size, device="cpu")
-        return [replace(self._batch(self.exact, k, images, k), weight=float(weights[k])) for k in calls]
+        batches = [self._batch(self.exact, k, images, (HELD_OUT, k)) for k in calls]
+        return [replace(b, weight=float(weights[k])) for b, k in zip(batches, calls, strict=True)]
 
     # ---- judging ----
 
     def _sample_error(self) -> float:
-        """Mean squared error of the held-out final samples, as layers quantize now, corrected as in use."""
+        """Squared error of the held-out final samples, as layers quantize now, corrected as in use.
+
+        The geometric mean over images, which is their mean PSNR: in the arithmetic one the worst decides.
+        """
         correct, replay = self.config.correct_prediction, self.replay
         with corrected(self.sampler, replay.trajectory, replay.processes) if correct else nullcontext():
             made = self._sample_held_out()
-        return float((made.final - self.exact.final).double().square().mean())
+        errors = (made.final - self.exact.final).double().square().flatten(1).mean(1)
+        return float(errors.clamp_min(1e-30).log().mean().exp())
 
     def _harden(self) -> SearchOutcome:
         """Fix the groups, re-fit their ranges on their own steps, and put the start back if that is better.
@@ -170,8 +185,8 @@ class SearchRun:
         for index in range(settings.num_steps, settings.num_steps + settings.refit_steps):
             self._train(index)
         search.finish()
-        hard = search.mean_loss(self.held_out)
         correct_bias(self.replay, self.config)
+        hard = search.mean_loss(self.held_out)
         errors = (self.start_error, self._sample_error())
         found = SearchOutcome(search.start_loss, soft, hard, *errors, peak, is_kept=True, moved=moved)
         if found.is_better or settings.keep_if_worse:

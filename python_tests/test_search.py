@@ -223,6 +223,39 @@ def test_entropy_weight_is_ramped_up_from_zero() -> None:
     assert not torch.equal(after_first[0], logits(search)[0][0])
 
 
+@pytest.mark.parametrize("weight", [0.1, 10.0])
+def test_entropy_moves_rows_that_no_batch_shows_by_its_weight(weight: float) -> None:
+    # Within Adam, which divides out the size of a gradient, every weight hardens them alike.
+    network = Network()
+    search = make_search(network, entropy_weight=weight)
+    search.steps_done = 20  # half of the ramp
+    rows = logits(search)[0].double().requires_grad_()
+    log_pi = torch.log_softmax(rows, 1)
+    entropy = -(log_pi.exp() * log_pi).sum(1) / torch.tensor(float(GROUPS)).log()
+    (gradient,) = torch.autograd.grad(entropy.sum(), rows)
+    search.train_step(network.batch(1))
+    rate = search.settings.logits_learning_rate * (1 - 0.9 / 2)
+    wanted = rows.detach() - rate * weight / 2 * gradient
+    assert float(gradient.abs().min()) > 0.01
+    for step in (0, 2, 3):
+        torch.testing.assert_close(logits(search)[0][step].double(), wanted[step], rtol=0, atol=1e-5)
+
+
+def test_entropy_moves_rows_that_batches_show_as_the_others() -> None:
+    network, plain = Network(), Network()
+    search, without = make_search(network), make_search(plain, entropy_weight=0.0)
+    for either in (search, without):
+        either.steps_done = 20
+    search.train_step(network.batch(1))
+    without.train_step(plain.batch(1))
+    starts = logits(make_search(Network()))
+    for moved, of_batch, start in zip(logits(search), logits(without), starts, strict=True):
+        # Rows 0 and 1 start in one group, and only the second is shown: the entropy pulls both alike.
+        assert torch.equal(start[0], start[1])
+        torch.testing.assert_close((moved - of_batch)[1], (moved - start)[0], rtol=0, atol=1e-6)
+        assert bool((of_batch[1] != start[1]).all())
+
+
 def test_max_importance_is_the_mean_of_peaks() -> None:
     network = Network()
     search = make_search(network, initial_logit=1.0)
@@ -312,7 +345,7 @@ def test_start_loss_is_that_of_the_hard_partition() -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_put_back_leaves_the_start_bit_for_bit(shared: bool) -> None:
     network, plain = Network(), Network()
-    search = make_search(network, shared, learning_rate=3.0)
+    search = make_search(network, shared, learning_rate=10.0)
     for i in range(8):
         search.train_step(network.batch(i % STEPS, i))
     for importance in search.importances:

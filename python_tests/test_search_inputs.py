@@ -112,11 +112,13 @@ def test_batches_count_by_the_root_of_the_sensitivity_of_their_step(
         weights = torch.ones(STEPS, dtype=torch.float64)
     # Differences of float32 samples for a probe of 1 %: batches of another size may round otherwise.
     assert fed.trace.step_weights == pytest.approx(weights.tolist(), rel=1e-4)
-    roots = weights.sqrt() / weights.sqrt().mean()
+    roots = weights.sqrt()
+    drawn = roots / roots.sum()  # how often each step is, see the next test
     timesteps = sampler.timesteps.tolist()
     for batch in fed.trained:
         step = timesteps.index(float(batch.timestep))
-        assert batch.weight == pytest.approx(float(roots[step]), rel=1e-4)
+        # The loss of uniform draws weighed by the whole weight, in expectation.
+        assert batch.weight == pytest.approx(float(weights[step] / STEPS / drawn[step]), rel=1e-4)
     for batch in fed.held_out:  # spread evenly, so the whole weight is theirs
         step = timesteps.index(float(batch.timestep))
         assert batch.weight == pytest.approx(float(weights[step]), rel=1e-4)
@@ -217,6 +219,27 @@ def test_batches_carry_the_conditions_of_their_own_images(
         assert float((prediction - batch.target).abs().max()) < 1e-4
 
 
+def test_noise_that_is_added_is_another_in_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_of(batches: list[Batch]) -> set[float]:
+        return {float(batch.target[0, 0, 0, 0]) for batch in batches}
+
+    replayed, selected = (
+        Fed(
+            monkeypatch,
+            tiny_unet(**ONE_BLOCK),
+            config(search=SearchConfig(num_steps=8, batch_size=BATCH, objective="noise", replay=replay)),
+        )
+        for replay in (1.0, 0.0)
+    )
+    assert len(first_of(replayed.trained)) == len(replayed.trained)
+    held_out = first_of(replayed.held_out)
+    assert len(held_out) == STEPS  # 16 batches, at the same step the same
+    assert not held_out & first_of(replayed.trained)
+    noises = first_of(selected.trained)  # of few images, which are drawn again
+    assert 1 < len(noises) <= SELECTED_IMAGES
+    assert not noises & (first_of(replayed.trained) | held_out)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_added_noise_is_compared_with_noise_where_variances_are_predicted_too(
     monkeypatch: pytest.MonkeyPatch, channels: int
@@ -246,7 +269,7 @@ def test_added_noise_is_compared_with_noise_where_variances_are_predicted_too(
 
 @torch.no_grad()
 def error_of_held_out(denoiser: Any, is_corrected: bool) -> float:
-    """Mean squared error of the final held-out images of a quantized denoiser in fake mode."""
+    """Squared error of the final held-out images of a quantized denoiser in fake mode, as their mean PSNR."""
     scheduler, first = ddim_scheduler(), HISTOGRAM_IMAGES + SELECTED_IMAGES
     exact, quantized = float_sampler(), Sampler(denoiser, scheduler, (1, 8, 8), STEPS)
     step = denoiser.get_submodule("adpdm_step")
@@ -258,7 +281,9 @@ def error_of_held_out(denoiser: Any, is_corrected: bool) -> float:
     made = quantized.run(0, first, BATCH).final
     detach_correction(denoiser)
     step.set_correction(None)
-    return float((made - exact.run(0, first, BATCH).final).square().mean())
+    errors = (made - exact.run(0, first, BATCH).final).square().mean((1, 2, 3))
+    assert float(errors.max() / errors.min()) > 1.1  # else any mean would do
+    return float(errors.log().mean().exp())
 
 
 @pytest.mark.parametrize("is_corrected", [True, False])
