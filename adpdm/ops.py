@@ -110,6 +110,11 @@ def fake_quantize_mixture(
     )
 
 
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Rotate channels [*, C] to float32, differentiable; see `reference_hadamard.hadamard`."""
+    return _ops.hadamard.default(x, block)  # type: ignore[no-any-return]
+
+
 def observe(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> None:
     """Add x to one step's histogram and extrema in place; see `reference.observe`."""
     _ops.observe(x, counts, extrema, step_index)
@@ -174,7 +179,7 @@ def igemm_arguments(
         e.row_scale,
         e.row_bias,
         e.residual,
-        [] if q is None else [q.scale, q.zero_point, q.group_index],
+        [] if q is None else list(q.qparams),
         outputs,
         weight_bits,
         int(e.activation),
@@ -200,9 +205,8 @@ def group_norm_quantize(
 ) -> Tensor:
     """Normalise one or two concatenated inputs, int8 codes [N, C, H, W] channels_last; see `reference`."""
     q = quantizer
-    qparams = (q.scale, q.zero_point, q.group_index)
     return _ops.group_norm_quantize.default(  # type: ignore[no-any-return]
-        inputs, weight, bias, modulation, *qparams, norm_groups, eps, int(activation), q.num_bits
+        inputs, weight, bias, modulation, *q.qparams, norm_groups, eps, int(activation), q.num_bits
     )
 
 
@@ -217,7 +221,7 @@ def group_norm_quantize_each(
 ) -> list[Tensor]:
     """Normalise two concatenated inputs, int8 codes of each under its own quantizer; see `reference`."""
     first, second = inputs
-    qparams = [x for q in quantizers for x in (q.scale, q.zero_point, q.group_index)]
+    qparams = [x for q in quantizers for x in q.qparams]
     bits = [q.num_bits for q in quantizers]
     return list(
         _ops.group_norm_quantize_each.default(
@@ -237,7 +241,7 @@ def layer_norm_quantize(
     """Normalise x [*, C] along its last dimension, int8 codes; see `reference.layer_norm_quantize`."""
     q = quantizer
     return _ops.layer_norm_quantize.default(  # type: ignore[no-any-return]
-        x, weight, bias, modulation, q.scale, q.zero_point, q.group_index, eps, q.num_bits
+        x, weight, bias, modulation, *q.qparams, eps, q.num_bits
     )
 
 
@@ -257,7 +261,7 @@ def attention_quantize(
     """
     q = quantizer
     return _ops.attention_quantize.default(  # type: ignore[no-any-return]
-        query, key, value, q.scale, q.zero_point, q.group_index, heads, q.num_bits, int8
+        query, key, value, *q.qparams, heads, q.num_bits, int8
     )
 
 
@@ -303,6 +307,18 @@ torch.library.register_autograd(
     "adpdm::fake_quantize", _fake_quantize_grad, setup_context=_save_fake_quantize
 )
 torch.library.register_autograd("adpdm::fake_quantize_mixture", _mixture_grad, setup_context=_save_mixture)
+
+
+def _save_block(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.block = inputs
+    ctx.dtype = x.dtype
+
+
+def _hadamard_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return hadamard(grad, ctx.block).to(ctx.dtype), None  # symmetric
+
+
+torch.library.register_autograd("adpdm::hadamard", _hadamard_grad, setup_context=_save_block)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -380,6 +396,11 @@ def _(codes: Tensor) -> Tensor:
 @torch.library.register_fake("adpdm::unpack_int4")
 def _(packed: Tensor, num_columns: int) -> Tensor:
     return packed.new_empty([*packed.shape[:-1], num_columns], dtype=torch.int8)
+
+
+@torch.library.register_fake("adpdm::hadamard")
+def _(x: Tensor, block: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("adpdm::fake_quantize")

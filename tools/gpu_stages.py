@@ -59,6 +59,7 @@ SANITIZED = (
     "CudaFakeQuantizeBackward.SumsAreAddedInTheOrderOfTheCpu",
     "CudaFakeQuantizeMixtureBackward.GradientsEqualTheCpusBitForBit",
     "CudaObserve.BlocksTakeSeveralShares",
+    "CudaHadamard.BitsOfAllShapesEqualTheCpus",
     "CudaPackWeight.GroupsFollowOneAnother",
 )
 
@@ -67,6 +68,7 @@ PYTHON_TESTS = (
     "python_tests/test_build.py",
     "python_tests/test_graph.py",
     "python_tests/test_ops_fake_quantize.py",
+    "python_tests/test_ops_hadamard.py",
     "python_tests/test_ops_observe.py",
     "python_tests/test_ops_on_cuda.py",
     "python_tests/test_ops_quantize.py",

@@ -29,6 +29,7 @@ struct CpuBackend {
   static constexpr auto fake_quantize_mixture = cpu::fake_quantize_mixture;
   static constexpr auto fake_quantize_mixture_backward = cpu::fake_quantize_mixture_backward;
   static constexpr auto observe = cpu::observe;
+  static constexpr auto hadamard = cpu::hadamard;
 
   explicit CpuBackend(const at::Tensor&) {}
 

@@ -56,6 +56,7 @@ class CudaBackend {
   static constexpr auto fake_quantize_mixture = cuda::fake_quantize_mixture;
   static constexpr auto fake_quantize_mixture_backward = bindings::fake_quantize_mixture_backward;
   static constexpr auto observe = cuda::observe;
+  static constexpr auto hadamard = cuda::hadamard;
 
   explicit CudaBackend(const at::Tensor& input)
       : guard_(input.device()), stream_(current_stream(input.device())) {}

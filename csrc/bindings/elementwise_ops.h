@@ -8,6 +8,7 @@
 
 #include "bindings/prepare.h"
 #include "core/fake_quantize.h"
+#include "core/hadamard.h"
 #include "core/observe.h"
 #include "core/quantize.h"
 
@@ -17,9 +18,9 @@ namespace elementwise {
 using at::Tensor;
 
 // A Backend is made once per call, from the input whose device and stream it selects while it lives. It has
-// the functions of core/quantize.h, core/fake_quantize.h and core/observe.h, with the arguments of the CPU's,
-// check_values(op, "group_index", "zero_point", qparams), which checks what only it can about values, and
-// run(function, arguments...).
+// the functions of core/quantize.h, core/hadamard.h, core/fake_quantize.h and core/observe.h, with the
+// arguments of the CPU's, check_values(op, "group_index", "zero_point", qparams), which checks what only it
+// can about values, and run(function, arguments...).
 
 template <typename Backend>
 Tensor quantize(const Tensor& x,            // [*] f32|bf16|f16
@@ -178,6 +179,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_mixture_backward(
 }
 
 template <typename Backend>
+Tensor hadamard(const Tensor& x,  // [*, C] f32|bf16|f16
+                int64_t block) {
+  TORCH_CHECK_VALUE(is_hadamard_block(block), "hadamard: block must be 4, 16 or 64, got ", block);
+  const Rows rows = rows_of_last_dim("hadamard", x);
+  TORCH_CHECK_VALUE(rows.view.columns % block == 0, "hadamard: x must have a multiple of block=", block,
+                    " channels, got ", rows.view.columns);
+  Tensor y = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+  Backend(x).run(Backend::hadamard, rows.view, block, y.mutable_data_ptr<float>());
+  return y;
+}
+
+template <typename Backend>
 void observe(const Tensor& x,             // [*] f32|bf16|f16
              const Tensor& counts,        // [T, 2049] i64, added to
              const Tensor& extrema,       // [T, 2] f32, widened
@@ -203,6 +216,7 @@ void register_elementwise(torch::Library& m) {
   m.impl("fake_quantize_backward", &elementwise::fake_quantize_backward<Backend>);
   m.impl("fake_quantize_mixture", &elementwise::fake_quantize_mixture<Backend>);
   m.impl("fake_quantize_mixture_backward", &elementwise::fake_quantize_mixture_backward<Backend>);
+  m.impl("hadamard", &elementwise::hadamard<Backend>);
   m.impl("observe", &elementwise::observe<Backend>);
 }
 

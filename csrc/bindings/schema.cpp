@@ -19,6 +19,9 @@ TORCH_LIBRARY(adpdm, m) {
   m.def("pack_int4(Tensor codes) -> Tensor");
   m.def("unpack_int4(Tensor packed, int num_columns) -> Tensor");
 
+  // x [*, C] as float32, `block` channels C / block apart times a Hadamard matrix; block: 4, 16 or 64.
+  m.def("hadamard(Tensor x, int block) -> Tensor");
+
   // Training: scale and zero_point are float32 [G], or [G, C] with channel_axis >= 0; -1 means per tensor.
   m.def(
       "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, Tensor group_index, int quant_min, int "

@@ -1,0 +1,3 @@
+// hadamard.inc for AVX2.
+#define ADPDM_ISA_NAMESPACE avx2
+#include "cpu/hadamard.inc"
