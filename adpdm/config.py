@@ -11,6 +11,7 @@ Selection = Literal["srm", "uniform", "normal", "random"]
 TimestepPolicy = Literal["nearest", "error"]
 RangeMethod = Literal["clip_weighted", "mse", "minmax"]
 Equalization = Literal["auto", "on", "off"]
+Hadamard = Literal["auto", "on", "off"]
 AttentionProducts = Literal["auto", "int8", "float"]
 Rounding = Literal["nearest", "gptq"]
 Objective = Literal["teacher", "noise"]
@@ -88,6 +89,9 @@ class QuantConfig:
         equalization: even out the channels of inputs by factors that fold into what is before (equalize.py):
             `auto` where inputs have fewer than 8 bits and no more than weights, `on`, or `off`. Layers that
             changed take no adapters.
+        hadamard: rotate the input channels of linear layers by Hadamard matrices, which spreads what stands
+            out in weights and inputs: `auto` with weights of up to 4 bits and inputs of more, `on`, or `off`.
+            It costs a pass over the inputs of these layers, and blocks around them fuse less.
         attention: what attention multiplies on a CPU, in blocks that run fused: codes of 8 bits (`int8`),
             floats (`float`), or what takes less time there (`auto`: int8 with AVX-512 VNNI or AVX-VNNI). Can
             be changed later by `adpdm.nn.fuse_blocks`.
@@ -122,6 +126,7 @@ class QuantConfig:
     range_method: RangeMethod = "clip_weighted"
     weight_rounding: Rounding = "gptq"
     equalization: Equalization = "auto"
+    hadamard: Hadamard = "off"
     attention: AttentionProducts = "auto"
     raised_layers: float = 0.05
     weigh_steps: bool = True
@@ -163,6 +168,7 @@ class QuantConfig:
         _one_of("range_method", self.range_method, get_args(RangeMethod))
         _one_of("weight_rounding", self.weight_rounding, get_args(Rounding))
         _one_of("equalization", self.equalization, get_args(Equalization))
+        _one_of("hadamard", self.hadamard, get_args(Hadamard))
         _one_of("attention", self.attention, get_args(AttentionProducts))
         _one_of("selection", self.selection, get_args(Selection))
         _one_of("timestep_policy", self.timestep_policy, get_args(TimestepPolicy))

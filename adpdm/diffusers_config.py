@@ -13,7 +13,8 @@ from torch import nn
 
 from .config import MAX_BITS, MIN_BITS, QuantConfig
 from .nn.loaded import runs_on_kernels
-from .nn.swap import EMBEDDING_PATTERNS, INPUT_OUTPUT_NAMES, LAYER_CLASSES, excluded
+from .nn.swap import EMBEDDING_PATTERNS, INPUT_OUTPUT_NAMES, LAYER_CLASSES, LayerInfo, excluded
+from .reference_hadamard import BLOCKS
 
 ActivationScales = Literal["dynamic", "static"]
 
@@ -24,6 +25,7 @@ CALIBRATED_KEYS = {"quant_config", "num_steps", "equalized", "corrects_predictio
 CHOICE_KEYS = {"weight_bits", "activation_bits", "activation_scales", "modules_to_not_convert"}
 COMMON_KEYS = {"quant_method", "format_version", "layers"}
 CALIBRATED_LAYER_KEYS = {"name", "weight_bits", "activation_bits", "split"}
+OPTIONAL_LAYER_KEYS = {"hadamard"}  # of calibrated layers
 LAYER_KEYS = {"name", "weight_bits", "activation_bits"}
 
 Row = dict[str, Any]  # one quantized layer: LAYER_KEYS or CALIBRATED_LAYER_KEYS
@@ -215,6 +217,31 @@ def _row(name: str, layer: nn.Conv2d | nn.Linear, config: AdpdmConfig) -> Row:
     }
 
 
+def calibrated_row(layer: LayerInfo) -> Row:
+    """The entry of a layer that was calibrated; of rotations only where there are such."""
+    assert layer.bits is not None
+    row = {"name": layer.name, "weight_bits": layer.bits[0], "activation_bits": layer.bits[1]}
+    rotation = {"hadamard": layer.hadamard} if layer.hadamard else {}
+    return {**row, "split": layer.split, **rotation}
+
+
+def check_rotation(row: Row, layer: nn.Conv2d | nn.Linear) -> None:
+    """Refuse an entry whose rotation its layer cannot have.
+
+    Raises:
+        ValueError: it is none of the blocks that divide the input channels of a linear layer.
+    """
+    if "hadamard" not in row:
+        return
+    block = row["hadamard"]
+    fits = type(block) is int and block in BLOCKS and isinstance(layer, nn.Linear)
+    if not fits or layer.in_features % block != 0:
+        raise ValueError(
+            f"adpdm checkpoint: hadamard of layer {row['name']!r} must be one of {BLOCKS} that divides the "
+            f"input channels of a linear layer, got {block!r} for a weight {tuple(layer.weight.shape)}"
+        )
+
+
 def _check_version(version: object, calibrated: bool, required: bool) -> None:
     """Refuse other formats by number; only what a user asks for, a config without layers, needs none."""
     wanted = CALIBRATED_FORMAT if calibrated else UNCALIBRATED_FORMAT
@@ -233,7 +260,8 @@ def _checked_layers(layers: Any, keys: set[str]) -> list[Row] | None:
         raise ValueError(f"quantization_config: layers must be a list, got {type(layers).__name__}")
     names: set[str] = set()
     for row in layers:
-        if not isinstance(row, dict) or set(row) != keys:
+        known = keys | OPTIONAL_LAYER_KEYS if keys == CALIBRATED_LAYER_KEYS else keys
+        if not isinstance(row, dict) or not keys <= set(row) <= known:
             got = sorted(row, key=str) if isinstance(row, dict) else repr(row)
             raise ValueError(f"adpdm checkpoint: a layer must have the keys {sorted(keys)}, got {got}")
         name = row["name"]

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from .config import MAX_BITS, MIN_BITS, QuantConfig
 from .correction import attach_correction, detach_correction
-from .diffusers_config import CALIBRATED_FORMAT, AdpdmConfig, Method, Row, choose_layers
+from .diffusers_config import (
+    CALIBRATED_FORMAT,
+    AdpdmConfig,
+    Method,
+    Row,
+    calibrated_row,
+    check_rotation,
+    choose_layers,
+)
 from .nn import (
     CodedLayer,
     LayerInfo,
@@ -329,6 +337,7 @@ def _stored_layer(model: nn.Module, row: Row) -> nn.Conv2d | nn.Linear:
         )
     if row.get("split") is not None:
         limits["split"] = (1, channels - 1)
+    check_rotation(row, layer)
     for key, (low, high) in limits.items():
         if type(row[key]) is not int or not low <= row[key] <= high:
             raise ValueError(
@@ -350,7 +359,15 @@ def build_frozen(model: nn.Module, config: AdpdmConfig) -> None:
     assert config.num_steps is not None
     num_steps, settings = config.num_steps, QuantConfig.from_dict(config.quant_config)
     infos = [
-        LayerInfo(r["name"], 0, x.weight.numel(), (r["weight_bits"], r["activation_bits"]), "", r["split"])
+        LayerInfo(
+            r["name"],
+            0,
+            x.weight.numel(),
+            (r["weight_bits"], r["activation_bits"]),
+            "",
+            r["split"],
+            r.get("hadamard", 0),
+        )
         for r, x in zip(rows, layers, strict=True)
     ]
 
@@ -373,11 +390,7 @@ def mark_quantized(
     mark_equalized(model, equalized)
     step = model.get_submodule("adpdm_step")
     assert isinstance(step, StepState)
-    rows = [
-        {"name": x.name, "weight_bits": x.bits[0], "activation_bits": x.bits[1], "split": x.split}
-        for x in layers
-        if x.bits is not None
-    ]
+    rows = [calibrated_row(x) for x in layers if x.bits is not None]
     attach_config(
         model,
         AdpdmConfig(

@@ -328,7 +328,8 @@ def _loaded_state(name: str, layer: LoadedLayer, shape: str, macs: float | None)
 
 def _shape_of(layer: nn.Conv2d | nn.Linear) -> str:
     if isinstance(layer, nn.Linear):
-        return f"linear {layer.in_features}->{layer.out_features}"
+        rotates = isinstance(layer, QuantLayer) and layer.hadamard > 0
+        return f"linear {layer.in_features}->{layer.out_features}{', channels rotated' if rotates else ''}"
     height, width = layer.kernel_size
     groups = "" if layer.groups == 1 else f", {layer.groups} groups"
     return f"conv {height}x{width} {layer.in_channels}->{layer.out_channels}{groups}"

@@ -11,6 +11,7 @@ from .config import (
     AttentionProducts,
     Equalization,
     Grouping,
+    Hadamard,
     QuantConfig,
     SearchConfig,
     Selection,
@@ -31,6 +32,8 @@ def add_quantize_options(sub: argparse.ArgumentParser) -> None:
     setting("--selection", "selection", choices=get_args(Selection))
     text = "of channels; layers that it changes take no LoRA"
     setting("--equalization", "equalization", text, choices=get_args(Equalization))
+    text = "rotations of the input channels of linear layers"
+    setting("--hadamard", "hadamard", text, choices=get_args(Hadamard))
     text = "what attention multiplies on a CPU"
     setting("--attention", "attention", text, choices=get_args(AttentionProducts))
     text = "weigh predictions against their samples where quantization drowns them"

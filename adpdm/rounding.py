@@ -226,9 +226,8 @@ def _input_rows(layer: QuantLayer, x: Tensor, generator: torch.Generator) -> Ten
         vectors = x.reshape(-1, x.shape[-1])
         rows = vectors[_drawn(len(vectors), generator, x.device)]
     layer.set_mode(Mode.FAKE)
-    parts = [q(part) for q, part in zip(layer.quantizers, layer.split_input(rows), strict=True)]
+    joined = layer.fake_input(rows).float()
     layer.set_mode(Mode.FLOAT)
-    joined = torch.cat(parts, layer.channel_dim).float()
     return joined if joined.dim() == 3 else joined[..., None]
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import ops
 from .denoisers import find_denoiser
 from .diffusers_config import AdpdmConfig
 from .diffusers_quantizer import attach_config, build_frozen, start_calibrated
@@ -188,7 +189,9 @@ def _quantized_state(
     for row in config.layers or []:
         name = row["name"]
         quantizer = WeightQuantizer(row["weight_bits"], row["split"])
-        codes, _ = quantizer.quantize(state[f"{name}.weight"], placed[f"{name}.weight_scale"])
+        weight, block = state[f"{name}.weight"], row.get("hadamard", 0)
+        weight = ops.hadamard(weight, block) if block else weight
+        codes, _ = quantizer.quantize(weight, placed[f"{name}.weight_scale"])
         result[f"{name}.weight"] = quantizer.store(codes)
     return result
 

@@ -127,6 +127,7 @@ def test_config_json_round_trip_keeps_every_setting() -> None:
         grouping="dp",
         range_method="minmax",
         weight_rounding="nearest",
+        hadamard="on",
         equalization="on",
         attention="int8",
         raised_layers=0.1,

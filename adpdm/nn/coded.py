@@ -51,6 +51,7 @@ class CodedLayer(nn.Module):
     bias: Tensor | None  # [O]
     weight_scale: Tensor  # [S, O] f32
     groups = 1  # of a convolution
+    hadamard = 0  # input channels that are rotated together, as those of the weight; 0 for none
     is_requantized = False  # whether the codes are of other values than those that the model was made of
 
     @classmethod
@@ -108,7 +109,7 @@ class CodedLayer(nn.Module):
         return self.integer(x)
 
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """Gradient of an input of `shape` from that of the result, through the dequantized weight."""
+        """Gradient of a rotated input of `shape` from that of the result, through the values of the codes."""
         raise AssertionError("a subclass says how it multiplies")
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
@@ -120,9 +121,20 @@ class CodedLayer(nn.Module):
         return self.weight_quantizer.restore(self.weight.data, self.weight_shape)
 
     def dequantized_weight(self) -> Tensor:
-        """Values [O, C, *] f32 of the codes, in channels_last where they are four-dimensional."""
+        """Values [O, C, *] f32 of the codes, in channels_last where they are four-dimensional.
+
+        Of a layer that rotates its channels they are rotated back, to multiply inputs as they come.
+        """
+        return self.rotated(self._values())
+
+    def _values(self) -> Tensor:
+        """Values [O, C, *] f32 of the codes, whose columns multiply what the kernels see."""
         values = self.weight_quantizer.dequantize(self.codes(), self.weight_scale)
         return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Inputs [*, C] or a weight, its channels rotated, in float32, or back; x where none are."""
+        return ops.hadamard(x, self.hadamard) if self.hadamard else x
 
     def prepare_frozen(self) -> None:
         """Take the shapes of a frozen layer, for loading a checkpoint into."""
@@ -140,7 +152,7 @@ class CodedLayer(nn.Module):
 
     def requantize(self, weight: Tensor) -> None:
         """Take over other weight values [O, C, *] f32, with the bits that the layer has."""
-        self.store(*self.quantize_values(weight))
+        self.store(*self.quantize_values(self.rotated(weight)))
         self.is_requantized = True
 
     def store(self, stored: Tensor, scale: Tensor) -> None:
@@ -235,7 +247,7 @@ class CodedConv2d(CodedLayer, nn.Conv2d):
         return output
 
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        weight = self.dequantized_weight().to(grad.dtype)
+        weight = self._values().to(grad.dtype)
         settings = (self.stride, self.padding, self.dilation, self.groups)
         return conv2d_input(shape, weight, grad, *settings)  # type: ignore[no-any-return]
 
@@ -257,7 +269,7 @@ class CodedLinear(CodedLayer, nn.Linear):  # type: ignore[misc]  # torch types t
         return nn.functional.linear(x, weight, bias)
 
     def input_gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        return grad @ self.dequantized_weight().to(grad.dtype)
+        return grad @ self._values().to(grad.dtype)
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
         return grad.reshape(-1, grad.shape[-1]).sum(0)
@@ -285,6 +297,7 @@ class _StraightThrough(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_input = ctx.layer.input_gradient(grad, ctx.shape)
             of_input = of_input if ctx.mask is None else of_input * ctx.mask
+            of_input = ctx.layer.rotated(of_input).to(grad.dtype)
         if ctx.needs_input_grad[1]:
             of_bias = ctx.layer.bias_gradient(grad).to(ctx.bias_dtype)
         return of_input, of_bias, None

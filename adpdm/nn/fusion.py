@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -15,7 +16,7 @@ from ..config import AttentionProducts
 from .adapters import BASE
 from .coded import BlockPlan
 from .layers import QuantLayer, QuantLinear
-from .packed import Packed
+from .packed import Packed, quantize
 from .tracing import Copied, derived, versions, were_edited
 
 
@@ -63,6 +64,7 @@ class FusedBlock:
 
     is_float = False  # reads no codes: a matter of speed, of which nothing is reported
     int8: bool | None = None  # whether its attention multiplies codes on a CPU; None for other blocks
+    readers: Sequence[QuantLayer] = ()  # of the result of its attention
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -92,9 +94,13 @@ class FusedBlock:
     # ---- attention ----
 
     def choose_attention(self, products: AttentionProducts) -> None:
-        """What attention multiplies; blocks without ignore it, those inside are told themselves."""
+        """What attention multiplies; blocks without ignore it, those inside are told themselves.
+
+        Where a reader rotates channels it is floats: the kernel that ends in codes rotates none.
+        """
         if self.int8 is not None:
-            self.int8 = ops.HAS_FAST_INT8_ATTENTION if products == "auto" else products == "int8"
+            wanted = ops.HAS_FAST_INT8_ATTENTION if products == "auto" else products == "int8"
+            self.int8 = wanted and not any(reader.hadamard for reader in self.readers)
 
     @property
     def attention(self) -> str:
@@ -256,6 +262,8 @@ class NormCodes:
         modulation: Tensor | None = None,  # [N, 2C] f32
     ) -> Tensor:
         """Codes [N, C, H, W] i8 of the normalised concatenation of the sources."""
+        if quantizer.hadamard:
+            return self._group_rotated(sources, quantizer, modulation)
         rows = (self.weight, self.bias, modulation)
         return ops.group_norm_quantize(sources, *rows, quantizer, self.norm_groups, self.eps, self.activation)
 
@@ -273,7 +281,23 @@ class NormCodes:
         modulation: Tensor | None = None,  # [images, 2C] f32
     ) -> Tensor:
         """Codes [*, C] i8 of normalised x [*, C] float."""
+        if quantizer.hadamard:
+            y = F.layer_norm(x.float(), x.shape[-1:], self.weight, self.bias, self.eps)
+            if modulation is not None:
+                scale, shift = modulation.view(len(modulation), *(1,) * (x.dim() - 2), -1).chunk(2, -1)
+                y = torch.addcmul(shift, y, 1 + scale)
+            return quantize(y, quantizer)
         return ops.layer_norm_quantize(x, self.weight, self.bias, modulation, quantizer, self.eps)
+
+    def _group_rotated(
+        self, sources: Sequence[Tensor], quantizer: ops.OutputQuantizer, modulation: Tensor | None
+    ) -> Tensor:
+        """`group` before a linear layer, in passes: what it reads is rotated over its channels."""
+        assert modulation is None, "of residual blocks, before convolutions"
+        assert self.activation is ops.Activation.NONE, "of residual blocks, before convolutions"
+        x = sources[0].float() if len(sources) == 1 else torch.cat([x.float() for x in sources], 1)
+        y = F.group_norm(x, self.norm_groups, self.weight, self.bias, self.eps)
+        return quantize(y.permute(0, 2, 3, 1), quantizer).permute(0, 3, 1, 2)
 
 
 class SplitNormCodes:

@@ -14,8 +14,8 @@ from ..ops import Activation
 from .embedding_blocks import Adaptive, rows_of_block
 from .fusion import FusedBlock, NormCodes, fuses, pack_of
 from .layers import QuantLinear
-from .packed import Packed
-from .transformer_parts import FeedForwardPart, FeedForwardPlan, Projections, attend
+from .packed import Packed, quantize
+from .transformer_parts import FeedForwardPart, FeedForwardPlan, Projections, attend, attended
 
 FLOAT16_BOUND = 65504.0  # Flux keeps what it passes on between these in float16
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [L, D] f32
@@ -210,6 +210,8 @@ class FusedJoint(_JointBlock):
             itself = _Attention(self, "attn2", *self.known_attention)
             self.attentions.append(itself)
             self.itself = self._stream(itself, norm, [f"to_{x}" for x in "qkv"], itself.output(), "norm_")
+        streams = [s for s in (self.image, self.text, self.itself) if s is not None]
+        self.readers = [s.out for s in streams if s.out is not None]
         self.int8 = ops.HAS_FAST_INT8_ATTENTION
 
     def _stream(
@@ -370,6 +372,7 @@ class FusedSingle(_FluxBlock):
         projections = [attention.layer(f"to_{x}") for x in "qkv"]
         norms = [attention.heads_norm(f"norm_{x}") for x in "qk"]
         self.stream = _Stream(norm, projections, out, norms)
+        self.readers = [out]
         self.int8 = ops.HAS_FAST_INT8_ATTENTION
 
     def make_plan(self) -> _SinglePlan:
@@ -392,12 +395,15 @@ class FusedSingle(_FluxBlock):
         assert query is not None
         query, key = (attention.rotate(y, rotation) for y in (query, key))
         assert stream.out is not None
+        codes, end = stream.norm.layer(x, inward.quantizers[0], part.modulation), stream.out.quantizers[0]
+        if end.hadamard:  # it rotates channels of both, which are one input
+            net = inward([codes], x.dtype, activation=Activation.GELU_TANH)
+            both = torch.cat([attended(query, key, value, attention.heads), net], 2)
+            return stream.add(x, [quantize(both, end)], part)
         readers = [(x.shape[1], stream.out)]
-        ((attended,),) = attend(query, key, value, readers, attention.heads, bool(self.int8))
-        codes = stream.norm.layer(x, inward.quantizers[0], part.modulation)
-        end = stream.out.quantizers[0]
+        ((first,),) = attend(query, key, value, readers, attention.heads, bool(self.int8))
         net = inward([codes], x.dtype, activation=Activation.GELU_TANH, quantizer=end)
-        return stream.add(x, [torch.cat([attended, net], 2)], part)
+        return stream.add(x, [torch.cat([first, net], 2)], part)
 
 
 def _bounded(x: Tensor) -> Tensor:

@@ -38,15 +38,21 @@ class QuantLayer(CodedLayer):
         slot: int,
         step: StepState,
         split: int | None,
+        hadamard: int = 0,
     ) -> Self:
-        """Take over a float layer; its parameters are shared, not copied.
+        """Take over a float layer; its parameters are shared, not copied, but for a weight that is rotated.
 
         Args:
             bits: of the weight, and of the activations.
             slot: of the first input quantizer; slots count up, one per segment.
             split: input channels of the first segment, None for a single segment.
+            hadamard: input channels of a linear layer that are rotated together, 0 for none.
         """
         twin = cls.taking_over(layer)
+        if hadamard:
+            twin.hadamard = hadamard
+            weight = twin.rotated(layer.weight.detach()).to(layer.weight.dtype)
+            twin.weight = nn.Parameter(weight, requires_grad=False)
         twin.set_up_weight(WeightQuantizer(bits[0], split), step.table.device)
         segments = 1 if split is None else 2
         twin.input_quantizers = nn.ModuleList(
@@ -117,13 +123,13 @@ class QuantLayer(CodedLayer):
         return packed(packed.quantize(self.split_input(x)), x.dtype)
 
     def gradient_mask(self, x: Tensor) -> Tensor:
-        """Within the ranges of the current step: beyond them an input changes nothing."""
-        parts = zip(self.split_input(x), self.quantizers, strict=True)
+        """Within the ranges of the current step: beyond them an input, rotated if so, changes nothing."""
+        parts = zip(self.split_input(self.rotated(x)), self.quantizers, strict=True)
         return torch.cat([q.reaches(part) for part, q in parts], self.channel_dim)
 
     def fake_input(self, x: Tensor) -> Tensor:
-        """Pass x through the activation quantizers in their current mode."""
-        quantizers = self.quantizers
+        """Pass x, in rotated channels if the layer has such, through the quantizers in their current mode."""
+        x, quantizers = self.rotated(x), self.quantizers
         if len(quantizers) == 1:
             return quantizers[0](x)  # type: ignore[no-any-return]
         parts = self.split_input(x)
@@ -154,8 +160,9 @@ class QuantLayer(CodedLayer):
         self.set_mode(Mode.FAKE)
         rounded = self.fake_input(x)
         self.set_mode(Mode.FLOAT)
-        by_weight = self.multiply(x, self._fake_weight - self.weight, None)
-        return by_weight, self.multiply(rounded - x, self.weight, None)
+        exact = self.rotated(x)
+        by_weight = self.multiply(exact, self._fake_weight - self.weight, None)
+        return by_weight, self.multiply(rounded - exact, self.weight, None)
 
     def set_bits(self, weight_bits: int, activation_bits: int) -> None:
         """Change the widths before ranges and codes are fixed."""

@@ -83,6 +83,8 @@ class Packed:
 def quantize(x: Tensor, quantizer: ops.OutputQuantizer, channels_last: bool = False) -> Tensor:
     """Codes i8 of x under the quantizer of the layer that reads them, channels_last for a convolution."""
     q = quantizer
+    if q.hadamard:
+        x = ops.hadamard(x, q.hadamard)
     return ops.quantize(x, q.scale, q.zero_point, q.group_index, q.num_bits, channels_last)
 
 
@@ -107,7 +109,7 @@ def pack(layers: Sequence[CodedLayer], order: Tensor | None = None) -> Packed:
         release_file_pages(layer.weight.data)
     outputs = first.outputs
     return Packed(
-        tuple(_reader(q) for q in first.quantizers),
+        tuple(_reader(q, first.hadamard) for q in first.quantizers),
         tuple(zip(weights, scales.contiguous(), sums, strict=True)),
         ops.Epilogue(bias),
         sum(layer.weight_shape[0] for layer in layers) if isinstance(outputs, int) else outputs,
@@ -115,8 +117,8 @@ def pack(layers: Sequence[CodedLayer], order: Tensor | None = None) -> Packed:
     )
 
 
-def _reader(q: Any) -> ops.OutputQuantizer:
-    return ops.OutputQuantizer(q.scale, q.zero_point, q.group_index, q.num_bits)
+def _reader(q: Any, hadamard: int) -> ops.OutputQuantizer:
+    return ops.OutputQuantizer(q.scale, q.zero_point, q.group_index, q.num_bits, hadamard)
 
 
 def _joined_bias(layers: Sequence[CodedLayer]) -> Tensor | None:
@@ -138,6 +140,7 @@ def agree(first: QuantLayer, second: QuantLayer) -> bool:
     a, b = first.quantizers[0], second.quantizers[0]
     return (
         first.bits == second.bits
+        and first.hadamard == second.hadamard
         and torch.equal(a.scale, b.scale)
         and torch.equal(a.zero_point, b.zero_point)
         and torch.equal(a.table, b.table)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import QuantConfig
+from ..quantizers.weight import INT4_BITS
+from ..reference_hadamard import hadamard_block
 from ..step import StepState
 from .hooks import reason_to_stay
 from .layers import QuantConv2d, QuantLayer, QuantLinear
@@ -45,6 +47,7 @@ class LayerInfo:
     bits: tuple[int, int] | None  # (weight, activation), None when it stays in full precision
     reason: str  # why it stays, empty when it is quantized
     split: int | None  # input channels of the first half of a skip concatenation
+    hadamard: int = 0  # input channels that are rotated together, 0 for none
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -161,11 +164,23 @@ def _decide(
         reason = reason_to_keep(name, layer, config, name in macs)
         bits = None if reason else _bits(name, config)
         split = splits.get(name) if bits and getattr(layer, "groups", 1) == 1 else None
-        infos.append(LayerInfo(name, macs.get(name, 0), layer.weight.numel(), bits, reason, split))
+        rotates = bits is not None and rotates_inputs(config)
+        block = hadamard_block(layer.in_features) if rotates and isinstance(layer, nn.Linear) else 0
+        infos.append(LayerInfo(name, macs.get(name, 0), layer.weight.numel(), bits, reason, split, block))
     if not any(info.bits for info in infos):
         reasons = sorted({info.reason for info in infos})
         raise ValueError(f"no layer left to quantize; why each stays as it is: {', '.join(reasons)}")
     return infos
+
+
+def rotates_inputs(config: QuantConfig) -> bool:
+    """Whether linear layers rotate the channels of their inputs, if the config leaves that open.
+
+    It pays where weights are much coarser than inputs (docs/accuracy.md); elsewhere equalization pays more.
+    """
+    if config.hadamard != "auto":
+        return config.hadamard == "on"
+    return config.weight_bits <= INT4_BITS < config.activation_bits
 
 
 def _bits(name: str, config: QuantConfig) -> tuple[int, int]:
@@ -243,7 +258,7 @@ def swap_layers(
         parent = denoiser.get_submodule(parent_name)
         layer = getattr(parent, child_name)
         kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-        twin = kind.of(layer, info.bits, num_groups, slot, step, info.split)
+        twin = kind.of(layer, info.bits, num_groups, slot, step, info.split, info.hadamard)
         # An item of a ModuleList or Sequential is reached by its number, which setattr handles as well.
         setattr(parent, child_name, twin)
         slot += len(twin.quantizers)

@@ -15,7 +15,7 @@ from ..ops import Activation
 from .embedding_blocks import Adaptive
 from .fusion import FusedBlock, NormCodes, pack_of
 from .layers import QuantLayer, QuantLinear
-from .packed import Packed, agree, pack
+from .packed import Packed, agree, pack, quantize
 
 Quantize = Callable[[ops.OutputQuantizer], Tensor]  # codes of an input, given whose
 
@@ -67,16 +67,21 @@ def attend(
         The input segment [N, tokens, heads * D] i8 of each layer.
     """
     counts = [count for count, _ in readers]
-    if mask is None and query.device.type == "cpu" and (ops.HAS_FAST_ATTENTION or int8):
+    rotated = any(out.quantizers[0].hadamard for _, out in readers)
+    if mask is None and not rotated and query.device.type == "cpu" and (ops.HAS_FAST_ATTENTION or int8):
         parts = zip(query.split(counts, 1), readers, strict=True)
         return [
             [ops.attention_quantize(q, key, value, out.quantizers[0], heads, int8)] for q, (_, out) in parts
         ]
+    parts = zip(attended(query, key, value, heads, mask).split(counts, 1), readers, strict=True)
+    return [out.quantize([part.contiguous()]) for part, (_, out) in parts]
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """Attention of each head in floats, [N, L, heads * D]; arguments as of `attend`."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     rows = None if mask is None else mask.unsqueeze(1)
-    result = F.scaled_dot_product_attention(q, k, v, attn_mask=rows).transpose(1, 2).flatten(2)
-    parts = zip(result.split(counts, 1), readers, strict=True)
-    return [out.quantize([part.contiguous()]) for part, (_, out) in parts]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=rows).transpose(1, 2).flatten(2)
 
 
 # ---- feed-forward nets -------------------------------------------------------------------------------------
@@ -100,8 +105,11 @@ class FeedForwardPlan:
     def __call__(self, x: Tensor, norm: NormCodes, adaptive: Adaptive) -> Tensor:
         """x [N, L, C] float plus the gated net of its norm."""
         codes = norm.layer(x, self.inward.quantizers[0], adaptive.modulation)
-        quantizer = self.out.quantizers[0]
-        codes = self.inward([codes], x.dtype, activation=self.activation, quantizer=quantizer)
+        end = self.out.quantizers[0]
+        if end.hadamard:
+            codes = quantize(self.inward([codes], x.dtype, activation=self.activation), end)
+        else:
+            codes = self.inward([codes], x.dtype, activation=self.activation, quantizer=end)
         return self.out([codes], x.dtype, row_scale=adaptive.gate, residual=x)
 
 
