@@ -38,7 +38,9 @@ def quantized(kind: str, folder: Path, **shape: Any) -> Any:
     settings = {"num_groups": 2, "num_inference_steps": 4, "histogram_images": 1, "grouping": "uniform"}
     rounding = {"weight_rounding": "nearest", "raised_layers": 0.0}
     # Adapters and hooks let blocks step aside, whose layers then compute attention in floats.
-    config = QuantConfig(weight_bits=CALIBRATED[kind], attention="float", **settings, **rounding)
+    # With 4-bit weights layers rotate their channels, which adapters do not see.
+    bits, rotations = CALIBRATED[kind], {"attention": "float", "hadamard": "auto"}
+    config = QuantConfig(weight_bits=bits, **settings, **rounding, **rotations)
     context = {"encoder_hidden_states": inputs()["encoder_hidden_states"]}
     adpdm.quantize(model, config, scheduler=ddim_scheduler(), conditioning=context)
     return model

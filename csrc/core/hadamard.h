@@ -17,8 +17,11 @@ constexpr float kHadamardFactor = kBlock == 4    ? 0.5f
                                   : kBlock == 16 ? 0.25f
                                                  : 0.125f;  // 1 / sqrt(kBlock)
 
-#if defined(__CUDACC__)
+// Registers cannot be indexed: all loops over a block are to be written out.
+#if defined(__CUDA_ARCH__) || defined(__clang__)
 #define ADPDM_HD_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)  // what nvcc compiles for the host, and does not run
+#define ADPDM_HD_UNROLL
 #else
 #define ADPDM_HD_UNROLL _Pragma("GCC unroll 64")
 #endif
