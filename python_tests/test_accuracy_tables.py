@@ -160,3 +160,16 @@ def test_rows_of_the_repository_give_the_documented_tables(
     for part in sections:
         text = accuracy_tables.table(part, show).replace(", guidance 3 |", " |")  # which the page says above
         assert set(text.splitlines()[2:]) <= set(page), part[0].model
+
+
+def test_page_has_the_rows_of_the_revised_search() -> None:
+    page = (ROOT / "docs" / "accuracy.md").read_text()
+    file = ROOT / "benchmarks" / "results" / "search-2026-11-30.json"
+    means = {
+        (row["method"], row["bits"]): f"{row['psnr_db'][0]:.1f} ({row['lpips'][0]:.4f})"
+        for row in json.loads(file.read_text())
+    }
+    methods = ("dp groups", "search, kept always", "ours, dp", "ours, search")
+    assert sorted(means) == sorted((method, bits) for method in methods for bits in ("w6a6", "w4a4"))
+    for method in methods:
+        assert f"| {method} | {means[method, 'w6a6']} | {means[method, 'w4a4']} |" in page.splitlines()
