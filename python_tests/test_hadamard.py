@@ -15,7 +15,7 @@ from transformer_cases import STEPS, make_case
 import adpdm
 from adpdm import QuantConfig, ops
 from adpdm.doctor import _shape_of as shape_of
-from adpdm.nn import LayerInfo, QuantLayer, describe_fusion, fuse_blocks, quant_layers, swap_layers, unfused
+from adpdm.nn import LayerInfo, describe_fusion, fuse_blocks, quant_layers, swap_layers, unfused
 from adpdm.nn.layers import QuantLinear
 from adpdm.nn.swap import rotates_inputs
 from adpdm.quantizers.activation import Mode
@@ -86,9 +86,7 @@ def test_gradient_passes_as_through_the_float_layer_of_its_codes() -> None:
     x = outliers(3, CHANNELS).requires_grad_()
     cotangent = torch.randn(3, OUTPUTS, generator=torch.Generator().manual_seed(1))
     twin(x).backward(cotangent)
-    plain = nn.functional.linear(x.detach().requires_grad_(), twin.dequantized_weight())
     wanted = cotangent @ twin.dequantized_weight()
-    assert plain.shape == cotangent.shape
     assert x.grad is not None
     torch.testing.assert_close(x.grad, wanted, rtol=0, atol=1e-4)  # all inputs are within the range
 
@@ -276,11 +274,9 @@ def test_learned_rounding_and_search_see_what_the_kernels_see() -> None:
         search=adpdm.SearchConfig(num_steps=4, refit_steps=2, batch_size=2, keep_if_worse=True),
     )
     report = adpdm.quantize(case.denoiser, settings, scheduler=case.scheduler, conditioning=case.conditioning)
-    layers = quant_layers(case.denoiser)
     learned = [name for name in rotating(case.denoiser) if name in report.trace.rounding]
     assert learned
     assert all(report.trace.rounding[name] < 1 for name in learned)  # error over that of nearest
-    assert all(isinstance(layers[name], QuantLayer) for name in learned)
     assert report.trace.outcome is not None
     assert report.trace.outcome.soft_loss < 0.5
 
