@@ -27,13 +27,18 @@ class OutputQuantizer:
     zero_point: Tensor  # [G] i32
     group_index: Tensor  # [1] i32
     num_bits: int
-    hadamard: int = 0  # channels that are rotated together before it, 0 for none; `quantize` alone does that
+    hadamard: int = 0  # channels that are rotated together before it, 0 for none
 
     @property
     def qparams(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, zero-point and current group, for operators that end in codes and rotate nothing."""
-        assert not self.hadamard, "codes of rotated channels are made by nn.packed.quantize"
+        """Scale, zero-point and current group."""
         return self.scale, self.zero_point, self.group_index
+
+    @property
+    def unrotated(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for operators that end in codes and cannot rotate."""
+        assert not self.hadamard, "the operator has no whole rows, whose channels are rotated"
+        return self.qparams
 
 
 @dataclass(frozen=True)

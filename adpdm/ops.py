@@ -1,4 +1,4 @@
-"""The bridge to the native operators: thin typed wrappers, autograd formulas and shape-only (fake) kernels.
+"""The bridge to the native operators: thin typed wrappers and autograd formulas.
 
 Shapes, dtypes and formulas of every operator stand in `reference.py`; this is the only Python file that
 touches `torch.ops.adpdm`.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _native as _native  # loads the extension, which registers torch.ops.adpdm
+from . import fake_kernels as fake_kernels  # registered beside the operators
 from . import reference
 from .operands import Activation as Activation
 from .operands import ConvGeometry as ConvGeometry
@@ -43,10 +44,15 @@ def quantize(
     group_index: Tensor,
     num_bits: int,
     channels_last: bool = False,
+    hadamard: int = 0,
 ) -> Tensor:
-    """Return int8 codes of x under the current group; see `reference.quantize`."""
+    """Return int8 codes of x under the current group; see `reference.quantize`.
+
+    Args:
+        hadamard: rotate channels [*, C] first, as `hadamard` does; 0 for none.
+    """
     return _ops.quantize.default(  # type: ignore[no-any-return]
-        x, scale, zero_point, group_index, num_bits, channels_last
+        x, scale, zero_point, group_index, num_bits, channels_last, hadamard
     )
 
 
@@ -179,7 +185,7 @@ def igemm_arguments(
         e.row_scale,
         e.row_bias,
         e.residual,
-        [] if q is None else list(q.qparams),
+        [] if q is None else list(q.unrotated),
         outputs,
         weight_bits,
         int(e.activation),
@@ -203,10 +209,14 @@ def group_norm_quantize(
     eps: float,
     activation: Activation,
 ) -> Tensor:
-    """Normalise one or two concatenated inputs, int8 codes [N, C, H, W] channels_last; see `reference`."""
+    """Normalise one or two concatenated inputs, int8 codes [N, C, H, W] channels_last; see `reference`.
+
+    Where the quantizer's channels are rotated: one input, on the CPU.
+    """
     q = quantizer
+    end = (q.num_bits, q.hadamard)
     return _ops.group_norm_quantize.default(  # type: ignore[no-any-return]
-        inputs, weight, bias, modulation, *q.qparams, norm_groups, eps, int(activation), q.num_bits
+        inputs, weight, bias, modulation, *q.qparams, norm_groups, eps, int(activation), *end
     )
 
 
@@ -221,7 +231,7 @@ def group_norm_quantize_each(
 ) -> list[Tensor]:
     """Normalise two concatenated inputs, int8 codes of each under its own quantizer; see `reference`."""
     first, second = inputs
-    qparams = [x for q in quantizers for x in q.qparams]
+    qparams = [x for q in quantizers for x in q.unrotated]
     bits = [q.num_bits for q in quantizers]
     return list(
         _ops.group_norm_quantize_each.default(
@@ -241,7 +251,7 @@ def layer_norm_quantize(
     """Normalise x [*, C] along its last dimension, int8 codes; see `reference.layer_norm_quantize`."""
     q = quantizer
     return _ops.layer_norm_quantize.default(  # type: ignore[no-any-return]
-        x, weight, bias, modulation, *q.qparams, eps, q.num_bits
+        x, weight, bias, modulation, *q.qparams, eps, q.num_bits, q.hadamard
     )
 
 
@@ -261,7 +271,7 @@ def attention_quantize(
     """
     q = quantizer
     return _ops.attention_quantize.default(  # type: ignore[no-any-return]
-        query, key, value, *q.qparams, heads, q.num_bits, int8
+        query, key, value, *q.qparams, heads, q.num_bits, int8, q.hadamard
     )
 
 
@@ -336,163 +346,3 @@ for _op in ("adpdm::fake_quantize_backward", "adpdm::fake_quantize_mixture_backw
 
 torch.library.register_kernel("adpdm::pack_int4", None, reference.pack_int4)
 torch.library.register_kernel("adpdm::unpack_int4", None, reference.unpack_int4)
-
-
-# ---- fake kernels: shapes, dtypes and strides only, for torch.compile and opcheck --------------------------
-
-
-def _packed_shape(x: Tensor) -> list[int]:
-    return [*x.shape[:-1], reference.int4_row_bytes(x.shape[-1])]
-
-
-def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty tensor of x's shape, dense, in channels_last where x is (also a channel slice of such)."""
-    channels_last = x.dim() == 4 and x.stride(1) == 1 and (x.shape[1] > 1 or x.stride(3) == x.shape[1])
-    layout = torch.channels_last if channels_last and not x.is_contiguous() else torch.contiguous_format
-    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
-
-
-@torch.library.register_fake("adpdm::quantize")
-def _(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group_index: Tensor,
-    num_bits: int,
-    channels_last: bool = False,
-) -> Tensor:
-    if channels_last:
-        return torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
-    return _dense_like(x, torch.int8)
-
-
-@torch.library.register_fake("adpdm::dequantize")
-def _(codes: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor, dtype: torch.dtype) -> Tensor:
-    return _dense_like(codes, dtype)
-
-
-@torch.library.register_fake("adpdm::quantize_int4")
-def _(x: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor) -> Tensor:
-    return x.new_empty(_packed_shape(x), dtype=torch.uint8)
-
-
-@torch.library.register_fake("adpdm::dequantize_int4")
-def _(
-    packed: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group_index: Tensor,
-    num_columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return packed.new_empty([*packed.shape[:-1], num_columns], dtype=dtype)
-
-
-@torch.library.register_fake("adpdm::pack_int4")
-def _(codes: Tensor) -> Tensor:
-    return codes.new_empty(_packed_shape(codes), dtype=torch.uint8)
-
-
-@torch.library.register_fake("adpdm::unpack_int4")
-def _(packed: Tensor, num_columns: int) -> Tensor:
-    return packed.new_empty([*packed.shape[:-1], num_columns], dtype=torch.int8)
-
-
-@torch.library.register_fake("adpdm::hadamard")
-def _(x: Tensor, block: int) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.float32)
-
-
-@torch.library.register_fake("adpdm::fake_quantize")
-def _(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-    return _dense_like(x, x.dtype)
-
-
-@torch.library.register_fake("adpdm::fake_quantize_backward")
-def _(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _dense_like(x, x.dtype), torch.empty_like(scale), torch.empty_like(zero_point)
-
-
-@torch.library.register_fake("adpdm::fake_quantize_mixture")
-def _(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-    return _dense_like(x, x.dtype)
-
-
-@torch.library.register_fake("adpdm::fake_quantize_mixture_backward")
-def _(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, importance: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = (torch.empty_like(scale), torch.empty_like(zero_point), torch.empty_like(importance))
-    return (_dense_like(x, x.dtype), *rows)
-
-
-@torch.library.register_fake("adpdm::observe")
-def _(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> None:
-    return None
-
-
-@torch.library.register_fake("adpdm::set_step")
-def _(timestep: Tensor, *rest: Any) -> None:
-    return None
-
-
-def _results(outputs: int, activation: int) -> int:
-    return outputs // 2 if activation == Activation.GEGLU else outputs
-
-
-@torch.library.register_fake("adpdm::linear")
-def _(x: Tensor, *rest: Any) -> Tensor:
-    out_features, _, activation, _, output_bits, dtype = rest[-6:]
-    shape = [*x.shape[:-1], _results(out_features, activation)]
-    return x.new_empty(shape, dtype=torch.int8 if output_bits else dtype)
-
-
-@torch.library.register_fake("adpdm::conv2d")
-def _(x: Tensor, *rest: Any) -> Tensor:
-    g, _, activation, _, output_bits, dtype = rest[-6:]
-    size = x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:]
-    shape = [x.shape[0], _results(g[0], activation), *ConvGeometry.from_numbers(g).output_size(*size)]
-    dtype = torch.int8 if output_bits else dtype
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-
-
-@torch.library.register_fake("adpdm::group_norm_quantize")
-def _(inputs: list[Tensor], *rest: Any) -> Tensor:
-    batch, _, *size = inputs[0].shape
-    shape = [batch, sum(x.shape[1] for x in inputs), *size]
-    return torch.empty(shape, dtype=torch.int8, device=inputs[0].device, memory_format=torch.channels_last)
-
-
-@torch.library.register_fake("adpdm::group_norm_quantize_each")
-def _(first: Tensor, second: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    layout = torch.channels_last
-    a, b = (
-        torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=layout) for x in (first, second)
-    )
-    return a, b
-
-
-@torch.library.register_fake("adpdm::layer_norm_quantize")
-def _(x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
-
-
-@torch.library.register_fake("adpdm::attention_quantize")
-def _(query: Tensor, *rest: Any) -> Tensor:
-    return torch.empty(query.shape, dtype=torch.int8, device=query.device)
-
-
-@torch.library.register_fake("adpdm::class_embedding")
-def _(waves: Tensor, *rest: Any) -> Tensor:
-    *_, table, labels = rest
-    return waves.new_empty([labels.shape[0], table.shape[1]])
-
-
-@torch.library.register_fake("adpdm::adaptive_rows")
-def _(embedding: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    channels = weight.shape[0] // 6
-    modulation, gate = ((embedding.shape[0], width) for width in (2 * channels, channels))
-    first, second = ((embedding.new_empty(modulation), embedding.new_empty(gate)) for _ in range(2))
-    return (*first, *second)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .operands import Activation, ConvGeometry, Epilogue, OutputQuantizer
 from .reference_attention import attend
+from .reference_hadamard import hadamard as rotate
 
 HISTOGRAM_OCTAVE_BINS = 32  # bins per power of two
 HISTOGRAM_MIN_EXPONENT = -16  # |x| < 2^-16 counts as zero
@@ -350,6 +351,11 @@ def conv2d(
     return finish(y, epilogue, dtype).permute(0, 3, 1, 2)
 
 
+def _codes(y: Tensor, q: OutputQuantizer) -> Tensor:
+    y = rotate(y, q.hadamard) if q.hadamard else y  # y [*, C]
+    return quantize(y, q.scale, q.zero_point, q.group_index, q.num_bits)
+
+
 def _normalize(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / standard deviation of x over dims, computed in float64, kept as float32."""
     mean = x.double().mean(dims, keepdim=True)
@@ -397,8 +403,7 @@ def group_norm_quantize(
     rows = [None if row is None else row[:, None, None] for row in (weight, bias)]
     parts = None if modulation is None else modulation[:, :, None, None].chunk(2, 1)
     y = activate(_affine(x, (mean, rstd), rows[0], rows[1], parts), activation)
-    q = quantizer
-    return quantize(y, q.scale, q.zero_point, q.group_index, q.num_bits)
+    return _codes(y.permute(0, 2, 3, 1), quantizer).permute(0, 3, 1, 2)
 
 
 def group_norm_quantize_each(
@@ -431,8 +436,7 @@ def layer_norm_quantize(
     rows = x.float().reshape(1 if modulation is None else modulation.shape[0], -1, x.shape[-1])
     parts = None if modulation is None else modulation[:, None].chunk(2, 2)
     y = _affine(rows, _normalize(rows, (2,), eps), weight, bias, parts).reshape(x.shape)
-    q = quantizer
-    return quantize(y, q.scale, q.zero_point, q.group_index, q.num_bits)
+    return _codes(y, quantizer)
 
 
 def attention_quantize(
@@ -442,9 +446,7 @@ def attention_quantize(
 
     With `int8`, both products are those of 8-bit codes.
     """
-    o = quantizer
-    attended = attend(query, key, value, heads, int8).float()
-    return quantize(attended, o.scale, o.zero_point, o.group_index, o.num_bits)
+    return _codes(attend(query, key, value, heads, int8).float(), quantizer)
 
 
 def set_step(

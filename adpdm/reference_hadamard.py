@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 BLOCKS = (64, 16, 4)  # powers of four: the factor of the matrix is a power of two
-SIDE_BY_SIDE = 16  # blocks that a row must have, for vectors to hold one channel of each
+# Blocks of a row that kernels rotate quickly: a vector holds one channel of each, or a whole row of them.
+SIDE_BY_SIDE = (1, 2, 4, 8)
+MANY = 16
 
 
 def hadamard_block(channels: int) -> int:
-    """How many of so many channels are rotated together; 0 where no block fits."""
-    return next((b for b in BLOCKS if channels % b == 0 and channels // b >= SIDE_BY_SIDE), 0)
+    """How many of so many channels are rotated together, as many as is quick; 0 where no block fits."""
+
+    def is_quick(blocks: int) -> bool:
+        return blocks >= MANY or blocks in SIDE_BY_SIDE
+
+    return next((b for b in BLOCKS if channels % b == 0 and is_quick(channels // b)), 0)
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:

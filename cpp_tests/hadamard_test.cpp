@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "core/quantize.h"
 #include "elementwise_cases.h"
 #include "scattered_threads.h"
 
@@ -25,7 +26,10 @@ struct Shape {
 // Fewer blocks side by side than any vector has lanes, as many, not a multiple, many; rows with gaps.
 const Shape kShapes[] = {{1, 4, 4, 4},        {3, 64, 64, 64},     {2, 48, 50, 16},     {5, 64, 64, 4},
                          {4, 256, 256, 16},   {2, 320, 321, 16},   {3, 1024, 1024, 64}, {1, 1280, 1280, 64},
-                         {2, 1152, 1160, 64}, {700, 320, 320, 16}, {0, 64, 64, 16}};
+                         {2, 1152, 1160, 64}, {700, 320, 320, 16}, {0, 64, 64, 16},     {3, 128, 128, 64},
+                         {2, 256, 256, 64},   {2, 512, 520, 64},   {2, 320, 320, 64},   {2, 640, 640, 64},
+                         {2, 448, 448, 64},   {3, 16, 16, 16},     {2, 32, 32, 16},     {2, 128, 128, 16},
+                         {2, 64, 70, 16},     {3, 20, 20, 4},      {2, 32, 32, 4}};
 
 std::vector<float> rotated(const std::vector<uint8_t>& x, FloatType type, const Shape& s, cpu::Isa isa) {
   const cpu::ScopedIsa scope(isa);
@@ -74,6 +78,29 @@ TEST(Hadamard, HasTheSameBitsForEveryInstructionSetAndType) {
       for (cpu::Isa isa : supported_isas()) {
         EXPECT_EQ(rotated(x, type, s, isa), wanted)
             << cpu::isa_name(isa) << " " << s.columns << " " << s.block;
+      }
+    }
+  }
+}
+
+TEST(Hadamard, CodesAreThoseOfTheRotatedRow) {
+  unsigned seed = 60;
+  const float scale = 0.03f;
+  const int32_t zero_point = -5, group = 0;
+  const GroupedQParams qparams{&scale, &zero_point, &group, 1};
+  for (const Shape& s : kShapes) {
+    for (FloatType type : kFloatTypes) {
+      const std::vector<uint8_t> x = encode(random_normal(s.rows * s.stride, ++seed), type);
+      for (cpu::Isa isa : supported_isas()) {
+        const cpu::ScopedIsa scope(isa);
+        const std::vector<float> y = rotated(x, type, s, isa);
+        std::vector<int8_t> wanted(y.size()), codes(y.size() + 1, 77);  // nothing is written behind the last
+        cpu::quantize({y.data(), FloatType::kFloat32, s.rows, s.columns, s.columns}, qparams, 6,
+                      wanted.data());
+        wanted.push_back(77);
+        cpu::hadamard_quantize({x.data(), type, s.rows, s.columns, s.stride}, s.block, qparams, 6,
+                               codes.data());
+        EXPECT_EQ(codes, wanted) << cpu::isa_name(isa) << " " << s.columns << " " << s.block;
       }
     }
   }

@@ -205,10 +205,10 @@ def wide_attention(out_rotates: bool) -> tuple[Any, nn.Module]:
 
 
 @pytest.mark.parametrize("out_rotates", [True, False])
-def test_attention_multiplies_floats_where_its_reader_rotates(out_rotates: bool) -> None:
+def test_attention_multiplies_codes_whether_or_not_its_reader_rotates(out_rotates: bool) -> None:
     host, block = wide_attention(out_rotates)
     fuse_blocks(host, "int8")
-    assert [info.attention for info in describe_fusion(host)] == ["float" if out_rotates else "int8"]
+    assert [info.attention for info in describe_fusion(host)] == ["int8"]
     x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         fused = block(x)
@@ -221,8 +221,9 @@ def test_operators_that_rotate_nothing_refuse_a_reader_that_does() -> None:
     layer = next(iter(quant_layers(host).values()))
     (reader,) = layer.packed(torch.device("cpu")).quantizers
     assert reader.hadamard == 4
-    with pytest.raises(AssertionError, match="codes of rotated channels"):
-        ops.layer_norm_quantize(torch.zeros(2, 64), None, None, None, reader, 1e-5)
+    x = torch.zeros(1, 32, 4, 4)
+    with pytest.raises(AssertionError, match="whole rows, whose channels are rotated"):
+        ops.group_norm_quantize_each([x, x], None, None, [reader, reader], 4, 1e-5, ops.Activation.NONE)
 
 
 # ---- files -------------------------------------------------------------------------------------------------

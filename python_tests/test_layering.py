@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"config", "_native", "operands", "reference_attention", "reference_hadamard", "memory"},
     {"processes", "fingerprint", "files", "progress"},
     {"reference"},
-    {"qparams", "info"},
+    {"qparams", "info", "fake_kernels"},
     {"ops", "schedulers"},
     {"step"},
     {"quantizers"},

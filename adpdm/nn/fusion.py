@@ -64,7 +64,6 @@ class FusedBlock:
 
     is_float = False  # reads no codes: a matter of speed, of which nothing is reported
     int8: bool | None = None  # whether its attention multiplies codes on a CPU; None for other blocks
-    readers: Sequence[QuantLayer] = ()  # of the result of its attention
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -94,13 +93,9 @@ class FusedBlock:
     # ---- attention ----
 
     def choose_attention(self, products: AttentionProducts) -> None:
-        """What attention multiplies; blocks without ignore it, those inside are told themselves.
-
-        Where a reader rotates channels it is floats: the kernel that ends in codes rotates none.
-        """
+        """What attention multiplies; blocks without ignore it, those inside are told themselves."""
         if self.int8 is not None:
-            wanted = ops.HAS_FAST_INT8_ATTENTION if products == "auto" else products == "int8"
-            self.int8 = wanted and not any(reader.hadamard for reader in self.readers)
+            self.int8 = ops.HAS_FAST_INT8_ATTENTION if products == "auto" else products == "int8"
 
     @property
     def attention(self) -> str:
@@ -262,8 +257,10 @@ class NormCodes:
         modulation: Tensor | None = None,  # [N, 2C] f32
     ) -> Tensor:
         """Codes [N, C, H, W] i8 of the normalised concatenation of the sources."""
-        if quantizer.hadamard:
+        if quantizer.hadamard and sources[0].device.type != "cpu":
             return self._group_rotated(sources, quantizer, modulation)
+        if quantizer.hadamard and len(sources) > 1:  # its kernel reads whole rows
+            sources = [torch.cat(list(sources), 1)]
         rows = (self.weight, self.bias, modulation)
         return ops.group_norm_quantize(sources, *rows, quantizer, self.norm_groups, self.eps, self.activation)
 
@@ -281,7 +278,7 @@ class NormCodes:
         modulation: Tensor | None = None,  # [images, 2C] f32
     ) -> Tensor:
         """Codes [*, C] i8 of normalised x [*, C] float."""
-        if quantizer.hadamard:
+        if quantizer.hadamard and x.device.type != "cpu":
             y = F.layer_norm(x.float(), x.shape[-1:], self.weight, self.bias, self.eps)
             if modulation is not None:
                 scale, shift = modulation.view(len(modulation), *(1,) * (x.dim() - 2), -1).chunk(2, -1)
@@ -292,7 +289,7 @@ class NormCodes:
     def _group_rotated(
         self, sources: Sequence[Tensor], quantizer: ops.OutputQuantizer, modulation: Tensor | None
     ) -> Tensor:
-        """`group` before a linear layer, in passes: what it reads is rotated over its channels."""
+        """`group` before a linear layer that rotates its channels, in passes: there is no kernel for it."""
         assert modulation is None, "of residual blocks, before convolutions"
         assert self.activation is ops.Activation.NONE, "of residual blocks, before convolutions"
         x = sources[0].float() if len(sources) == 1 else torch.cat([x.float() for x in sources], 1)

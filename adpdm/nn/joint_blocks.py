@@ -210,8 +210,6 @@ class FusedJoint(_JointBlock):
             itself = _Attention(self, "attn2", *self.known_attention)
             self.attentions.append(itself)
             self.itself = self._stream(itself, norm, [f"to_{x}" for x in "qkv"], itself.output(), "norm_")
-        streams = [s for s in (self.image, self.text, self.itself) if s is not None]
-        self.readers = [s.out for s in streams if s.out is not None]
         self.int8 = ops.HAS_FAST_INT8_ATTENTION
 
     def _stream(
@@ -372,7 +370,6 @@ class FusedSingle(_FluxBlock):
         projections = [attention.layer(f"to_{x}") for x in "qkv"]
         norms = [attention.heads_norm(f"norm_{x}") for x in "qk"]
         self.stream = _Stream(norm, projections, out, norms)
-        self.readers = [out]
         self.int8 = ops.HAS_FAST_INT8_ATTENTION
 
     def make_plan(self) -> _SinglePlan:

@@ -83,9 +83,7 @@ class Packed:
 def quantize(x: Tensor, quantizer: ops.OutputQuantizer, channels_last: bool = False) -> Tensor:
     """Codes i8 of x under the quantizer of the layer that reads them, channels_last for a convolution."""
     q = quantizer
-    if q.hadamard:
-        x = ops.hadamard(x, q.hadamard)
-    return ops.quantize(x, q.scale, q.zero_point, q.group_index, q.num_bits, channels_last)
+    return ops.quantize(x, *q.qparams, q.num_bits, channels_last, q.hadamard)
 
 
 def pack(layers: Sequence[CodedLayer], order: Tensor | None = None) -> Packed:

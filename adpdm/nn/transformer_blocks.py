@@ -61,7 +61,6 @@ class FusedAttention(FusedBlock):
         single = all(len(p.quantizers) == 1 for p in (*projections, self.out))
         self.require(single, "a projection reads two segments")
         self.projections: list[QuantLinear] = projections
-        self.readers = [self.out]
         self.int8 = ops.HAS_FAST_INT8_ATTENTION
 
     def make_plan(self) -> _AttentionPlan:

@@ -67,8 +67,7 @@ def attend(
         The input segment [N, tokens, heads * D] i8 of each layer.
     """
     counts = [count for count, _ in readers]
-    rotated = any(out.quantizers[0].hadamard for _, out in readers)
-    if mask is None and not rotated and query.device.type == "cpu" and (ops.HAS_FAST_ATTENTION or int8):
+    if mask is None and query.device.type == "cpu" and (ops.HAS_FAST_ATTENTION or int8):
         parts = zip(query.split(counts, 1), readers, strict=True)
         return [
             [ops.attention_quantize(q, key, value, out.quantizers[0], heads, int8)] for q, (_, out) in parts

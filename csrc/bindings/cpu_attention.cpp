@@ -33,8 +33,9 @@ at::Tensor attention_quantize(const at::Tensor& query,        // [N, L, heads * 
                               const at::Tensor& scale,        // [G] f32
                               const at::Tensor& zero_point,   // [G] i32
                               const at::Tensor& group_index,  // [1] i32
-                              int64_t heads, int64_t num_bits, bool int8) {
+                              int64_t heads, int64_t num_bits, bool int8, int64_t hadamard) {
   check_num_bits(kOp, num_bits);
+  if (hadamard != 0) check_hadamard(kOp, "hadamard", hadamard, query.size(-1));
   AttentionQuantizeArgs args{};
   args.type = float_type(kOp, "query", query.scalar_type());
   at::Tensor owners[3];
@@ -57,6 +58,7 @@ at::Tensor attention_quantize(const at::Tensor& query,        // [N, L, heads * 
   args.qparams = grouped_qparams(kOp, query, scale, zero_point, group_index);
   args.num_bits = static_cast<int>(num_bits);
   args.int8 = int8;
+  args.hadamard = hadamard;
   check_current_group(kOp, "group_index", "zero_point", args.qparams);
   at::Tensor codes = at::empty(query.sizes(), query.options().dtype(at::kChar));
   args.codes = codes.mutable_data_ptr<int8_t>();

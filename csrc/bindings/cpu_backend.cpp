@@ -30,6 +30,7 @@ struct CpuBackend {
   static constexpr auto fake_quantize_mixture_backward = cpu::fake_quantize_mixture_backward;
   static constexpr auto observe = cpu::observe;
   static constexpr auto hadamard = cpu::hadamard;
+  static constexpr auto hadamard_quantize = cpu::hadamard_quantize;
 
   explicit CpuBackend(const at::Tensor&) {}
 
@@ -83,7 +84,7 @@ std::tuple<at::Tensor, at::Tensor> group_norm_quantize_both(const at::Tensor& fi
   const at::Tensor inputs[] = {first, second};
   const std::optional<at::Tensor> no_modulation;
   const auto prepared = describe_group_norm(
-      inputs, {weight, bias, no_modulation, qparams[0], qparams[1], qparams[2], eps, num_bits[0]},
+      inputs, {weight, bias, no_modulation, qparams[0], qparams[1], qparams[2], eps, num_bits[0], 0},
       norm_groups, activation);
   NormTarget targets[2];
   at::Tensor codes[2];

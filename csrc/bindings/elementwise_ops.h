@@ -23,15 +23,41 @@ using at::Tensor;
 // can about values, and run(function, arguments...).
 
 template <typename Backend>
+Tensor hadamard(const Tensor& x, int64_t block);
+
+// Codes of rotated rows; by way of their floats where there is no kernel for both.
+template <typename Backend>
+Tensor quantize_rotated(const Tensor& x,  // [*, C]
+                        const GroupedQParams& qparams, int num_bits, int64_t block) {
+  Tensor codes = at::empty(x.sizes(), x.options().dtype(at::kChar));
+  const Rows rows = rows_of_last_dim("quantize", x);
+  check_hadamard("quantize", "hadamard", block, rows.view.columns);
+  const Backend backend(x);
+  backend.check_values("quantize", "group_index", "zero_point", qparams);
+  if constexpr (requires { Backend::hadamard_quantize; }) {
+    backend.run(Backend::hadamard_quantize, rows.view, block, qparams, num_bits,
+                codes.mutable_data_ptr<int8_t>());
+  } else {
+    const Rows rotated = rows_of_last_dim("quantize", hadamard<Backend>(x, block));
+    backend.run(Backend::quantize, rotated.view, qparams, num_bits, codes.mutable_data_ptr<int8_t>());
+  }
+  return codes;
+}
+
+template <typename Backend>
 Tensor quantize(const Tensor& x,            // [*] f32|bf16|f16
                 const Tensor& scale,        // [G] f32
                 const Tensor& zero_point,   // [G] i32
                 const Tensor& group_index,  // [1] i32
-                int64_t num_bits, bool channels_last) {
+                int64_t num_bits, bool channels_last, int64_t block) {
   check_num_bits("quantize", num_bits);
   TORCH_CHECK_VALUE(!channels_last || x.dim() == 4,
                     "quantize: x must have 4 dimensions for channels_last, got ", x.sizes());
   const GroupedQParams qparams = grouped_qparams("quantize", x, scale, zero_point, group_index);
+  if (block != 0) {
+    TORCH_CHECK_VALUE(!channels_last, "quantize: wanted hadamard of rows or channels_last, got both");
+    return quantize_rotated<Backend>(x, qparams, static_cast<int>(num_bits), block);
+  }
   const at::MemoryFormat format = channels_last ? at::MemoryFormat::ChannelsLast : result_format(x);
   Tensor codes = at::empty(x.sizes(), x.options().dtype(at::kChar).memory_format(format));
   const Backend backend(x);
@@ -181,10 +207,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_mixture_backward(
 template <typename Backend>
 Tensor hadamard(const Tensor& x,  // [*, C] f32|bf16|f16
                 int64_t block) {
-  TORCH_CHECK_VALUE(is_hadamard_block(block), "hadamard: block must be 4, 16 or 64, got ", block);
   const Rows rows = rows_of_last_dim("hadamard", x);
-  TORCH_CHECK_VALUE(rows.view.columns % block == 0, "hadamard: x must have a multiple of block=", block,
-                    " channels, got ", rows.view.columns);
+  check_hadamard("hadamard", "block", block, rows.view.columns);
   Tensor y = at::empty(x.sizes(), x.options().dtype(at::kFloat));
   Backend(x).run(Backend::hadamard, rows.view, block, y.mutable_data_ptr<float>());
   return y;

@@ -21,10 +21,11 @@ at::Tensor group_norm_quantize(at::TensorList inputs, const std::optional<at::Te
                                const std::optional<at::Tensor>& bias,
                                const std::optional<at::Tensor>& modulation, const at::Tensor& scale,
                                const at::Tensor& zero_point, const at::Tensor& group_index,
-                               int64_t norm_groups, double eps, int64_t activation, int64_t num_bits) {
-  PreparedNorm<GroupNormQuantizeArgs> prepared =
-      prepare_group_norm(inputs, {weight, bias, modulation, scale, zero_point, group_index, eps, num_bits},
-                         norm_groups, activation);
+                               int64_t norm_groups, double eps, int64_t activation, int64_t num_bits,
+                               int64_t hadamard) {
+  PreparedNorm<GroupNormQuantizeArgs> prepared = prepare_group_norm(
+      inputs, {weight, bias, modulation, scale, zero_point, group_index, eps, num_bits, hadamard},
+      norm_groups, activation);
   const Backend backend(inputs[0]);
   backend.check_values("group_norm_quantize", "group_index", "zero_point", prepared.args.qparams);
   backend.run(prepared.args);
@@ -44,7 +45,7 @@ std::tuple<at::Tensor, at::Tensor> group_norm_quantize_each(const at::Tensor& fi
   const auto codes = [&](size_t which) {
     const at::TensorList q = qparams.slice(3 * which, 3);
     return group_norm_quantize<Backend>(inputs, weight, bias, std::nullopt, q[0], q[1], q[2], norm_groups,
-                                        eps, activation, num_bits[which]);
+                                        eps, activation, num_bits[which], 0);
   };
   const int64_t split = first.size(1);
   return {codes(0).narrow(1, 0, split).contiguous(at::MemoryFormat::ChannelsLast),
@@ -56,9 +57,9 @@ at::Tensor layer_norm_quantize(const at::Tensor& x, const std::optional<at::Tens
                                const std::optional<at::Tensor>& bias,
                                const std::optional<at::Tensor>& modulation, const at::Tensor& scale,
                                const at::Tensor& zero_point, const at::Tensor& group_index, double eps,
-                               int64_t num_bits) {
-  PreparedNorm<LayerNormQuantizeArgs> prepared =
-      prepare_layer_norm(x, {weight, bias, modulation, scale, zero_point, group_index, eps, num_bits});
+                               int64_t num_bits, int64_t hadamard) {
+  PreparedNorm<LayerNormQuantizeArgs> prepared = prepare_layer_norm(
+      x, {weight, bias, modulation, scale, zero_point, group_index, eps, num_bits, hadamard});
   const Backend backend(x);
   backend.check_values("layer_norm_quantize", "group_index", "zero_point", prepared.args.qparams);
   backend.run(prepared.args);

@@ -48,6 +48,10 @@ void set_common(OpName op, const NormTensors& tensors, const at::Tensor& x, Args
   args.eps = static_cast<float>(tensors.eps);
   args.qparams = grouped_qparams(op, x, tensors.scale, tensors.zero_point, tensors.group_index);
   args.num_bits = static_cast<int>(tensors.num_bits);
+  args.hadamard = tensors.hadamard;
+  if (args.hadamard == 0) return;
+  check_hadamard(op, "hadamard", args.hadamard, args.channels);
+  TORCH_CHECK_NOT_IMPLEMENTED(x.is_cpu(), op, ": wanted hadamard on the CPU, got a tensor on ", x.device());
 }
 
 void check_source(const at::Tensor& first, OpName name, const at::Tensor& input) {
@@ -86,6 +90,8 @@ PreparedNorm<GroupNormQuantizeArgs> describe_group_norm(at::TensorList inputs, c
                     ": activation must be 0 (none) or 1 (silu), got ", activation);
   args.activation = static_cast<Activation>(activation);
   set_common(kGroupNorm, tensors, first, args);
+  TORCH_CHECK_VALUE(args.hadamard == 0 || args.num_sources == 1, kGroupNorm,
+                    ": wanted one input where its channels are rotated, got 2");
   TORCH_CHECK_VALUE(!tensors.modulation.has_value() || tensors.modulation->size(0) == args.batch, kGroupNorm,
                     ": modulation must have a row for each of ", args.batch, " images, got ",
                     args.modulation ? tensors.modulation->size(0) : 0);

@@ -20,6 +20,7 @@ struct NormTensors {
   const at::Tensor& group_index;                // [1] i32
   double eps;
   int64_t num_bits;
+  int64_t hadamard;  // channels rotated together, 0: none
 };
 
 // Args is GroupNormQuantizeArgs or LayerNormQuantizeArgs; it points into the tensors beside it.

@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "core/hadamard.h"
 #include "core/quant_math.h"
 
 namespace adpdm::bindings {
@@ -151,6 +152,12 @@ void check_vector(OpName op, const char* name, const at::Tensor& tensor, at::Sca
 
 void check_num_bits(OpName op, int64_t num_bits) {
   TORCH_CHECK_VALUE(num_bits >= 2 && num_bits <= 8, op, ": num_bits must be in [2, 8], got ", num_bits);
+}
+
+void check_hadamard(OpName op, const char* name, int64_t block, int64_t channels) {
+  TORCH_CHECK_VALUE(is_hadamard_block(block), op, ": ", name, " must be 4, 16 or 64, got ", block);
+  TORCH_CHECK_VALUE(channels % block == 0, op, ": x must have a multiple of ", name, "=", block,
+                    " channels, got ", channels);
 }
 
 GroupedQParams grouped_qparams(OpName op, const at::Tensor& x, const at::Tensor& scale,

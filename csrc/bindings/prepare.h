@@ -27,6 +27,9 @@ void check_vector(OpName op, const char* name, const at::Tensor& tensor, at::Sca
 
 void check_num_bits(OpName op, int64_t num_bits);
 
+// ValueError unless `block` of so many channels can be rotated together (core/hadamard.h).
+void check_hadamard(OpName op, const char* name, int64_t block, int64_t channels);
+
 // scale [G] f32, zero_point [G] i32, group_index [1] i32, all on x's device.
 GroupedQParams grouped_qparams(OpName op, const at::Tensor& x, const at::Tensor& scale,
                                const at::Tensor& zero_point, const at::Tensor& group_index);

@@ -4,9 +4,10 @@
 TORCH_LIBRARY(adpdm, m) {
   // Activations and codes: scale [G] f32, zero_point [G] i32, group_index [1] i32 (read by the kernel).
   // channels_last: codes of x [N, C, H, W] in that format, whatever the layout of x; else in x's own layout.
+  // hadamard: block of channels of x [*, C] that are rotated together first, 0 for none.
   m.def(
       "quantize(Tensor x, Tensor scale, Tensor zero_point, Tensor group_index, int num_bits, bool "
-      "channels_last=False) -> Tensor");
+      "channels_last=False, int hadamard=0) -> Tensor");
   m.def("quantize_int4(Tensor x, Tensor scale, Tensor zero_point, Tensor group_index) -> Tensor");
   m.def(
       "dequantize(Tensor codes, Tensor scale, Tensor zero_point, Tensor group_index, ScalarType dtype) -> "
@@ -71,11 +72,12 @@ TORCH_LIBRARY(adpdm, m) {
       "output_bits, ScalarType dtype) -> Tensor");
 
   // Normalisation that ends in codes. inputs: 1 or 2 tensors [N, C_s, H, W], read as one of C = C_1 + C_2
-  // channels; modulation: [N, 2 * C] f32 scale and shift, y * (1 + scale) + shift.
+  // channels; modulation: [N, 2 * C] f32 scale and shift, y * (1 + scale) + shift. hadamard: as of quantize,
+  // of one input on the CPU.
   m.def(
       "group_norm_quantize(Tensor[] inputs, Tensor? weight, Tensor? bias, Tensor? modulation, Tensor scale, "
-      "Tensor zero_point, Tensor group_index, int norm_groups, float eps, int activation, int num_bits) -> "
-      "Tensor");
+      "Tensor zero_point, Tensor group_index, int norm_groups, float eps, int activation, int num_bits, "
+      "int hadamard=0) -> Tensor");
   // The same with the codes of each input under a quantizer of its own; qparams: scale, zero_point and
   // group_index of the first, then of the second.
   m.def(
@@ -83,13 +85,13 @@ TORCH_LIBRARY(adpdm, m) {
       "int norm_groups, float eps, int activation, int[] num_bits) -> (Tensor, Tensor)");
   m.def(
       "layer_norm_quantize(Tensor x, Tensor? weight, Tensor? bias, Tensor? modulation, Tensor scale, Tensor "
-      "zero_point, Tensor group_index, float eps, int num_bits) -> Tensor");
+      "zero_point, Tensor group_index, float eps, int num_bits, int hadamard=0) -> Tensor");
 
   // Attention of each head that ends in codes, on the CPU: query [N, L, heads * D], key and value
   // [N, M, heads * D], codes [N, L, heads * D]. int8: products of 8-bit codes.
   m.def(
       "attention_quantize(Tensor query, Tensor key, Tensor value, Tensor scale, Tensor zero_point, Tensor "
-      "group_index, int heads, int num_bits, bool int8=False) -> Tensor");
+      "group_index, int heads, int num_bits, bool int8=False, int hadamard=0) -> Tensor");
 
   // Float rows of a transformer block, on the CPU: second(silu(first(waves))) + table[labels] [N, D] of waves
   // [1 or N, K]; and layer(silu(embedding)) [N, 6 * C] as scale beside shift [N, 2 * C] and gate [N, C] of

@@ -20,9 +20,10 @@ struct AttentionQuantizeArgs {
   int64_t batch;  // N
   int64_t heads;
   int64_t head_size;
-  int64_t queries;  // tokens of query
-  int64_t keys;     // tokens of key and value, at least 1
-  bool int8;        // multiply codes of 8 bits instead of floats
+  int64_t queries;   // tokens of query
+  int64_t keys;      // tokens of key and value, at least 1
+  bool int8;         // multiply codes of 8 bits instead of floats
+  int64_t hadamard;  // channels of all heads rotated together before they are quantized, 0: none
   GroupedQParams qparams;
   int num_bits;
   int8_t* codes;  // [N, queries, heads * head_size] i8

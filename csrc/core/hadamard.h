@@ -5,6 +5,7 @@
 #include "core/quant_math.h"
 #include "core/row_view.h"
 #include "core/stream.h"
+#include "core/types.h"
 
 namespace adpdm {
 
@@ -26,7 +27,8 @@ constexpr float kHadamardFactor = kBlock == 4    ? 0.5f
 #define ADPDM_HD_UNROLL _Pragma("GCC unroll 64")
 #endif
 
-// Two stages of sums and differences, of elements kApart and 2 kApart apart, and all that follow.
+// Two stages of sums and differences, of elements kApart and 2 kApart apart, and all that follow among so
+// many.
 template <int kApart, int kBlock, typename T>
 ADPDM_HD void hadamard_stages(T (&v)[kBlock]) {
   ADPDM_HD_UNROLL
@@ -60,6 +62,10 @@ namespace cpu {
 // block. y does not overlap x.
 void hadamard(const RowView& x, int64_t block,
               float* y);  // [rows, columns] dense
+
+// The codes of that, in one pass: what is rotated is not stored.
+void hadamard_quantize(const RowView& x, int64_t block, const GroupedQParams& qparams, int num_bits,
+                       int8_t* codes);  // [rows, columns] dense
 
 }  // namespace cpu
 

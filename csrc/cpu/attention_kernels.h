@@ -28,9 +28,22 @@ constexpr int64_t attention_scratch(int64_t tokens, int64_t head_size) {
   return kAttentionQueries * (padded(tokens) + 2 * padded(head_size));
 }
 
-// query [num_queries, query_step] type -> codes [num_queries, code_step], up to kAttentionQueries of them.
+// Where the results of a head go: codes, or values where they are rotated before they are quantized.
+struct AttentionEnd {
+  Quantizer quantizer;
+  int8_t* codes;  // [queries, step], or nullptr
+  float* values;  // [queries, step]
+  int64_t step;
+
+  // From an element on.
+  AttentionEnd at(int64_t element) const {
+    return {quantizer, codes ? codes + element : nullptr, codes ? nullptr : values + element, step};
+  }
+};
+
+// query [num_queries, query_step] type -> end, up to kAttentionQueries of them.
 ADPDM_DECLARE_PER_ISA(void attend(const AttentionHead& head, const void* query, FloatType type,
-                                  int64_t query_step, int64_t num_queries, const Quantizer& quantizer,
-                                  float* scratch, int8_t* codes, int64_t code_step))
+                                  int64_t query_step, int64_t num_queries, float* scratch,
+                                  const AttentionEnd& end))
 
 }  // namespace adpdm::cpu

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/float_convert.h"
+#include "core/hadamard.h"
 #include "core/igemm.h"
 #include "core/row_view.h"
 #include "cpu/attention_kernels.h"
@@ -75,31 +76,26 @@ float* grown(std::vector<float>& buffer, int64_t size) {
 }
 
 void attend_head(const AttentionQuantizeArgs& args, int64_t image, int64_t head, const AttentionHead& packed,
-                 const Quantizer& quantizer) {
+                 const AttentionEnd& end) {
   const auto attend = ADPDM_SELECT_ISA(attend);
   const int64_t channels = args.heads * args.head_size;
   const int64_t blocks = ceil_div(args.queries, kAttentionQueries);
   const int64_t products = 2 * kAttentionQueries * args.keys * args.head_size;
-  parallel_for(0, blocks, ceil_div(kMinProducts, products), [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks, ceil_div(kMinProducts, products), [&](int64_t begin, int64_t last) {
     thread_local std::vector<float> buffer;
     float* scratch = grown(buffer, attention_scratch(args.keys, args.head_size));
-    for (int64_t block = begin; block < end; ++block) {
+    for (int64_t block = begin; block < last; ++block) {
       const int64_t first = block * kAttentionQueries;
       const int64_t count = std::min(kAttentionQueries, args.queries - first);
       const char* query = static_cast<const char*>(args.query.data) +
                           token_begin(args, args.query, image, head, first) * float_size(args.type);
-      int8_t* codes = args.codes + (image * args.queries + first) * channels + head * args.head_size;
-      attend(packed, query, args.type, args.query.token_step, count, quantizer, scratch, codes, channels);
+      attend(packed, query, args.type, args.query.token_step, count, scratch,
+             end.at((image * args.queries + first) * channels + head * args.head_size));
     }
   });
 }
 
-}  // namespace
-
-void attention_quantize(const AttentionQuantizeArgs& args) {
-  const Quantizer quantizer = current_quantizer("attention_quantize", args.qparams, args.num_bits);
-  if (args.batch * args.heads * args.head_size * args.queries == 0) return;
-  if (args.int8) return int8_attention(args, quantizer);
+void float_attention(const AttentionQuantizeArgs& args, const AttentionEnd& end) {
   // Kept between calls, because fresh pages cost more than small ones take to fill.
   thread_local std::vector<float> buffer;
   const int64_t key_floats = ceil_div(args.keys, kPanel) * kPanel * args.head_size;
@@ -110,9 +106,26 @@ void attention_quantize(const AttentionQuantizeArgs& args) {
     for (int64_t head = 0; head < args.heads; ++head) {
       pack_keys(args, image, head, keys);
       pack_values(args, image, head, values);
-      attend_head(args, image, head, {keys, values, args.keys, args.head_size}, quantizer);
+      attend_head(args, image, head, {keys, values, args.keys, args.head_size}, end);
     }
   }
+}
+
+}  // namespace
+
+void attention_quantize(const AttentionQuantizeArgs& args) {
+  const Quantizer quantizer = current_quantizer("attention_quantize", args.qparams, args.num_bits);
+  const int64_t channels = args.heads * args.head_size;
+  const int64_t rows = args.batch * args.queries;
+  if (rows * channels == 0) return;
+  // Of all heads, which are rotated together.
+  thread_local std::vector<float> kept;
+  AttentionEnd end{quantizer, args.codes, nullptr, channels};
+  if (args.hadamard) end = {quantizer, nullptr, grown(kept, rows * channels), channels};
+  args.int8 ? int8_attention(args, end) : float_attention(args, end);
+  if (!args.hadamard) return;
+  hadamard_quantize({end.values, FloatType::kFloat32, rows, channels, channels}, args.hadamard, args.qparams,
+                    args.num_bits, args.codes);
 }
 
 }  // namespace adpdm::cpu

@@ -86,7 +86,7 @@ HeadRows rows_of(const AttentionQuantizeArgs& args, const TokenView& view, int64
 
 }  // namespace
 
-void int8_attention(const AttentionQuantizeArgs& args, const Quantizer& quantizer) {
+void int8_attention(const AttentionQuantizeArgs& args, const AttentionEnd& end) {
   const Int8AttentionKernel& kernel = ADPDM_SELECT_ISA_OR_VNNI(int8_attention_kernel);
   const HeadSizes sizes = sizes_of(args, kernel.word_codes);
   const int64_t all_heads = args.batch * args.heads;
@@ -108,16 +108,16 @@ void int8_attention(const AttentionQuantizeArgs& args, const Quantizer& quantize
                     rows_of(args, args.value, first + i, 0), scratch);
       }
     });
-    parallel_for(0, count * blocks, attend_grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count * blocks, attend_grain, [&](int64_t begin, int64_t last) {
       const Int8Scratch scratch = thread_scratch(sizes.channels);
-      for (int64_t block = begin; block < end; ++block) {
+      for (int64_t block = begin; block < last; ++block) {
         const int64_t i = block / blocks;
         const int64_t query = block % blocks * kInt8Queries;
         const int64_t image = (first + i) / args.heads;
-        int8_t* codes = args.codes + (image * args.queries + query) * channels +
-                        (first + i) % args.heads * args.head_size;
+        const int64_t element =
+            (image * args.queries + query) * channels + (first + i) % args.heads * args.head_size;
         kernel.attend(head_of(args, sizes, buffers, i), rows_of(args, args.query, first + i, query),
-                      std::min(kInt8Queries, args.queries - query), quantizer, scratch, codes, channels);
+                      std::min(kInt8Queries, args.queries - query), scratch, end.at(element));
       }
     });
   }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/attention_quantize.h"
-#include "cpu/quantize_kernels.h"
+#include "cpu/attention_kernels.h"
 
 namespace adpdm::cpu {
 
@@ -12,6 +12,6 @@ inline int64_t token_begin(const AttentionQuantizeArgs& args, const TokenView& v
   return image * view.image_step + token * view.token_step + head * args.head_size;
 }
 
-void int8_attention(const AttentionQuantizeArgs& args, const Quantizer& quantizer);
+void int8_attention(const AttentionQuantizeArgs& args, const AttentionEnd& end);
 
 }  // namespace adpdm::cpu

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/types.h"
+#include "cpu/attention_kernels.h"
 #include "cpu/isa.h"
 #include "cpu/quantize_kernels.h"
 
@@ -47,9 +48,9 @@ struct Int8AttentionKernel {
   // Fills all arrays of head.
   void (*pack)(const Int8Head& head, const HeadRows& keys, const HeadRows& values,
                const Int8Scratch& scratch);
-  // queries -> codes [num_queries, code_step], up to kInt8Queries of them.
+  // queries -> end, up to kInt8Queries of them.
   void (*attend)(const Int8Head& head, const HeadRows& queries, int64_t num_queries,
-                 const Quantizer& quantizer, const Int8Scratch& scratch, int8_t* codes, int64_t code_step);
+                 const Int8Scratch& scratch, const AttentionEnd& end);
 };
 
 ADPDM_DECLARE_PER_ISA_AND_VNNI(extern const Int8AttentionKernel int8_attention_kernel)

@@ -179,6 +179,7 @@ void write_round(const GroupNorm& norm, int64_t images) {
   const int64_t chunk_elements = norm.chunk_pixels * args.channels;
   parallel_for(
       0, images * norm.chunks, ceil_div(kMinNormalized, chunk_elements), [&](int64_t begin, int64_t end) {
+        std::vector<float> room(static_cast<size_t>(args.hadamard ? norm_room(args.channels) : 0));
         for (int64_t i = begin; i < end; ++i) {
           const int64_t image = i / norm.chunks, chunk = i % norm.chunks;
           const int64_t pixel = (norm.first_image + image) * args.pixels + chunk * norm.chunk_pixels;
@@ -188,7 +189,8 @@ void write_round(const GroupNorm& norm, int64_t images) {
                                                 norm.row(image, kOffset) + channel,
                                                 args.modulation ? norm.row(image, kGain) + channel : nullptr,
                                                 norm.row(image, kShift) + channel};
-            normalize_block(block, coefficients, args.activation == Activation::kSilu, target.quantizer,
+            normalize_block(block, coefficients, args.activation == Activation::kSilu,
+                            {target.quantizer, args.hadamard, room.data()},
                             target.codes + pixel * target.step, target.step);
           };
           for_each_source(norm, image, chunk, write);
@@ -252,6 +254,8 @@ void layer_norm_quantize(const LayerNormQuantizeArgs& args) {
   parallel_for(0, args.rows, ceil_div(kMinNormalized, args.channels), [&](int64_t begin, int64_t end) {
     std::vector<float> gain = padded_row(nullptr, args.channels, 0.0f), shift = gain;
     std::vector<float> rows(kNormRows * gain.size());
+    std::vector<float> room(static_cast<size_t>(args.hadamard ? norm_room(args.channels) : 0));
+    const NormEnd norm_end{quantizer, args.hadamard, room.data()};
     for (int64_t first = begin; first < end;) {
       const int64_t image = first / args.rows_per_image;
       const int64_t last = std::min(end, (image + 1) * args.rows_per_image);
@@ -264,7 +268,7 @@ void layer_norm_quantize(const LayerNormQuantizeArgs& args) {
         coefficients.shift = shift.data();
       }
       const char* data = static_cast<const char*>(args.x) + first * args.channels * float_size(args.type);
-      layer_norm_rows({data, args.type, last - first, args.channels}, coefficients, args.eps, quantizer,
+      layer_norm_rows({data, args.type, last - first, args.channels}, coefficients, args.eps, norm_end,
                       rows.data(), args.codes + first * args.channels);
       first = last;
     }
