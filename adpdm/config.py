@@ -90,8 +90,8 @@ class QuantConfig:
             `auto` where inputs have fewer than 8 bits and no more than weights, `on`, or `off`. Layers that
             changed take no adapters.
         hadamard: rotate the input channels of linear layers by Hadamard matrices, which spreads what stands
-            out in weights and inputs: `auto` with weights of up to 4 bits and inputs of more, `on`, or `off`.
-            It costs a pass over the inputs of these layers, and blocks around them fuse less.
+            out in weights and inputs: `auto` where either has fewer than 8 bits, `on`, or `off`.
+            On CPUs norms and attention before such layers rotate what they end in; elsewhere it costs passes.
         attention: what attention multiplies on a CPU, in blocks that run fused: codes of 8 bits (`int8`),
             floats (`float`), or what takes less time there (`auto`: int8 with AVX-512 VNNI or AVX-VNNI). Can
             be changed later by `adpdm.nn.fuse_blocks`.
@@ -126,7 +126,7 @@ class QuantConfig:
     range_method: RangeMethod = "clip_weighted"
     weight_rounding: Rounding = "gptq"
     equalization: Equalization = "auto"
-    hadamard: Hadamard = "off"
+    hadamard: Hadamard = "auto"
     attention: AttentionProducts = "auto"
     raised_layers: float = 0.05
     weigh_steps: bool = True

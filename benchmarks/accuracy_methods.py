@@ -130,15 +130,22 @@ GUIDANCES = tuple(
     for how, at in (("without", 1.0), ("with it", scale))
 )
 GUIDED_SCALE = 3.0
-# The strategies for who samples under guidance, as with text-to-image models; each is calibrated under it.
-GUIDED = tuple(
-    replace(
+
+
+def _guided(method: Method) -> Method:
+    """For who samples under guidance, as with text-to-image models: calibrated under it too."""
+    return replace(
         method,
         name=f"{method.name}, guidance {GUIDED_SCALE:g}",
         settings={**method.settings, "guidance_scale": GUIDED_SCALE},
         scale=GUIDED_SCALE,
     )
-    for method in STRATEGIES
+
+
+GUIDED = tuple(_guided(method) for method in STRATEGIES)
+ROTATIONS = tuple(
+    _ours(f"ours, dp, channels {what}", grouping="dp", hadamard=choice)
+    for what, choice in (("as they are", "off"), ("rotated", "on"))
 )
 FAMILIES: dict[str, tuple[Method, ...]] = {
     "strategies": STRATEGIES,
@@ -152,6 +159,8 @@ FAMILIES: dict[str, tuple[Method, ...]] = {
     "correction": CORRECTIONS,
     "guidance": GUIDANCES,
     "guided": GUIDED,
+    "rotations": ROTATIONS,
+    "guided rotations": tuple(_guided(method) for method in ROTATIONS),
 }
 
 

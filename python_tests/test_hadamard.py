@@ -121,14 +121,15 @@ def test_weights_are_given_and_taken_as_the_float_layer_has_them() -> None:
     [
         (4, 8, "auto", True),
         (3, 6, "auto", True),
-        (4, 4, "auto", False),
+        (4, 4, "auto", True),
         (8, 8, "auto", False),
-        (6, 8, "auto", False),
+        (6, 8, "auto", True),
+        (8, 6, "auto", True),
         (8, 8, "on", True),
         (4, 8, "off", False),
     ],
 )
-def test_rotations_pay_where_weights_are_coarser(
+def test_rotations_pay_below_8_bits(
     weight_bits: int, activation_bits: int, choice: Any, rotates: bool
 ) -> None:
     settings = QuantConfig(weight_bits=weight_bits, activation_bits=activation_bits, hadamard=choice)

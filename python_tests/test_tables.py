@@ -157,7 +157,7 @@ def test_one_changed_number_is_refused(saved: tuple[Any, Path], name: str) -> No
 
 
 def test_other_shape_is_refused(saved: tuple[Any, Path]) -> None:
-    refused(tiny_unet(block_out_channels=(8, 24)), saved[1], r"must be torch\.\w+ \(.*\), got torch\.\w+ \(")
+    refused(tiny_unet(block_out_channels=(8, 32)), saved[1], r"must be torch\.\w+ \(.*\), got torch\.\w+ \(")
 
 
 def test_other_class_is_refused(saved: tuple[Any, Path]) -> None:
