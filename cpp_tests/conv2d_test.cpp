@@ -242,19 +242,26 @@ TEST(Conv2d, LargestReductionDoesNotOverflow) {
 TEST(Conv2d, LargestWinogradSumDoesNotOverflow) {
   // Just below and above the numbers of channels up to which results of 2x2 and of 4x4 tiles fit 32 bits.
   const Size2d small{4, 4}, large{6, 6};  // without padding, 2x2 and 4x4 outputs
-  for (const auto& [channels, input] : {std::pair{3632, small}, {3648, small}, {224, large}, {256, large}}) {
+  struct Case {
+    int64_t channels;
+    Size2d input;
+    int weight;
+  };
+  const Case cases[] = {{3632, small, -128}, {3648, small, -128}, {224, large, -128},
+                        {256, large, -128},  {256, large, -113},  {256, large, -114}};
+  for (const auto& [channels, input, weight] : cases) {
     for (int8_t code : {int8_t{127}, int8_t{-128}}) {
       Problem problem = random_problem({1, {channels}, input, 1, {3, 3}, {1, 1}, {0, 0}}, 8, 3, true);
       SegmentData& data = problem.segments[0];
       std::fill(data.codes.begin(), data.codes.end(), code);
-      std::fill(data.weight_codes.begin(), data.weight_codes.end(), int8_t{-128});
+      std::fill(data.weight_codes.begin(), data.weight_codes.end(), static_cast<int8_t>(weight));
       data.zero_point[1] = code > 0 ? -128 : 127;
       testing::pack(data, 1, 9, 1, 8);
-      const auto wanted = static_cast<float>((code - data.zero_point[1]) * -128 * 9 * channels);
+      const auto wanted = static_cast<float>((code - data.zero_point[1]) * weight * 9 * channels);
       const auto outputs = static_cast<size_t>((input.height - 2) * (input.width - 2));
       for (const IgemmLevel& level : igemm_levels()) {
         EXPECT_EQ(run<float>(problem, level, FloatType::kFloat32, 0.0f), std::vector<float>(outputs, wanted))
-            << level.name << ", " << channels << " channels";
+            << level.name << ", " << channels << " channels of " << weight;
       }
     }
   }

@@ -82,6 +82,10 @@ constexpr int64_t quads_per_tap(int64_t group_channels, int weight_bits) {
                                         : ceil_div(group_channels, kQuadChannels);
 }
 
+// Behind the last block: the largest sum of magnitudes of one output's codes as i32, then zeros. It bounds
+// integer sums closer than the number of codes does.
+constexpr int64_t kBlobTailBytes = 64;
+
 // Bytes of all taps of one block of 16 outputs.
 constexpr int64_t block_bytes(int64_t group_channels, int64_t taps, int weight_bits) {
   return taps * quads_per_tap(group_channels, weight_bits) * kQuadBytes /

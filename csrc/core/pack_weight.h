@@ -20,7 +20,8 @@ struct PackWeightArgs {
 constexpr int64_t packed_weight_bytes(int64_t out_channels, int64_t group_channels, int64_t taps,
                                       int64_t groups, int num_bits) {
   return groups * ceil_div(out_channels / groups, kBlockOutputs) *
-         block_bytes(group_channels, taps, num_bits);
+             block_bytes(group_channels, taps, num_bits) +
+         kBlobTailBytes;
 }
 
 namespace cpu {

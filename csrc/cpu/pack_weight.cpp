@@ -1,6 +1,8 @@
 // Packs weight codes for the CPU kernels of linear and conv2d (layout: core/igemm.h).
 #include "core/pack_weight.h"
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 namespace adpdm::cpu {
@@ -26,19 +28,26 @@ void pack_weight(const PackWeightArgs& args) {
   const int64_t bytes = block_bytes(args.group_channels, args.taps, args.num_bits);
   const int64_t group_outputs = args.out_channels / args.groups;
   const int64_t blocks = ceil_div(group_outputs, kBlockOutputs);
-  std::memset(args.packed, nibbles ? 0x88 : 0, static_cast<size_t>(args.groups * blocks * bytes));
+  uint8_t* const tail = args.packed + args.groups * blocks * bytes;
+  std::memset(args.packed, nibbles ? 0x88 : 0, static_cast<size_t>(tail - args.packed));
   const int8_t* code = args.codes;
+  int32_t largest = 0;
   for (int64_t o = 0; o < args.out_channels; ++o) {
     const int64_t group = o / group_outputs;
     const int64_t output = o % group_outputs;
     uint8_t* block = args.packed + (group * blocks + output / kBlockOutputs) * bytes;
+    int32_t magnitude = 0;
     for (int64_t c = 0; c < args.group_channels; ++c) {
       for (int64_t tap = 0; tap < args.taps; ++tap, ++code) {
         const int64_t quad = tap * quads + c / kQuadChannels;
         put_code(block, quad, output % kBlockOutputs, c % kQuadChannels, *code, nibbles);
+        magnitude += std::abs(*code);
       }
     }
+    largest = std::max(largest, magnitude);
   }
+  std::memset(tail, 0, kBlobTailBytes);
+  std::memcpy(tail, &largest, sizeof largest);
 }
 
 }  // namespace adpdm::cpu

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "core/row_view.h"
 #include "cpu/parallel.h"
@@ -30,6 +31,10 @@ namespace {
 // Transformed codes of a pass, which are read once for each slab: what the L2 cache holds, but enough tiles
 // for an item. 4 MiB took 1.1 to 1.3 times as long for 128 channels and 512 tiles (Zen 4, 2026-11).
 constexpr int64_t kPointBytes = 1 << 20;
+
+// Channels of a slice beyond those that have to be apart: its transformed weights, 2 blocks of 36 points,
+// take 720 KiB.
+constexpr int64_t kMaxSlice = 320;
 
 // Few, so that a small map keeps many threads busy: those of a unit cost what the direct kernel costs, their
 // transform of weights included.
@@ -60,7 +65,26 @@ struct Pass {
     return sum;
   }
   int64_t point_step(int s) const { return tiles * channels(s) + kWinogradPadding; }
+  int64_t slice(int s) const;
+  int64_t largest_slice() const {
+    int64_t largest = 0;
+    for (int s = 0; s < problem.tile.num_segments; ++s) largest = std::max(largest, slice(s));
+    return largest;
+  }
 };
+
+// Slices of one segment, as equal as they can be. Most layers are exact with all channels in one: the bound
+// on codes alone allows 224 for 4x4 tiles.
+int64_t Pass::slice(int s) const {
+  const TileSegment& segment = problem.inputs[s].tile;
+  int32_t magnitude;
+  std::memcpy(&magnitude, segment.weight + ceil_div(problem.outputs, kBlockOutputs) * segment.block_bytes,
+              sizeof magnitude);
+  const bool is_exact = int64_t{128} * magnitude <= kernel.max_sum;
+  const int64_t most = is_exact ? std::max(kernel.slice, kMaxSlice) : kernel.slice;
+  const int64_t slices = ceil_div(channels(s), most);
+  return ceil_div(ceil_div(channels(s), slices), kernel.lanes) * kernel.lanes;
+}
 
 void transform_codes(const Pass& pass, int64_t row) {
   const int64_t image = (pass.first_row + row) / pass.image_rows;
@@ -79,10 +103,10 @@ int16_t* thread_points(int64_t count) {
   return reinterpret_cast<int16_t*>(memory.take(count * static_cast<int64_t>(sizeof(int16_t))));
 }
 
-WinogradScratch thread_scratch(const WinogradKernel& kernel) {
+WinogradScratch thread_scratch(const WinogradKernel& kernel, int64_t slice) {
   thread_local ThreadMemory memory;
   const int64_t width = kernel.blocks * kBlockOutputs;  // 64 bytes and more: what follows stays aligned
-  const int64_t weights = kernel.blocks * kernel.points() * winograd_weight_step(kernel.slice);
+  const int64_t weights = kernel.blocks * kernel.points() * winograd_weight_step(slice);
   const int64_t points = kernel.points() * kWinogradBatch * width;
   const int64_t pixels = kernel.side * kernel.side * kMaxWinogradTiles * width;
   char* const begin = memory.take(2 * weights + 4 * points + 8 * pixels);
@@ -105,12 +129,12 @@ void run_item(const Pass& pass, int64_t slab, int64_t first, int64_t count) {
   select_outputs(problem, 0, first_block, std::min(blocks, first_block + pass.kernel.blocks), item.block);
   for (int s = 0; s < problem.tile.num_segments; ++s) {
     const int64_t channels = pass.channels(s);
-    item.segments[s] = {pass.points[s] + first * channels, pass.point_step(s), channels};
+    item.segments[s] = {pass.points[s] + first * channels, pass.point_step(s), channels, pass.slice(s)};
   }
   item.tiles = count;
   item.first = pass.first_row * pass.row_tiles + first;
   item.row_tiles = pass.row_tiles;
-  item.scratch = thread_scratch(pass.kernel);
+  item.scratch = thread_scratch(pass.kernel, pass.largest_slice());
   pass.kernel.run(item);
 }
 
