@@ -173,3 +173,21 @@ def test_page_has_the_rows_of_the_revised_search() -> None:
     assert sorted(means) == sorted((method, bits) for method in methods for bits in ("w6a6", "w4a4"))
     for method in methods:
         assert f"| {method} | {means[method, 'w6a6']} | {means[method, 'w4a4']} |" in page.splitlines()
+
+
+def test_page_has_the_rows_of_rotated_channels() -> None:
+    page = (ROOT / "docs" / "accuracy.md").read_text().splitlines()
+    models = {
+        "dit-fashion-mnist-32": "transformer",
+        "ddpm-fashion-mnist-32": "demo U-Net",
+        "sd-cifar10": "`sd-cifar10`, guidance 3",
+    }
+    file = ROOT / "benchmarks" / "results" / "rotations-2026-11-30.json"
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row in sorted(json.loads(file.read_text()), key=lambda row: "rotated" in row["method"]):
+        mean, low, high = (f"{value:.1f}" for value in row["psnr_db"])
+        words = mean if low == high else f"{mean} ({low} to {high})"
+        cells.setdefault((models[row["model"]], row["bits"].upper()), []).append(words)
+    assert len(cells) >= 8
+    for (model, bits), words in cells.items():
+        assert "| {} | {} | {} |".format(f"{model}, {bits}", *words) in page

@@ -28,11 +28,10 @@ struct GroupNormQuantizeArgs {
   const float* modulation;  // [N, 2 * C] f32 (scale, shift): y * (1 + scale) + shift; or nullptr
   float eps;
   Activation activation;  // kNone or kSilu
-  int64_t
-      hadamard;  // channels rotated together before they are quantized, 0: none; of one source, on the CPU
   GroupedQParams qparams;
   int num_bits;
-  int8_t* codes;  // [N, pixels, C] i8
+  int8_t* codes;         // [N, pixels, C] i8
+  int64_t hadamard = 0;  // channels rotated together first, 0: none; of one source, on the CPU
 };
 
 // Where the codes of one source go when each has a quantizer of its own.
@@ -52,10 +51,10 @@ struct LayerNormQuantizeArgs {
   const float* modulation;  // [images, 2 * C] f32 (scale, shift): y * (1 + scale) + shift; or nullptr
   int64_t rows_per_image;
   float eps;
-  int64_t hadamard;  // as of GroupNormQuantizeArgs
   GroupedQParams qparams;
   int num_bits;
-  int8_t* codes;  // [rows, C] i8
+  int8_t* codes;         // [rows, C] i8
+  int64_t hadamard = 0;  // as of GroupNormQuantizeArgs
 };
 
 namespace cpu {
