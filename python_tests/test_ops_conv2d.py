@@ -212,7 +212,7 @@ def test_conv2d_opcheck(generator: torch.Generator) -> None:
         ({"out_channels": 16}, r"conv2d: weight_scale must have shape \[16\], got \[8\]"),
         (
             {"kernel_size": (1, 1)},
-            r"conv2d: weight must have 128 bytes for this shape and weight_bits, got 1152",
+            r"conv2d: weight must have 192 bytes for this shape and weight_bits, got 1216",
         ),
     ],
 )

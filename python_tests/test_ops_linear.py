@@ -150,7 +150,7 @@ def test_linear_opcheck(generator: torch.Generator) -> None:
         (
             {"weight": torch.zeros(7, dtype=torch.uint8)},
             ValueError,
-            r"linear: weight must have 128 bytes for this shape and weight_bits, got 7",
+            r"linear: weight must have 192 bytes for this shape and weight_bits, got 7",
         ),
         (
             {"group_index": torch.tensor([3], dtype=torch.int32)},
