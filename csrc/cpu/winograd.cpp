@@ -107,7 +107,7 @@ WinogradScratch thread_scratch(const WinogradKernel& kernel, int64_t slice) {
   thread_local ThreadMemory memory;
   const int64_t width = kernel.blocks * kBlockOutputs;  // 64 bytes and more: what follows stays aligned
   const int64_t weights = kernel.blocks * kernel.points() * winograd_weight_step(slice);
-  const int64_t points = kernel.points() * kWinogradBatch * width;
+  const int64_t points = kernel.points() * kMaxWinogradBatch * width;
   const int64_t pixels = kernel.side * kernel.side * kMaxWinogradTiles * width;
   char* const begin = memory.take(2 * weights + 4 * points + 8 * pixels);
   WinogradScratch result{};

@@ -16,9 +16,8 @@ constexpr int kMaxWinogradBlocks = 2;  // blocks of 16 outputs multiplied togeth
 // into the same sets of the L1 cache.
 constexpr int64_t kWinogradPadding = 32;
 
-// Tiles whose points are summed before any is transformed back, 36 KiB of sums. 16 took 1.00 to 1.03 times as
-// long (Zen 4, 2026-11).
-constexpr int64_t kWinogradBatch = 8;
+// Tiles whose points are summed before any is transformed back: up to 72 KiB of sums.
+constexpr int64_t kMaxWinogradBatch = 16;
 
 // Tiles of an item, which share its transformed weights; their sums take 128 KiB, and their values as much
 // where they wait for a second segment.
@@ -46,7 +45,7 @@ struct WinogradSegment {
 struct WinogradScratch {
   // Of a slice of channels: [blocks][points], of each [channels / 2][16 outputs][2] i16 and kWinogradPadding.
   int16_t* weights;
-  int32_t* points;  // [points][kWinogradBatch][blocks][16 outputs]
+  int32_t* points;  // [points][batch][blocks][16 outputs]
   int32_t* sums;    // [batches], of each [rows of a tile][its pixels of all tiles][blocks][16 outputs]
   float* values;    // the same; of a single segment one batch at a time, the first's place
 };
