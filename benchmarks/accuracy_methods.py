@@ -147,6 +147,11 @@ ROTATIONS = tuple(
     _ours(f"ours, dp, channels {what}", grouping="dp", hadamard=choice)
     for what, choice in (("as they are", "off"), ("rotated", "on"))
 )
+# Both spread what channels differ by: is the second worth anything beside the first?
+ROTATED_EQUALIZATIONS = tuple(
+    _ours(f"ours, dp, rotated, equalization {mode}", grouping="dp", hadamard="on", equalization=mode)
+    for mode in ("off", "on")
+)
 FAMILIES: dict[str, tuple[Method, ...]] = {
     "strategies": STRATEGIES,
     "paper": PAPER_SETTING,
@@ -161,6 +166,8 @@ FAMILIES: dict[str, tuple[Method, ...]] = {
     "guided": GUIDED,
     "rotations": ROTATIONS,
     "guided rotations": tuple(_guided(method) for method in ROTATIONS),
+    "rotated equalization": ROTATED_EQUALIZATIONS,
+    "guided rotated equalization": tuple(_guided(method) for method in ROTATED_EQUALIZATIONS),
 }
 
 
