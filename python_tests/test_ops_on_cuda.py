@@ -156,6 +156,30 @@ def test_layer_norm_gives_the_codes_of_the_cpu(shape: tuple[int, ...], dtype: to
     assert_nearly_all_equal(there, cpu)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "block"), [(64, 64), (320, 64), (48, 16)])
+def test_rotated_rows_give_the_codes_of_the_cpu(channels: int, block: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(8)
+    x = (torch.randn(3, channels, 9, 7, generator=g) + 0.5).to(dtype)
+    weight, bias = torch.randn(2, channels, generator=g)
+    modulation = torch.randn(3, 2 * channels, generator=g)
+    results: list[list[Tensor]] = []
+    for device in (CPU, DEVICE):
+        image, rows = x.to(device), x.to(device).permute(0, 2, 3, 1).reshape(3, 63, channels)
+        affine = (weight.to(device), bias.to(device))
+        q = replace(on(device, quantizer(0.05)), hadamard=block)
+        results.append(
+            [
+                ops.quantize(rows, q.scale, q.zero_point, q.group_index, 8, hadamard=block).cpu(),
+                ops.layer_norm_quantize(rows, *affine, modulation.to(device), q, 1e-5).cpu(),
+                ops.group_norm_quantize([image], *affine, None, q, 8, 1e-5, Activation.NONE).cpu(),
+            ]
+        )
+    assert torch.equal(results[0][0], results[1][0])
+    for there, cpu in zip(results[1][1:], results[0][1:], strict=True):
+        assert_nearly_all_equal(there, cpu)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("layout", ["channels", "planes", "columns", "images", "expanded"])
 def test_slices_are_read_where_they_lie(layout: str, channels_last: bool) -> None:

@@ -75,7 +75,8 @@ ELEMENTWISE_RULES = (
     Rule(r"\b(un)?pack_int4_kernel\b", wanted=VECTORS, max_registers=64),
     Rule(r"\bobserve_kernel<", wanted=(LOAD_128,), max_registers=64),
     # A block in registers; a thread reads one channel of 64 of them, neighbours the next.
-    Rule(r"\bhadamard_kernel<", max_registers=128),
+    Rule(r"\bhadamard(_quantize)?_kernel<", max_registers=128),
+    Rule(r"\b(group|layer)_norm_rotate_kernel<", max_registers=128),
     Rule(r"\bchunk_sums_kernel<", max_registers=128),
     # With 1 as the last argument they read elements, where there are no vectors.
     Rule(r"\bgroup_norm_(sums|apply)_kernel<.*\D[48]>", wanted=(LOAD_128,), max_registers=128),

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -16,7 +15,7 @@ from ..config import AttentionProducts
 from .adapters import BASE
 from .coded import BlockPlan
 from .layers import QuantLayer, QuantLinear
-from .packed import Packed, quantize
+from .packed import Packed
 from .tracing import Copied, derived, versions, were_edited
 
 
@@ -257,9 +256,7 @@ class NormCodes:
         modulation: Tensor | None = None,  # [N, 2C] f32
     ) -> Tensor:
         """Codes [N, C, H, W] i8 of the normalised concatenation of the sources."""
-        if quantizer.hadamard and sources[0].device.type != "cpu":
-            return self._group_rotated(sources, quantizer, modulation)
-        if quantizer.hadamard and len(sources) > 1:  # its kernel reads whole rows
+        if quantizer.hadamard and len(sources) > 1:  # kernels that rotate read whole rows
             sources = [torch.cat(list(sources), 1)]
         rows = (self.weight, self.bias, modulation)
         return ops.group_norm_quantize(sources, *rows, quantizer, self.norm_groups, self.eps, self.activation)
@@ -278,23 +275,7 @@ class NormCodes:
         modulation: Tensor | None = None,  # [images, 2C] f32
     ) -> Tensor:
         """Codes [*, C] i8 of normalised x [*, C] float."""
-        if quantizer.hadamard and x.device.type != "cpu":
-            y = F.layer_norm(x.float(), x.shape[-1:], self.weight, self.bias, self.eps)
-            if modulation is not None:
-                scale, shift = modulation.view(len(modulation), *(1,) * (x.dim() - 2), -1).chunk(2, -1)
-                y = torch.addcmul(shift, y, 1 + scale)
-            return quantize(y, quantizer)
         return ops.layer_norm_quantize(x, self.weight, self.bias, modulation, quantizer, self.eps)
-
-    def _group_rotated(
-        self, sources: Sequence[Tensor], quantizer: ops.OutputQuantizer, modulation: Tensor | None
-    ) -> Tensor:
-        """`group` before a linear layer that rotates its channels, in passes: there is no kernel for it."""
-        assert modulation is None, "of residual blocks, before convolutions"
-        assert self.activation is ops.Activation.NONE, "of residual blocks, before convolutions"
-        x = sources[0].float() if len(sources) == 1 else torch.cat([x.float() for x in sources], 1)
-        y = F.group_norm(x, self.norm_groups, self.weight, self.bias, self.eps)
-        return quantize(y.permute(0, 2, 3, 1), quantizer).permute(0, 3, 1, 2)
 
 
 class SplitNormCodes:

@@ -32,5 +32,32 @@ TEST(CudaHadamard, BitsOfAllShapesEqualTheCpus) {
   }
 }
 
+TEST(CudaHadamard, CodesOfAllShapesEqualTheCpus) {
+  ADPDM_REQUIRE_GPU();
+  const std::vector<float> scale = {0.03f, 0.11f};
+  const std::vector<int32_t> zero_point = {-5, 3}, group = {1};
+  const DeviceBuffer<float> device_scale(scale);
+  const DeviceBuffer<int32_t> device_zero_point(zero_point), device_group(group);
+  const GroupedQParams host = {scale.data(), zero_point.data(), group.data(), 2};
+  const GroupedQParams device = {device_scale.data(), device_zero_point.data(), device_group.data(), 2};
+  unsigned seed = 100;
+  for (const Shape& s : kShapes) {
+    for (FloatType type : kFloatTypes) {
+      const int64_t size = s.rows == 0 ? 0 : (s.rows - 1) * s.stride + s.columns;
+      const FloatBuffer x(special_values(size, ++seed, 2.0f), type, s.offset);
+      const int bits = s.columns % 3 == 0 ? 6 : 8;
+      std::vector<int8_t> wanted(static_cast<size_t>(s.rows * s.columns));
+      cpu::hadamard_quantize({x.input().data(), type, s.rows, s.columns, s.stride}, s.block, host, bits,
+                             wanted.data());
+      for_each_schedule([&] {
+        OffsetBuffer<int8_t> codes(s.rows * s.columns, s.offset);
+        cuda::hadamard_quantize({x.data(), type, s.rows, s.columns, s.stride}, s.block, device, bits,
+                                codes.data(), nullptr);
+        EXPECT_EQ(codes.host(), wanted) << s.columns << " " << s.block;
+      });
+    }
+  }
+}
+
 }  // namespace
 }  // namespace adpdm::testing

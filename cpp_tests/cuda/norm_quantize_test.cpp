@@ -25,6 +25,26 @@ Moments moments_of(const std::vector<double>& values, float eps) {
   return {static_cast<float>(mean), static_cast<float>(1.0 / std::sqrt(variance + static_cast<double>(eps)))};
 }
 
+// Multiplies blocks of channels, columns / block apart, by the Hadamard matrix; 0: leaves them.
+std::vector<float> rotated(const std::vector<float>& row, int64_t block) {
+  if (block == 0) return row;
+  const int64_t stride = static_cast<int64_t>(row.size()) / block;
+  std::vector<float> result(row.size());
+  for (int64_t first = 0; first < stride; ++first) {
+    for (int64_t j = 0; j < block; ++j) {
+      double sum = 0;
+      for (int64_t i = 0; i < block; ++i) {
+        const bool negative = __builtin_popcountll(static_cast<unsigned long long>(i & j)) % 2 == 1;
+        const double value = static_cast<double>(row[static_cast<size_t>(first + i * stride)]);
+        sum += negative ? -value : value;
+      }
+      const double factor = 1.0 / std::sqrt(static_cast<double>(block));
+      result[static_cast<size_t>(first + j * stride)] = static_cast<float>(sum * factor);
+    }
+  }
+  return result;
+}
+
 // Parameters of both normalisations, on the host and (all the same) on the device.
 struct Parameters {
   int64_t channels, images;
@@ -42,7 +62,7 @@ struct Parameters {
   }
   GroupedQParams host_qparams() const { return {kScale.data(), kZeroPoint.data(), &group, 2}; }
 
-  int8_t code(float x, Moments m, int64_t image, int64_t channel, bool silu_after) const {
+  float value(float x, Moments m, int64_t image, int64_t channel, bool silu_after) const {
     const auto c = static_cast<size_t>(channel);
     const float factor = m.inv_deviation * (affine ? weight[c] : 1.0f);
     float y = std::fma(x, factor, std::fma(-m.mean, factor, affine ? bias[c] : 0.0f));
@@ -50,12 +70,24 @@ struct Parameters {
       const size_t row = static_cast<size_t>(image * 2 * channels);
       y = std::fma(y, 1.0f + modulation[row + c], modulation[row + static_cast<size_t>(channels) + c]);
     }
-    if (silu_after) y = silu(y);
+    return silu_after ? silu(y) : y;
+  }
+
+  int8_t code(float y) const {
     const CodeRange range = signed_range(num_bits);
     const float inv = 1.0f / kScale[static_cast<size_t>(group)];
     return static_cast<int8_t>(
         quantize_value(y, inv, static_cast<float>(kZeroPoint[static_cast<size_t>(group)]),
                        static_cast<float>(range.quant_min), static_cast<float>(range.quant_max)));
+  }
+
+  // Of rows [*, channels] whose channels are rotated first.
+  std::vector<int8_t> codes(const std::vector<float>& values, int64_t hadamard) const {
+    std::vector<int8_t> result;
+    for (auto row = values.begin(); row < values.end(); row += channels) {
+      for (float y : rotated({row, row + channels}, hadamard)) result.push_back(code(y));
+    }
+    return result;
   }
 };
 
@@ -98,18 +130,22 @@ struct GroupCase {
   int64_t offset;  // of the sources, in elements
   int num_bits;
   bool affine, modulated, silu_after;
+  int64_t hadamard = 0;
 };
 
 // Groups across vectors, tiles and sources; one group of all channels, one of each; one pixel; several
 // splits; ragged channel counts and odd addresses.
 const GroupCase kGroupCases[] = {
-    {2, 64, {64, 0}, 8, 0, 8, true, false, true},     {1, 100, {320, 0}, 32, 0, 8, true, true, true},
-    {2, 33, {40, 56}, 32, 0, 8, true, false, true},   {1, 16, {640, 320}, 32, 0, 8, false, false, false},
-    {1, 700, {32, 0}, 4, 0, 8, true, true, false},    {3, 9, {24, 0}, 1, 0, 4, true, false, true},
-    {2, 7, {48, 16}, 64, 0, 8, false, true, true},    {1, 25, {30, 20}, 10, 0, 8, true, false, true},
-    {2, 40, {32, 0}, 8, 1, 8, true, true, true},      {1, 1, {64, 0}, 32, 0, 8, true, false, false},
-    {0, 10, {32, 0}, 4, 0, 8, true, false, false},    {2, 0, {32, 0}, 4, 0, 8, true, false, false},
-    {1, 2500, {13, 0}, 13, 0, 6, true, false, false}, {1, 20, {1032, 0}, 3, 0, 8, true, true, true}};
+    {2, 64, {64, 0}, 8, 0, 8, true, false, true},      {1, 100, {320, 0}, 32, 0, 8, true, true, true},
+    {2, 33, {40, 56}, 32, 0, 8, true, false, true},    {1, 16, {640, 320}, 32, 0, 8, false, false, false},
+    {1, 700, {32, 0}, 4, 0, 8, true, true, false},     {3, 9, {24, 0}, 1, 0, 4, true, false, true},
+    {2, 7, {48, 16}, 64, 0, 8, false, true, true},     {1, 25, {30, 20}, 10, 0, 8, true, false, true},
+    {2, 40, {32, 0}, 8, 1, 8, true, true, true},       {1, 1, {64, 0}, 32, 0, 8, true, false, false},
+    {0, 10, {32, 0}, 4, 0, 8, true, false, false},     {2, 0, {32, 0}, 4, 0, 8, true, false, false},
+    {1, 2500, {13, 0}, 13, 0, 6, true, false, false},  {1, 20, {1032, 0}, 3, 0, 8, true, true, true},
+    {2, 64, {64, 0}, 8, 0, 8, true, false, false, 64}, {1, 100, {320, 0}, 32, 0, 6, true, true, true, 16},
+    {2, 33, {12, 0}, 3, 1, 8, true, false, false, 4},  {1, 300, {256, 0}, 1, 0, 4, false, false, false, 64},
+    {0, 10, {64, 0}, 4, 0, 8, true, false, false, 64}};
 
 // The definition; sources [N, pixels, C_s] as the type holds them.
 std::vector<int8_t> expected_codes(const GroupCase& c, const Parameters& p, const std::vector<float> (&x)[2],
@@ -120,23 +156,23 @@ std::vector<int8_t> expected_codes(const GroupCase& c, const Parameters& p, cons
     const int64_t local = s == 0 ? channel : channel - c.channels[0];
     return x[s][static_cast<size_t>((image * c.pixels + pixel) * c.channels[s] + local)];
   };
-  std::vector<int8_t> codes(static_cast<size_t>(c.batch * c.pixels * channels));
+  std::vector<float> values(static_cast<size_t>(c.batch * c.pixels * channels));
   for (int64_t image = 0; image < c.batch; ++image) {
     for (int64_t g = 0; g < c.norm_groups; ++g) {
-      std::vector<double> values;
+      std::vector<double> of_group;
       for (int64_t pixel = 0; pixel < c.pixels; ++pixel) {
-        for (int64_t i = 0; i < per_group; ++i) values.push_back(value(image, pixel, g * per_group + i));
+        for (int64_t i = 0; i < per_group; ++i) of_group.push_back(value(image, pixel, g * per_group + i));
       }
-      const Moments m = moments_of(values, eps);
+      const Moments m = moments_of(of_group, eps);
       for (int64_t pixel = 0; pixel < c.pixels; ++pixel) {
         for (int64_t i = g * per_group; i < (g + 1) * per_group; ++i) {
-          codes[static_cast<size_t>((image * c.pixels + pixel) * channels + i)] =
-              p.code(value(image, pixel, i), m, image, i, c.silu_after);
+          values[static_cast<size_t>((image * c.pixels + pixel) * channels + i)] =
+              p.value(value(image, pixel, i), m, image, i, c.silu_after);
         }
       }
     }
   }
-  return codes;
+  return p.codes(values, c.hadamard);
 }
 
 // The call on tensors in either memory.
@@ -159,7 +195,8 @@ GroupNormQuantizeArgs group_norm_args(const GroupCase& c, const Parameters& p, F
           c.silu_after ? Activation::kSilu : Activation::kNone,
           on_device ? p.qparams() : p.host_qparams(),
           p.num_bits,
-          codes};
+          codes,
+          c.hadamard};
 }
 
 std::vector<int8_t> group_norm_codes(const GroupCase& c, const Parameters& p, FloatType type,
@@ -261,13 +298,17 @@ struct LayerCase {
   int64_t rows, channels, images, offset;
   int num_bits;
   bool affine, modulated;
+  int64_t hadamard = 0;
 };
 
-const LayerCase kLayerCases[] = {{6, 320, 2, 0, 8, true, true},   {5, 1280, 1, 0, 8, true, false},
-                                 {9, 768, 3, 0, 4, false, true},  {4, 77, 2, 0, 8, true, true},
-                                 {3, 64, 1, 1, 8, false, false},  {0, 64, 1, 0, 8, true, false},
-                                 {4, 1, 1, 0, 8, true, false},    {7, 8, 7, 0, 8, true, true},
-                                 {2, 5000, 1, 0, 8, true, false}, {3, 0, 1, 0, 8, false, false}};
+const LayerCase kLayerCases[] = {{6, 320, 2, 0, 8, true, true},      {5, 1280, 1, 0, 8, true, false},
+                                 {9, 768, 3, 0, 4, false, true},     {4, 77, 2, 0, 8, true, true},
+                                 {3, 64, 1, 1, 8, false, false},     {0, 64, 1, 0, 8, true, false},
+                                 {4, 1, 1, 0, 8, true, false},       {7, 8, 7, 0, 8, true, true},
+                                 {2, 5000, 1, 0, 8, true, false},    {3, 0, 1, 0, 8, false, false},
+                                 {6, 320, 2, 0, 6, true, true, 64},  {70, 64, 1, 0, 8, true, false, 64},
+                                 {9, 768, 3, 1, 4, false, true, 64}, {130, 16, 2, 0, 8, true, true, 16},
+                                 {3, 12, 1, 0, 8, false, false, 4},  {0, 64, 1, 0, 8, true, false, 64}};
 
 LayerNormQuantizeArgs layer_norm_args(const LayerCase& c, const Parameters& p, FloatType type, const void* x,
                                       bool on_device, int8_t* codes) {
@@ -285,7 +326,8 @@ LayerNormQuantizeArgs layer_norm_args(const LayerCase& c, const Parameters& p, F
           1e-5f,
           on_device ? p.qparams() : p.host_qparams(),
           p.num_bits,
-          codes};
+          codes,
+          c.hadamard};
 }
 
 std::vector<int8_t> layer_norm_codes(const LayerCase& c, const Parameters& p, FloatType type,
@@ -303,14 +345,14 @@ std::vector<int8_t> cpu_codes(const LayerCase& c, const Parameters& p, FloatType
 }
 
 std::vector<int8_t> expected_codes(const LayerCase& c, const Parameters& p, const std::vector<float>& x) {
-  std::vector<int8_t> codes;
+  std::vector<float> values;
   for (int64_t row = 0; row < c.rows; ++row) {
     const auto first = x.begin() + row * c.channels;
     const Moments m = moments_of(std::vector<double>(first, first + c.channels), 1e-5f);
     const int64_t image = row / (c.rows / c.images);
-    for (int64_t i = 0; i < c.channels; ++i) codes.push_back(p.code(first[i], m, image, i, false));
+    for (int64_t i = 0; i < c.channels; ++i) values.push_back(p.value(first[i], m, image, i, false));
   }
-  return codes;
+  return p.codes(values, c.hadamard);
 }
 
 TEST(CudaLayerNormQuantize, CodesEqualTheDefinitionAndTheCpus) {

@@ -57,6 +57,7 @@ class CudaBackend {
   static constexpr auto fake_quantize_mixture_backward = bindings::fake_quantize_mixture_backward;
   static constexpr auto observe = cuda::observe;
   static constexpr auto hadamard = cuda::hadamard;
+  static constexpr auto hadamard_quantize = cuda::hadamard_quantize;
 
   explicit CudaBackend(const at::Tensor& input)
       : guard_(input.device()), stream_(current_stream(input.device())) {}

@@ -22,10 +22,7 @@ using at::Tensor;
 // arguments of the CPU's, check_values(op, "group_index", "zero_point", qparams), which checks what only it
 // can about values, and run(function, arguments...).
 
-template <typename Backend>
-Tensor hadamard(const Tensor& x, int64_t block);
-
-// Codes of rotated rows; by way of their floats where there is no kernel for both.
+// Codes of rotated rows.
 template <typename Backend>
 Tensor quantize_rotated(const Tensor& x,  // [*, C]
                         const GroupedQParams& qparams, int num_bits, int64_t block) {
@@ -34,13 +31,8 @@ Tensor quantize_rotated(const Tensor& x,  // [*, C]
   check_hadamard("quantize", "hadamard", block, rows.view.columns);
   const Backend backend(x);
   backend.check_values("quantize", "group_index", "zero_point", qparams);
-  if constexpr (requires { Backend::hadamard_quantize; }) {
-    backend.run(Backend::hadamard_quantize, rows.view, block, qparams, num_bits,
-                codes.mutable_data_ptr<int8_t>());
-  } else {
-    const Rows rotated = rows_of_last_dim("quantize", hadamard<Backend>(x, block));
-    backend.run(Backend::quantize, rotated.view, qparams, num_bits, codes.mutable_data_ptr<int8_t>());
-  }
+  backend.run(Backend::hadamard_quantize, rows.view, block, qparams, num_bits,
+              codes.mutable_data_ptr<int8_t>());
   return codes;
 }
 

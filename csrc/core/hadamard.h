@@ -69,12 +69,16 @@ void hadamard_quantize(const RowView& x, int64_t block, const GroupedQParams& qp
 
 }  // namespace cpu
 
-// The same on the stream. Throws CudaError where the launch fails.
+// The same on the stream; an index outside [0, num_groups) acts as the nearest inside. Throw CudaError where
+// a launch fails.
 namespace cuda {
 
 void hadamard(const RowView& x, int64_t block,
               float* y,  // [rows, columns] dense
               Stream stream);
+void hadamard_quantize(const RowView& x, int64_t block, const GroupedQParams& qparams, int num_bits,
+                       int8_t* codes,  // [rows, columns] dense
+                       Stream stream);
 
 }  // namespace cuda
 }  // namespace adpdm

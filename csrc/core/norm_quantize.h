@@ -31,7 +31,7 @@ struct GroupNormQuantizeArgs {
   GroupedQParams qparams;
   int num_bits;
   int8_t* codes;         // [N, pixels, C] i8
-  int64_t hadamard = 0;  // channels rotated together first, 0: none; of one source, on the CPU
+  int64_t hadamard = 0;  // channels rotated together before they become codes, 0: none; of one source
 };
 
 // Where the codes of one source go when each has a quantizer of its own.

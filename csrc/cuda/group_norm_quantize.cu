@@ -1,9 +1,10 @@
 // Group normalisation that ends in codes on CUDA: one kernel sums, without atomics; the other adds those sums
-// up by itself, normalises and quantizes. How the work is cut depends on the shape of one image only, and so
-// do the bits.
+// up by itself, normalises and quantizes, or rotates in between. How the work is cut depends on the shape of
+// one image only, and so do the bits.
 #include <string>
 
 #include "core/norm_quantize.h"
+#include "cuda/hadamard.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/norm_quantize.cuh"
 #include "cuda/reduce.cuh"
@@ -348,6 +349,41 @@ group_norm_apply_kernel(GroupNormQuantizeArgs args, Tiling t, const Partial* par
   }
 }
 
+// The same where channels are rotated: a block of threads for an image and a stretch of pixels, all channels;
+// a thread for a block of channels of a pixel. Shared memory: moments [norm_groups].
+template <FloatType kType, int kSize, int kBlock>
+ADPDM_KERNEL(kThreads, 2)
+group_norm_rotate_kernel(GroupNormQuantizeArgs args, Tiling t, const Partial* partials) {
+  auto* moments = reinterpret_cast<Moments*>(shared_memory());
+  const int64_t image = block_x() / t.stretches, part = block_x() % t.stretches;
+  for (int g = warp_index(); g < args.norm_groups; g += kWarps) {
+    const double origin = group_origin<kType>(args, t, image, g);
+    const Moments m = combine_partials<kSize>(args, t, partials, image, g, origin);
+    if (lane_index() == 0) shared_store(moments + g, m);
+  }
+  block_barrier();
+  const Quantizer q = current_quantizer(args.qparams, signed_range(args.num_bits));
+  const int64_t begin = part * t.stretch_pixels, end = smaller(begin + t.stretch_pixels, args.pixels);
+  for (int64_t i = thread_index(); i < (end - begin) * (args.channels / kBlock); i += kThreads) {
+    const RotatedPlace place(i, args.channels, kBlock);
+    const int64_t first = (image * args.pixels + begin + place.row) * args.channels + place.channel;
+    float values[kBlock];
+    ADPDM_UNROLL
+    for (int j = 0; j < kBlock; ++j) {
+      values[j] = load_float(args.sources[0].data, first + j * place.stride, kType);
+    }
+    ADPDM_UNROLL
+    for (int j = 0; j < kBlock; ++j) {
+      const auto channel = static_cast<int>(place.channel + j * place.stride);
+      float value[1] = {values[j]};
+      normalize(value, coefficients_of<1>(args, t, image, channel, 0, moments), args.modulation != nullptr,
+                args.activation == Activation::kSilu);
+      values[j] = value[0];
+    }
+    store_rotated(values, q, args.codes + first, place.stride);
+  }
+}
+
 // Whether all vectors of 16 bytes lie within a source and a pixel, at a multiple of 16, and so do their
 // codes.
 bool has_vectors(const GroupNormQuantizeArgs& args) {
@@ -375,15 +411,25 @@ void group_norm_quantize(const GroupNormQuantizeArgs& args, void* workspace, Str
   with_vectors(args.type, has_vectors(args), [&](auto type, auto size) {
     constexpr FloatType kType = decltype(type)::value;
     constexpr int kSize = decltype(size)::value;
-    const Tiling t = make_tiling(args, kSize);
+    Tiling t = make_tiling(args, kSize);
     auto* partials = static_cast<Partial*>(workspace);
+    constexpr auto kMomentsBytes = static_cast<int64_t>(sizeof(Moments));
     launch(group_norm_sums_kernel<kType, kSize>,
            {args.batch * t.splits * t.tiles, 1, 1, kThreads, shared_sums_bytes(t, kSize), stream, op}, args,
            t, partials);
-    const int64_t moments_bytes = int64_t{t.tile_vectors} * kSize * static_cast<int64_t>(sizeof(Moments));
-    launch(group_norm_apply_kernel<kType, kSize>,
-           {args.batch * t.stretches * t.tiles, 1, 1, kThreads, moments_bytes, stream, op}, args, t,
-           partials);
+    if (args.hadamard == 0) {
+      const int64_t moments_bytes = int64_t{t.tile_vectors} * kSize * kMomentsBytes;
+      return launch(group_norm_apply_kernel<kType, kSize>,
+                    {args.batch * t.stretches * t.tiles, 1, 1, kThreads, moments_bytes, stream, op}, args, t,
+                    partials);
+    }
+    t.stretch_pixels = ceil_div(kApplyElements, args.channels);
+    t.stretches = static_cast<int>(ceil_div(args.pixels, t.stretch_pixels));
+    with_hadamard_block(args.hadamard, [&](auto block) {
+      launch(group_norm_rotate_kernel<kType, kSize, block()>,
+             {args.batch * t.stretches, 1, 1, kThreads, args.norm_groups * kMomentsBytes, stream, op}, args,
+             t, partials);
+    });
   });
 }
 

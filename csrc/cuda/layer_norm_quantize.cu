@@ -1,6 +1,7 @@
 // Layer normalisation that ends in codes on CUDA: a warp per row, which comes from the cache after the first
-// of three readings.
+// of three readings. Where channels are rotated, the third is by threads that have a block of channels each.
 #include "core/norm_quantize.h"
+#include "cuda/hadamard.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/norm_quantize.cuh"
 #include "cuda/reduce.cuh"
@@ -31,7 +32,7 @@ struct Row {
   }
 };
 
-struct Moments {
+struct alignas(8) Moments {
   float mean;
   float inv_deviation;
 };
@@ -103,6 +104,74 @@ layer_norm_kernel(LayerNormQuantizeArgs args) {
   });
 }
 
+// Rows of a block of threads where channels are rotated: enough that most threads have a block of channels.
+int64_t rotated_rows(int64_t channels, int block) {
+  const int64_t rows = ceil_div(int64_t{kThreads} * block, channels);
+  return rows < kWarps ? kWarps : rows;
+}
+
+// The values of a thread's block of channels become y. Modulation by itself: together, 64 channels would need
+// more registers than there are.
+template <int kBlock>
+ADPDM_DEVICE void normalize_block(const LayerNormQuantizeArgs& args, const Moments& m, int64_t image,
+                                  const RotatedPlace& place, float (&values)[kBlock]) {
+  const auto channel = [&](int j) { return static_cast<int>(place.channel + j * place.stride); };
+  ADPDM_UNROLL
+  for (int j = 0; j < kBlock; ++j) {
+    const float factor = m.inv_deviation * (args.weight != nullptr ? load(args.weight + channel(j)) : 1.0f);
+    const float bias = args.bias != nullptr ? load(args.bias + channel(j)) : 0.0f;
+    values[j] = fused_multiply_add(values[j], factor, fused_multiply_add(-m.mean, factor, bias));
+  }
+  if (args.modulation == nullptr) return;
+  const float* scale = args.modulation + image * 2 * args.channels;
+  const float* shift = scale + args.channels;
+  ADPDM_UNROLL
+  for (int j = 0; j < kBlock; ++j) {
+    values[j] = fused_multiply_add(values[j], 1.0f + load(scale + channel(j)), load(shift + channel(j)));
+  }
+}
+
+template <FloatType kType, int kSize, int kBlock>
+ADPDM_KERNEL(kThreads, 4)
+layer_norm_rotate_kernel(LayerNormQuantizeArgs args, int64_t rows) {
+  auto* moments = reinterpret_cast<Moments*>(shared_memory());  // [rows]
+  const int64_t first_row = block_x() * rows;
+  for (int64_t r = warp_index(); r < rows && first_row + r < args.rows; r += kWarps) {
+    const Row<kType, kSize> row = {args.x, (first_row + r) * args.channels, args.channels};
+    const Moments m = moments_of(row, args.eps);
+    if (lane_index() == 0) shared_store(moments + r, m);
+  }
+  block_barrier();
+  const Quantizer q = current_quantizer(args.qparams, signed_range(args.num_bits));
+  for (int64_t i = thread_index(); i < rows * (args.channels / kBlock); i += kThreads) {
+    const RotatedPlace place(i, args.channels, kBlock);
+    const int64_t row = first_row + place.row;
+    if (row >= args.rows) return;
+    const Moments m = shared_load(moments + place.row);
+    const int64_t image = row / args.rows_per_image, first = row * args.channels + place.channel;
+    float values[kBlock];
+    ADPDM_UNROLL
+    for (int j = 0; j < kBlock; ++j) values[j] = load_float(args.x, first + j * place.stride, kType);
+    normalize_block(args, m, image, place, values);
+    store_rotated(values, q, args.codes + first, place.stride);
+  }
+}
+
+template <FloatType kType, int kSize>
+void launch_layer_norm(const LayerNormQuantizeArgs& args, Stream stream) {
+  const char* op = "layer_norm_quantize";
+  if (args.hadamard == 0) {
+    return launch(layer_norm_kernel<kType, kSize>,
+                  {ceil_div(args.rows, kWarps), 1, 1, kThreads, 0, stream, op}, args);
+  }
+  with_hadamard_block(args.hadamard, [&](auto block) {
+    const int64_t rows = rotated_rows(args.channels, block());
+    const int64_t shared = rows * static_cast<int64_t>(sizeof(Moments));
+    launch(layer_norm_rotate_kernel<kType, kSize, block()>,
+           {ceil_div(args.rows, rows), 1, 1, kThreads, shared, stream, op}, args, rows);
+  });
+}
+
 }  // namespace
 
 void layer_norm_quantize(const LayerNormQuantizeArgs& args, Stream stream) {
@@ -112,8 +181,7 @@ void layer_norm_quantize(const LayerNormQuantizeArgs& args, Stream stream) {
                        is_aligned(args.codes, vector) && is_aligned(args.weight, 16) &&
                        is_aligned(args.bias, 16) && is_aligned(args.modulation, 16);
   with_vectors(args.type, vectors, [&](auto type, auto size) {
-    launch(layer_norm_kernel<decltype(type)::value, decltype(size)::value>,
-           {ceil_div(args.rows, kWarps), 1, 1, kThreads, 0, stream, "layer_norm_quantize"}, args);
+    launch_layer_norm<decltype(type)::value, decltype(size)::value>(args, stream);
   });
 }
 
