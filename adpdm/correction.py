@@ -129,7 +129,11 @@ class _Correct:
         self.sample_name = sample_name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        weights: Tensor = module.get_submodule("adpdm_step").current_correction  # type: ignore[assignment]
+        weights: Tensor = module.adpdm_step.current_correction  # type: ignore[assignment, union-attr]
+        # Looking is free on a CPU, and most steps of many models have nothing to correct.
+        on_cpu = weights.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and weights.tolist() == [1.0, 0.0]:
+            return output
         sample = args[0] if args else kwargs[self.sample_name]
         if isinstance(output, Tensor):
             return correct(output, sample, weights)

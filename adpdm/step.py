@@ -274,7 +274,7 @@ class _SetStep:
                 f"{type(module).__name__}: adpdm needs the timestep, as positional argument {self.position} "
                 "or as keyword argument `timestep`; got neither"
             )
-        module.get_submodule("adpdm_step").set_timestep(timestep)  # type: ignore[operator]
+        module.adpdm_step.set_timestep(timestep)  # type: ignore[operator, union-attr]
 
 
 # Where dynamo gives up on the denoiser it would compile each hook by itself, and a compiled `end` gives

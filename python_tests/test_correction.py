@@ -208,6 +208,10 @@ def test_bare_tensors_are_corrected() -> None:
     assert torch.equal(model(x, 2), x)  # nearest is 1, where the sample is all
     state.set_correction(torch.tensor([[0.5, 0.0], [0.0, 2.0]]))
     assert torch.equal(model(x, 0), 2 * x)
+    state.set_correction(torch.tensor([[1.0, 0.0], [1.0, 1e-6]]))
+    x[0, 0] = torch.inf  # times 0 it would be NaN
+    assert torch.equal(model(x, 9), 2 * x)
+    assert torch.equal(model(x, 0)[1], 2 * x[1] + 1e-6 * x[1])
 
 
 def test_captured_and_compiled_predictions_are_corrected(steady: Any) -> None:
