@@ -82,7 +82,8 @@ def rows_of_block(
     layer = norm.linear
     parts = layer.out_features // (3 * norm.norm.normalized_shape[0])
     if parts == 2 and _is_plain(layer, nn.Linear) and _is_plain(norm.silu, nn.SiLU):
-        rows = embedding.expand(images, -1).contiguous()
+        rows = embedding if len(embedding) == images else embedding.expand(images, -1)
+        rows = rows.contiguous()
         if _reads(rows, layer.weight, layer.bias):
             first, first_gate, second, second_gate = ops.adaptive_rows(rows, layer)
             return [Adaptive(first, first_gate), Adaptive(second, second_gate)]

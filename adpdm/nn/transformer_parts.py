@@ -68,9 +68,10 @@ def attend(
     """
     counts = [count for count, _ in readers]
     if mask is None and query.device.type == "cpu" and (ops.HAS_FAST_ATTENTION or int8):
-        parts = zip(query.split(counts, 1), readers, strict=True)
+        queries = [query] if len(counts) == 1 else query.split(counts, 1)
         return [
-            [ops.attention_quantize(q, key, value, out.quantizers[0], heads, int8)] for q, (_, out) in parts
+            [ops.attention_quantize(q, key, value, out.quantizers[0], heads, int8)]
+            for q, (_, out) in zip(queries, readers, strict=True)
         ]
     parts = zip(attended(query, key, value, heads, mask).split(counts, 1), readers, strict=True)
     return [out.quantize([part.contiguous()]) for part, (_, out) in parts]
