@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from codes import assert_codes
 from torch import Tensor
 
 from adpdm import ops
@@ -74,13 +75,6 @@ def segment(x: Tensor, weight: Tensor, bits: tuple[int, int], groups: int, devic
     )
 
 
-def assert_nearly_all_equal(found: Tensor, expected: Tensor) -> None:
-    """Codes of a norm: within one, and equal but for 1 in 10 000, as the order of its sums may differ."""
-    difference = (found.cpu().int() - expected.int()).abs()
-    assert difference.max() <= 1
-    assert difference.count_nonzero() <= 1 + expected.numel() // 10_000
-
-
 @pytest.mark.parametrize("is_full", [False, True], ids=["plain", "full"])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", list(CONVOLUTIONS))
@@ -138,7 +132,7 @@ def test_group_norm_gives_the_codes_of_the_cpu(shape: tuple[int, ...], dtype: to
         each = ops.group_norm_quantize_each(parts, *affine, [q, q], 10, 1e-5, Activation.SILU)
         assert torch.equal(torch.cat(each, 1), codes)
         results.append(codes)
-    assert_nearly_all_equal(results[1], results[0])
+    assert_codes(results[1], results[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -153,7 +147,7 @@ def test_layer_norm_gives_the_codes_of_the_cpu(shape: tuple[int, ...], dtype: to
         )
         for device in (CPU, DEVICE)
     )
-    assert_nearly_all_equal(there, cpu)
+    assert_codes(there, cpu)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -177,7 +171,7 @@ def test_rotated_rows_give_the_codes_of_the_cpu(channels: int, block: int, dtype
         )
     assert torch.equal(results[0][0], results[1][0])
     for there, cpu in zip(results[1][1:], results[0][1:], strict=True):
-        assert_nearly_all_equal(there, cpu)
+        assert_codes(there, cpu)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from codes import assert_codes
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +16,7 @@ from adpdm import ops, reference
 from adpdm.operands import Activation, OutputQuantizer
 from adpdm.reference_hadamard import hadamard
 
+SUMS = 2000  # a float32 sum of another order moves all values that it is rotated with
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Fewer blocks side by side than a vector has lanes, powers of two and others, and more.
 ROWS = [
@@ -43,14 +45,6 @@ def reader(block: int, num_bits: int = 8, scale: float = 0.02) -> OutputQuantize
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_codes(actual: Tensor, wanted: Tensor) -> None:
-    """A float32 sum of another order moves all values that it is rotated with, a few of them over a tie."""
-    assert actual.dtype == torch.int8
-    assert actual.shape == wanted.shape
-    assert (actual.int() - wanted.int()).abs().max() <= 1
-    assert (actual != wanted).sum() <= 1 + wanted.numel() // 2000
 
 
 @pytest.mark.parametrize(("channels", "block"), ROWS)
@@ -83,7 +77,7 @@ def test_layer_norm(
     weight, bias = normal(2, channels, seed=seed + 1)
     modulation = normal(2, 2 * channels, seed=seed + 2) if modulated else None
     args = (x, weight, bias, modulation, reader(block, num_bits), 1e-5)
-    assert_codes(ops.layer_norm_quantize(*args), reference.layer_norm_quantize(*args))
+    assert_codes(ops.layer_norm_quantize(*args), reference.layer_norm_quantize(*args), SUMS)
 
 
 @pytest.mark.parametrize(("channels", "block"), ROWS)
@@ -99,7 +93,7 @@ def test_group_norm(
     args = ([x], weight, bias, modulation, reader(block), 4, 1e-5, activation)
     codes = ops.group_norm_quantize(*args)
     assert codes.is_contiguous(memory_format=torch.channels_last)
-    assert_codes(codes, reference.group_norm_quantize(*args))
+    assert_codes(codes, reference.group_norm_quantize(*args), SUMS)
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -110,12 +104,8 @@ def test_attention(int8: bool, heads: int, head_size: int) -> None:
     block = 64 if channels % 64 == 0 else 16
     args = (query, key, value, reader(block, scale=0.005), heads, int8)
     codes, wanted = ops.attention_quantize(*args), reference.attention_quantize(*args)
-    if not int8:
-        assert_codes(codes, wanted)
-        return
     # A code inside that is next to a tie may round the other way, which all channels of its row see.
-    assert (codes.int() - wanted.int()).abs().max() <= 2
-    assert (codes != wanted).float().mean() < 0.05
+    assert_codes(codes, wanted, 64 if int8 else SUMS)
 
 
 def test_operators_pass_opcheck() -> None:
