@@ -108,9 +108,63 @@ void apply_activation(Activation activation, int64_t n, float* values) {
   }
 }
 
+// ---- floats that are stored as floats
+// ----------------------------------------------------------------------
+
+// Whether results are what float32 sums become by additions and multiplications, in whole vectors, and of
+// that type: then every value is loaded and stored once, or needs no memory on its way.
+inline bool ends_in_floats(const Tile& tile, FloatType type) {
+  const TileOutput& output = tile.output;
+  return !output.quantized && output.type == type && output.activation == Activation::kNone &&
+         (!output.residual || output.residual_type == type) && tile.num_outputs % Vec::kSize == 0;
+}
+
+// One vector of outputs, from v on, of some pixels of an image -> results: for_each calls body(values, pixel)
+// for each of them.
+template <FloatType kType, typename ForEach>
+ADPDM_VEC void store_results(const TileOutput& output, int64_t image, int64_t v, ForEach&& for_each) {
+  const int64_t image_row = image * output.outputs + v;
+  if (output.row_scale) {
+    const Vec factor = load(output.row_scale + image_row);
+    for_each([&](Vec& value, int64_t) { value = value * factor; });
+  }
+  if (output.row_bias) {
+    const Vec term = load(output.row_bias + image_row);
+    for_each([&](Vec& value, int64_t) { value = value + term; });
+  }
+  if (output.residual) {
+    for_each([&](Vec& value, int64_t pixel) {
+      value = value + load_as<kType>(output.residual, pixel * output.outputs + v);
+    });
+  }
+  if (output.scale != 1.0f) for_each([&](Vec& value, int64_t) { value = value * Vec(output.scale); });
+  for_each([&](Vec& value, int64_t pixel) { store_as<kType>(output.data, pixel * output.step + v, value); });
+}
+
+// The image of a pixel, 0 where it does not matter.
+inline int64_t image_of(const TileOutput& output, int64_t pixel) {
+  return output.row_scale || output.row_bias ? pixel / output.image_pixels : 0;
+}
+
+template <FloatType kType>
+void store_floats(const Tile& tile, const float* values) {
+  for (int p = 0; p < tile.num_pixels; ++p, values += tile.num_blocks * kBlockOutputs) {
+    const int64_t image = image_of(tile.output, tile.first_pixel + p);
+    for (int64_t i = 0; i < tile.num_outputs; i += Vec::kSize) {
+      Vec value = load(values + i);
+      store_results<kType>(tile.output, image, i, [&](auto&& body) { body(value, p); });
+    }
+  }
+}
+
+// ---- all tiles
+// ---------------------------------------------------------------------------------------------
+
 // values [num_pixels][num_blocks][16 outputs] f32, aligned; used up.
 void finish_tile(const Tile& tile, float* values) {
   const TileOutput& output = tile.output;
+  if (ends_in_floats(tile, FloatType::kFloat32)) return store_floats<FloatType::kFloat32>(tile, values);
+  if (ends_in_floats(tile, FloatType::kBFloat16)) return store_floats<FloatType::kBFloat16>(tile, values);
   int64_t width = tile.num_blocks * kBlockOutputs;
   int64_t results = tile.num_outputs;
   const int64_t n = tile.num_pixels * width;
