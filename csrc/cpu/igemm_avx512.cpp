@@ -200,8 +200,8 @@ void run_shape(const Tile& tile) {
   if (!tile.output.plain) finish_tile(tile, carry[0]);
 }
 
-// The largest tile of B blocks, where is_stored_at_once. Apart from run_shape, of which there is one for every
-// number of pixels: this one is three times as long.
+// The largest tile of B blocks, where is_stored_at_once. Apart from run_shape, of which there is one for
+// every number of pixels: this one is three times as long.
 template <int B, bool kNibbles>
 void run_floats(const Tile& tile) {
   constexpr int P = kPixels[B];
