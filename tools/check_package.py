@@ -48,7 +48,7 @@ WHEEL_TESTS = (
     "test_ops_norm_quantize.py",
     "test_saving.py",
 )
-SHARED = ("conftest.py", "thread_counts.py")  # by these tests
+SHARED = ("codes.py", "conftest.py", "thread_counts.py")  # by these tests
 
 SMOKE = """
 import sys, torch, adpdm
