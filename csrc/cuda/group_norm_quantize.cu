@@ -368,10 +368,7 @@ group_norm_rotate_kernel(GroupNormQuantizeArgs args, Tiling t, const Partial* pa
     const RotatedPlace place(i, args.channels, kBlock);
     const int64_t first = (image * args.pixels + begin + place.row) * args.channels + place.channel;
     float values[kBlock];
-    ADPDM_UNROLL
-    for (int j = 0; j < kBlock; ++j) {
-      values[j] = load_float(args.sources[0].data, first + j * place.stride, kType);
-    }
+    load_block<kType>(args.sources[0].data, first, place.stride, values);
     ADPDM_UNROLL
     for (int j = 0; j < kBlock; ++j) {
       const auto channel = static_cast<int>(place.channel + j * place.stride);

@@ -12,21 +12,13 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kBlocksPerSm = 4;  // lets a thread have 128 registers, half of them for a block of 64
 
-// values [kBlock] of a thread's block.
-template <FloatType kType, int kBlock>
-ADPDM_DEVICE void load_rotated(const RowView& x, const RotatedPlace& place, float (&values)[kBlock]) {
-  const int64_t first = place.row * x.stride + place.channel;
-  ADPDM_UNROLL
-  for (int j = 0; j < kBlock; ++j) values[j] = load_float(x.data, first + j * place.stride, kType);
-}
-
 template <FloatType kType, int kBlock>
 ADPDM_KERNEL(kThreads, kBlocksPerSm)
 hadamard_kernel(RowView x, float* y) {
   const RotatedPlace place(block_x() * kThreads + thread_index(), x.columns, kBlock);
   if (place.row >= x.rows) return;
   float values[kBlock];
-  load_rotated<kType>(x, place, values);
+  load_block<kType>(x.data, place.row * x.stride + place.channel, place.stride, values);
   hadamard_block<kBlock>(values);
   float* const first = y + place.row * x.columns + place.channel;
   ADPDM_UNROLL
@@ -40,7 +32,7 @@ hadamard_quantize_kernel(RowView x, GroupedQParams qparams, int num_bits, int8_t
   if (place.row >= x.rows) return;
   const Quantizer q = current_quantizer(qparams, signed_range(num_bits));
   float values[kBlock];
-  load_rotated<kType>(x, place, values);
+  load_block<kType>(x.data, place.row * x.stride + place.channel, place.stride, values);
   store_rotated(values, q, codes + place.row * x.columns + place.channel, place.stride);
 }
 

@@ -17,6 +17,13 @@ struct RotatedPlace {
       : row(index / (channels / block)), channel(index % (channels / block)), stride(channels / block) {}
 };
 
+// The elements first, first + stride, ... of a tensor.
+template <FloatType kType, int kBlock>
+ADPDM_DEVICE void load_block(const void* data, int64_t first, int64_t stride, float (&values)[kBlock]) {
+  ADPDM_UNROLL
+  for (int j = 0; j < kBlock; ++j) values[j] = load_float(data, first + j * stride, kType);
+}
+
 // Rotates the values of a block, which are used up; their codes go to codes, codes + stride, ...
 template <int kBlock>
 ADPDM_DEVICE void store_rotated(float (&values)[kBlock], const Quantizer& q, int8_t* codes, int64_t stride) {

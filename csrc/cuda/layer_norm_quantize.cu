@@ -150,8 +150,7 @@ layer_norm_rotate_kernel(LayerNormQuantizeArgs args, int64_t rows) {
     const Moments m = shared_load(moments + place.row);
     const int64_t image = row / args.rows_per_image, first = row * args.channels + place.channel;
     float values[kBlock];
-    ADPDM_UNROLL
-    for (int j = 0; j < kBlock; ++j) values[j] = load_float(args.x, first + j * place.stride, kType);
+    load_block<kType>(args.x, first, place.stride, values);
     normalize_block(args, m, image, place, values);
     store_rotated(values, q, args.codes + first, place.stride);
   }
