@@ -212,7 +212,7 @@ def test_empty_batches_keep_their_shape() -> None:
         ({"activation": 2}, ValueError, r"activation must be 0 \(none\) or 1 \(silu\), got 2"),
         ({"weight": torch.zeros(7)}, ValueError, r"weight must have shape \[8\], got \[7\]"),
         ({"bias": torch.zeros(8).half()}, TypeError, "bias must be torch.float32, got torch.float16"),
-        ({"modulation": torch.zeros(2, 8)}, ValueError, r"modulation must have shape \[images, 16\], got"),
+        ({"modulation": torch.zeros(2, 8)}, ValueError, r"modulation must have shape \[any, 16\], got"),
         ({"modulation": torch.zeros(3, 16)}, ValueError, "modulation must have a row for each of 2 images"),
         ({"eps": -1.0}, ValueError, "eps must be finite and not negative, got -1"),
         ({"num_bits": 9}, ValueError, r"num_bits must be in \[2, 8\], got 9"),

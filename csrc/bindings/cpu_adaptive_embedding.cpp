@@ -15,21 +15,9 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// A contiguous matrix on the device of x, of `columns` columns unless that is negative.
-void check_matrix(OpName op, OpName name, const at::Tensor& matrix, at::ScalarType dtype, int64_t columns,
-                  const at::Tensor& x) {
-  check_dtype(op, name, matrix, dtype);
-  check_device(op, name, matrix, x);
-  TORCH_CHECK_VALUE(matrix.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", matrix.dim());
-  TORCH_CHECK_VALUE(columns < 0 || matrix.size(1) == columns, op, ": ", name, " must have ", columns,
-                    " columns, got ", matrix.size(1));
-  TORCH_CHECK_VALUE(matrix.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
-                    matrix.strides());
-}
-
 DenseLayer dense_layer(OpName op, OpName weight_name, const at::Tensor& weight, OpName bias_name,
                        const OptionalTensor& bias, int64_t columns, const at::Tensor& x) {
-  check_matrix(op, weight_name, weight, at::kFloat, columns, x);
+  check_matrix(op, weight_name, weight, at::kFloat, kAny, columns, x);
   DenseLayer layer{weight.const_data_ptr<float>(), nullptr, weight.size(0), columns};
   if (bias.has_value()) {
     check_vector(op, bias_name, *bias, at::kFloat, layer.outputs, x);
@@ -46,12 +34,12 @@ at::Tensor class_embedding(const at::Tensor& waves,            // [1 or N, K] f3
                            const at::Tensor& table,            // [classes, D] f32
                            const at::Tensor& labels) {         // [N] i64
   constexpr OpName kOp = "class_embedding";
-  check_matrix(kOp, "waves", waves, at::kFloat, -1, waves);
+  check_matrix(kOp, "waves", waves, at::kFloat, kAny, kAny, waves);
   ClassEmbeddingArgs args{};
   args.first = dense_layer(kOp, "first_weight", first_weight, "first_bias", first_bias, waves.size(1), waves);
   args.second =
       dense_layer(kOp, "second_weight", second_weight, "second_bias", second_bias, args.first.outputs, waves);
-  check_matrix(kOp, "table", table, at::kFloat, args.second.outputs, waves);
+  check_matrix(kOp, "table", table, at::kFloat, kAny, args.second.outputs, waves);
   check_vector(kOp, "labels", labels, at::kLong, labels.numel(), waves);
   args.waves = waves.const_data_ptr<float>();
   args.wave_rows = waves.size(0);
@@ -72,7 +60,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> adaptive_rows(
     const at::Tensor& weight,      // [6 * C, K] f32
     const OptionalTensor& bias) {  // [6 * C] f32
   constexpr OpName kOp = "adaptive_rows";
-  check_matrix(kOp, "embedding", embedding, at::kFloat, -1, embedding);
+  check_matrix(kOp, "embedding", embedding, at::kFloat, kAny, kAny, embedding);
   AdaptiveRowsArgs args{};
   args.layer = dense_layer(kOp, "weight", weight, "bias", bias, embedding.size(1), embedding);
   TORCH_CHECK_VALUE(args.layer.outputs % kAdaptiveParts == 0, kOp, ": weight must have a multiple of ",

@@ -30,17 +30,6 @@ int64_t nearest(float timestep, const float* timesteps, int64_t steps) {
   return step;
 }
 
-// A table of one row for each step, contiguous.
-void check_table(OpName name, const at::Tensor& table, at::ScalarType dtype, int64_t steps, int64_t columns,
-                 const at::Tensor& timesteps) {
-  check_dtype(kOp, name, table, dtype);
-  check_device(kOp, name, table, timesteps);
-  TORCH_CHECK_VALUE(table.dim() == 2 && table.size(0) == steps && table.size(1) == columns, kOp, ": ", name,
-                    " must have shape [", steps, ", ", columns, "], got ", table.sizes());
-  TORCH_CHECK_VALUE(table.is_contiguous(), kOp, ": ", name, " must be contiguous, got strides ",
-                    table.strides());
-}
-
 template <typename T>
 void copy_row(const at::Tensor& table, int64_t row, const at::Tensor& current) {
   const int64_t columns = current.numel();
@@ -61,9 +50,11 @@ void set_step(const at::Tensor& timestep,                   // [1] of any type
   check_vector(kOp, "timesteps", timesteps, at::kFloat, steps, timesteps);
   check_vector(kOp, "step_index", step_index, at::kInt, 1, timesteps);
   check_vector(kOp, "group_index", group_index, at::kInt, group_index.numel(), timesteps);
-  check_table("table", table, at::kInt, steps, group_index.numel(), timesteps);
+  check_matrix(kOp, "table", table, at::kInt, steps, group_index.numel(), timesteps);
   check_vector(kOp, "current_correction", current_correction, at::kFloat, kCorrectionTerms, timesteps);
-  if (correction) check_table("correction", *correction, at::kFloat, steps, kCorrectionTerms, timesteps);
+  if (correction.has_value()) {
+    check_matrix(kOp, "correction", *correction, at::kFloat, steps, kCorrectionTerms, timesteps);
+  }
   const auto value = timestep.item().toFloat();
   const int64_t step = nearest(value, timesteps.const_data_ptr<float>(), steps);
   *step_index.mutable_data_ptr<int32_t>() = static_cast<int32_t>(step);

@@ -128,12 +128,7 @@ IgemmOutput make_output(OpName op, const OutputOptions& options, const at::Tenso
 // Values [images, outputs] f32 that an image's rows share.
 const float* image_rows(OpName op, OpName name, const at::Tensor& rows, const at::Tensor& x, int64_t images,
                         int64_t outputs) {
-  check_dtype(op, name, rows, at::kFloat);
-  check_device(op, name, rows, x);
-  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(0) == images && rows.size(1) == outputs, op, ": ", name,
-                    " must have shape [", images, ", ", outputs, "], got ", rows.sizes());
-  TORCH_CHECK_VALUE(rows.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
-                    rows.strides());
+  check_matrix(op, name, rows, at::kFloat, images, outputs, x);
   return rows.const_data_ptr<float>();
 }
 

@@ -25,12 +25,7 @@ const float* optional_row(OpName op, OpName name, const std::optional<at::Tensor
 // modulation [images, 2 * channels] f32, images of any number.
 const float* checked_modulation(OpName op, const at::Tensor& modulation, int64_t channels,
                                 const at::Tensor& x) {
-  check_dtype(op, "modulation", modulation, at::kFloat);
-  check_device(op, "modulation", modulation, x);
-  TORCH_CHECK_VALUE(modulation.dim() == 2 && modulation.size(1) == 2 * channels, op,
-                    ": modulation must have shape [images, ", 2 * channels, "], got ", modulation.sizes());
-  TORCH_CHECK_VALUE(modulation.is_contiguous(), op, ": modulation must be contiguous, got strides ",
-                    modulation.strides());
+  check_matrix(op, "modulation", modulation, at::kFloat, kAny, 2 * channels, x);
   return modulation.const_data_ptr<float>();
 }
 

@@ -150,6 +150,19 @@ void check_vector(OpName op, const char* name, const at::Tensor& tensor, at::Sca
                     tensor.stride(0));
 }
 
+void check_matrix(OpName op, const char* name, const at::Tensor& matrix, at::ScalarType dtype, int64_t rows,
+                  int64_t columns, const at::Tensor& x) {
+  check_dtype(op, name, matrix, dtype);
+  check_device(op, name, matrix, x);
+  const auto fits = [](int64_t size, int64_t wanted) { return wanted == kAny || size == wanted; };
+  const auto word = [](int64_t wanted) { return wanted == kAny ? "any" : std::to_string(wanted); };
+  TORCH_CHECK_VALUE(matrix.dim() == 2 && fits(matrix.size(0), rows) && fits(matrix.size(1), columns), op,
+                    ": ", name, " must have shape [", word(rows), ", ", word(columns), "], got ",
+                    matrix.sizes());
+  TORCH_CHECK_VALUE(matrix.is_contiguous(), op, ": ", name, " must be contiguous, got strides ",
+                    matrix.strides());
+}
+
 void check_num_bits(OpName op, int64_t num_bits) {
   TORCH_CHECK_VALUE(num_bits >= 2 && num_bits <= 8, op, ": num_bits must be in [2, 8], got ", num_bits);
 }
@@ -304,17 +317,8 @@ at::Tensor checked_grad(OpName op, const at::Tensor& grad, const at::Tensor& x) 
 
 void check_observer_tables(OpName op, const at::Tensor& x, const at::Tensor& counts,
                            const at::Tensor& extrema, const at::Tensor& step_index) {
-  check_dtype(op, "counts", counts, at::kLong);
-  check_dtype(op, "extrema", extrema, at::kFloat);
-  check_device(op, "counts", counts, x);
-  check_device(op, "extrema", extrema, x);
-  TORCH_CHECK_VALUE(counts.dim() == 2 && counts.size(1) == kHistogramBins, op,
-                    ": counts must have shape [num_steps, ", kHistogramBins, "], got ", counts.sizes());
-  TORCH_CHECK_VALUE(extrema.dim() == 2 && extrema.size(0) == counts.size(0) && extrema.size(1) == 2, op,
-                    ": extrema must have shape [", counts.size(0), ", 2], got ", extrema.sizes());
-  TORCH_CHECK_VALUE(counts.is_contiguous() && extrema.is_contiguous(), op,
-                    ": counts and extrema must be contiguous, got strides ", counts.strides(), " and ",
-                    extrema.strides());
+  check_matrix(op, "counts", counts, at::kLong, kAny, kHistogramBins, x);
+  check_matrix(op, "extrema", extrema, at::kFloat, counts.size(0), 2, x);
   check_vector(op, "step_index", step_index, at::kInt, 1, x);
 }
 

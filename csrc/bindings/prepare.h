@@ -25,6 +25,12 @@ void check_device(OpName op, const char* name, const at::Tensor& tensor, const a
 void check_vector(OpName op, const char* name, const at::Tensor& tensor, at::ScalarType dtype, int64_t size,
                   const at::Tensor& x);
 
+constexpr int64_t kAny = -1;
+
+// A contiguous matrix of that dtype on the device of x, of as many rows and columns as given or kAny.
+void check_matrix(OpName op, const char* name, const at::Tensor& matrix, at::ScalarType dtype, int64_t rows,
+                  int64_t columns, const at::Tensor& x);
+
 void check_num_bits(OpName op, int64_t num_bits);
 
 // ValueError unless `block` of so many channels can be rotated together (core/hadamard.h).
