@@ -158,10 +158,23 @@ def _(query: Tensor, *rest: Any) -> Tensor:
     return torch.empty(query.shape, dtype=torch.int8, device=query.device)
 
 
-@torch.library.register_fake("adpdm::class_embedding")
-def _(waves: Tensor, *rest: Any) -> Tensor:
-    *_, table, labels = rest
-    return waves.new_empty([labels.shape[0], table.shape[1]])
+@torch.library.register_fake("adpdm::timestep_embedding")
+def _(
+    waves: Tensor,
+    first_weight: Tensor,
+    first_bias: Tensor | None,
+    second_weight: Tensor,
+    second_bias: Tensor | None,
+    table: Tensor | None,
+    labels: Tensor | None,
+) -> Tensor:
+    rows = waves if labels is None else labels
+    return waves.new_empty([rows.shape[0], second_weight.shape[0]])
+
+
+@torch.library.register_fake("adpdm::silu_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty([x.shape[0], weight.shape[0]])
 
 
 @torch.library.register_fake("adpdm::adaptive_rows")

@@ -275,16 +275,25 @@ def attention_quantize(
     )
 
 
-def class_embedding(
-    waves: Tensor, first: torch.nn.Linear, second: torch.nn.Linear, table: Tensor, labels: Tensor
+def timestep_embedding(
+    waves: Tensor,
+    first: torch.nn.Linear,
+    second: torch.nn.Linear,
+    table: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
-    """Embedding [N, D] of timesteps and classes, on the CPU; see `reference.class_embedding`."""
+    """Embedding [N, D] of timesteps and classes, on the CPU; see `reference_embedding.timestep_embedding`."""
     layers = (first.weight, first.bias, second.weight, second.bias)
-    return _ops.class_embedding.default(waves, *layers, table, labels)  # type: ignore[no-any-return]
+    return _ops.timestep_embedding.default(waves, *layers, table, labels)  # type: ignore[no-any-return]
+
+
+def silu_linear(x: Tensor, layer: torch.nn.Linear) -> Tensor:
+    """layer(silu(x)), [N, O] f32 of x [N, K] f32, on the CPU; see `reference_embedding.silu_linear`."""
+    return _ops.silu_linear.default(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
 
 
 def adaptive_rows(embedding: Tensor, layer: torch.nn.Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Modulation and gate of both parts of a block, on the CPU; see `reference.adaptive_rows`."""
+    """Modulation and gate of both parts of a block, on the CPU; see `reference_embedding.adaptive_rows`."""
     return _ops.adaptive_rows.default(embedding, layer.weight, layer.bias)  # type: ignore[no-any-return]
 
 

@@ -471,28 +471,3 @@ def set_step(
     group_index.copy_(table.index_select(0, step)[0])
     if correction is not None:
         current_correction.copy_(correction.index_select(0, step)[0])
-
-
-def class_embedding(
-    waves: Tensor, first: torch.nn.Linear, second: torch.nn.Linear, table: Tensor, labels: Tensor
-) -> Tensor:
-    """second(silu(first(waves))) + table[labels], [N, D] f64 of what float32 holds.
-
-    Args: waves [1 or N, K] f32; table [classes, D] f32; labels [N] i64.
-    """
-    hidden = F.silu(_dense(waves, first))
-    return _dense(hidden, second) + table.double()[labels]
-
-
-def adaptive_rows(embedding: Tensor, layer: torch.nn.Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """layer(silu(embedding)) in f64: modulation [N, 2C] (scale, shift) and gate [N, C], twice (adaLN-Zero).
-
-    Args: embedding [N, D] f32; layer with 6C outputs: shift, scale and gate, twice.
-    Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", section 3.2.
-    """
-    parts = _dense(F.silu(embedding.double()), layer).chunk(6, 1)
-    return torch.cat([parts[1], parts[0]], 1), parts[2], torch.cat([parts[4], parts[3]], 1), parts[5]
-
-
-def _dense(x: Tensor, layer: torch.nn.Linear) -> Tensor:
-    return F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())

@@ -45,9 +45,17 @@ std::vector<float> embedding(const std::vector<float>& waves, int64_t wave_rows,
   const cpu::ScopedIsa scope(isa);
   const auto rows = static_cast<int64_t>(labels.size());
   std::vector<float> result(static_cast<size_t>(rows * second.outputs), NAN);
-  cpu::class_embedding({waves.data(), wave_rows, first.view(has_bias), second.view(has_bias), table.data(),
-                        labels.data(), static_cast<int64_t>(table.size()) / second.outputs, rows,
-                        result.data()});
+  cpu::timestep_embedding({waves.data(), wave_rows, first.view(has_bias), second.view(has_bias), table.data(),
+                           labels.data(), static_cast<int64_t>(table.size()) / second.outputs, rows,
+                           result.data()});
+  return result;
+}
+
+std::vector<float> silu_linear_of(const std::vector<float>& x, int64_t rows, const Layer& layer,
+                                  cpu::Isa isa) {
+  const cpu::ScopedIsa scope(isa);
+  std::vector<float> result(static_cast<size_t>(rows * layer.outputs), NAN);
+  cpu::silu_linear({x.data(), rows, layer.view(), result.data()});
   return result;
 }
 
@@ -73,7 +81,7 @@ double product(const Layer& layer, const double* x, int64_t output) {
   return sum;
 }
 
-TEST(ClassEmbedding, HandComputed) {
+TEST(TimestepEmbedding, HandComputed) {
   Layer first(2, 2, 0), second(1, 2, 0);
   first.weight = {1, 0, 0, 1};
   first.bias = {0, -100};  // silu(-100 + 0) is 0
@@ -86,7 +94,7 @@ TEST(ClassEmbedding, HandComputed) {
   }
 }
 
-TEST(ClassEmbedding, MatchesDefinitionOnEveryInstructionSet) {
+TEST(TimestepEmbedding, MatchesDefinitionOnEveryInstructionSet) {
   for (const Sizes& s : kSizes) {
     const Layer first(s.hidden, s.columns, 3), second(s.channels, s.hidden, 5);
     const std::vector<float> waves = random_normal(s.rows * s.columns, 7);
@@ -109,7 +117,7 @@ TEST(ClassEmbedding, MatchesDefinitionOnEveryInstructionSet) {
   }
 }
 
-TEST(ClassEmbedding, EqualWavesGiveWhatOneRowGives) {
+TEST(TimestepEmbedding, EqualWavesGiveWhatOneRowGives) {
   const Layer first(32, 16, 1), second(24, 32, 2);
   const std::vector<float> waves = random_normal(16, 3), table = random_normal(2 * 24, 4);
   std::vector<float> twice = waves;
@@ -123,13 +131,76 @@ TEST(ClassEmbedding, EqualWavesGiveWhatOneRowGives) {
   }
 }
 
-TEST(ClassEmbedding, RefusesLabelsOutsideTheTable) {
+TEST(TimestepEmbedding, WithoutATableIsThatOfClassesOfZeros) {
+  const Layer first(32, 16, 1), second(24, 32, 2);
+  const std::vector<float> waves = random_normal(3 * 16, 3);
+  for (cpu::Isa isa : supported_isas()) {
+    const auto wanted = embedding(waves, 3, first, second, std::vector<float>(24), {0, 0, 0}, isa);
+    const cpu::ScopedIsa scope(isa);
+    std::vector<float> result(3 * 24, NAN);
+    cpu::timestep_embedding(
+        {waves.data(), 3, first.view(), second.view(), nullptr, nullptr, 0, 3, result.data()});
+    EXPECT_EQ(result, wanted) << cpu::isa_name(isa);
+  }
+}
+
+TEST(TimestepEmbedding, RefusesLabelsOutsideTheTable) {
   const Layer first(2, 2, 1), second(2, 2, 2);
   for (int64_t label : {-1, 3}) {
     EXPECT_THROW(embedding({1, 2}, 1, first, second, std::vector<float>(6), {0, label}, cpu::Isa::kPortable),
                  std::out_of_range);
   }
   EXPECT_TRUE(embedding({1, 2}, 1, first, second, std::vector<float>(6), {}, cpu::Isa::kPortable).empty());
+}
+
+TEST(SiluLinear, MatchesDefinitionOnEveryInstructionSet) {
+  for (const Sizes& s : kSizes) {
+    const Layer layer(s.channels, s.hidden, 3);
+    const std::vector<float> x = random_normal(s.rows * s.hidden, 7);
+    const auto actual = silu_linear_of(x, s.rows, layer, cpu::Isa::kPortable);
+    for (cpu::Isa isa : supported_isas()) EXPECT_EQ(silu_linear_of(x, s.rows, layer, isa), actual);
+    for (int64_t r = 0; r < s.rows; ++r) {
+      std::vector<double> hidden;
+      for (int64_t k = 0; k < s.hidden; ++k) {
+        hidden.push_back(silu_of(static_cast<double>(x[static_cast<size_t>(r * s.hidden + k)])));
+      }
+      for (int64_t c = 0; c < s.channels; ++c) {
+        EXPECT_NEAR(static_cast<double>(actual[static_cast<size_t>(r * s.channels + c)]),
+                    product(layer, hidden.data(), c), 2e-5);
+      }
+    }
+  }
+}
+
+TEST(SiluLinear, EqualRowsGiveWhatOneRowGives) {
+  const Layer layer(24, 40, 2);
+  const std::vector<float> row = random_normal(40, 3);
+  std::vector<float> rows;
+  for (int r = 0; r < 3; ++r) rows.insert(rows.end(), row.begin(), row.end());
+  for (cpu::Isa isa : supported_isas()) {
+    const auto once = silu_linear_of(row, 1, layer, isa);
+    std::vector<float> thrice;
+    for (int r = 0; r < 3; ++r) thrice.insert(thrice.end(), once.begin(), once.end());
+    EXPECT_EQ(silu_linear_of(rows, 3, layer, isa), thrice) << cpu::isa_name(isa);
+    rows.back() += 1;
+    EXPECT_NE(silu_linear_of(rows, 3, layer, isa), thrice);
+    rows.back() = row.back();
+  }
+}
+
+TEST(AdaptiveRows, EqualRowsGiveWhatOneRowGives) {
+  const Layer layer(kAdaptiveParts * 5, 40, 2);
+  const std::vector<float> row = random_normal(40, 3);
+  std::vector<float> rows = row;
+  rows.insert(rows.end(), row.begin(), row.end());
+  for (cpu::Isa isa : supported_isas()) {
+    const auto once = rows_of(row, 1, layer, isa), twice = rows_of(rows, 2, layer, isa);
+    for (size_t part = 0; part < once.size(); ++part) {
+      std::vector<float> wanted = once[part];
+      wanted.insert(wanted.end(), once[part].begin(), once[part].end());
+      EXPECT_EQ(twice[part], wanted) << cpu::isa_name(isa);
+    }
+  }
 }
 
 TEST(AdaptiveRows, MatchDefinitionOnEveryInstructionSet) {

@@ -150,7 +150,8 @@ def test_same_minor_version(built: str, running: str, same: bool) -> None:
 
 # On CUDA torch's operators run in their place: its attention, with `quantize` after it, its linear layers.
 CPU_ONLY = {
-    f"adpdm::{name}" for name in ("attention_quantize", "class_embedding", "adaptive_rows", "set_step")
+    f"adpdm::{name}"
+    for name in ("attention_quantize", "timestep_embedding", "silu_linear", "adaptive_rows", "set_step")
 }
 
 

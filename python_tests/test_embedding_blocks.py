@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, PatchEmbed
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings, PatchEmbed, TimestepEmbedding
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
 from adpdm import ops
 from adpdm.nn import fuse_blocks, unfused
-from adpdm.nn.embedding_blocks import rows_of_block
+from adpdm.nn.embedding_blocks import embedding_rows, rows_of_block
 from adpdm.nn.fusion import FusedBlock
 
 pytestmark = pytest.mark.skipif(
@@ -43,6 +43,10 @@ def embedding() -> Host:
     return Host(CombinedTimestepLabelEmbeddings(10, 24))
 
 
+def times(**changes: Any) -> Host:
+    return Host(TimestepEmbedding(**{"in_channels": 20, "time_embed_dim": 24, **changes}))
+
+
 def patches(**changes: Any) -> Host:
     settings = {"height": 12, "width": 12, "patch_size": 4, "in_channels": 3, "embed_dim": 20, **changes}
     return Host(PatchEmbed(**settings))
@@ -59,6 +63,12 @@ CASES: dict[str, tuple[Callable[[], Host], tuple[Any, ...]]] = {
     "embedding of expanded ones": (
         embedding,
         (TIMES[:1].expand(3), LABELS[:1].expand(3), torch.float32),
+    ),
+    "timesteps": (times, (randn(3, 20),)),
+    "timesteps that are the same": (times, (randn(1, 20).repeat(3, 1),)),
+    "timesteps to another width, no bias": (
+        lambda: times(out_dim=7, sample_proj_bias=False),
+        (randn(1, 20),),
     ),
     "patches": (patches, (randn(2, 3, 12, 12),)),
     "patches, channels last": (
@@ -108,6 +118,8 @@ STAND_BACK: dict[str, tuple[Callable[[], Host], tuple[Any, ...]]] = {
     "another layer": (lambda: replaced(embedding()), (TIMES, LABELS, torch.float32)),
     "one label for two timesteps": (embedding, (TIMES, LABELS[:1], torch.float32)),
     "labels of int32": (embedding, (TIMES, LABELS.int(), torch.float32)),
+    "timesteps with a condition": (lambda: times(cond_proj_dim=5), (randn(2, 20), randn(2, 5))),
+    "expanded timesteps": (times, (randn(1, 20).expand(3, -1),)),
     "positions of another size": (patches, (randn(1, 3, 8, 16),)),
     "a part of a patch left over": (lambda: patches(pos_embed_type=None), (randn(1, 3, 14, 12),)),
     "weights of bfloat16": (
@@ -122,9 +134,12 @@ def test_float_block_stands_back(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     make, args = STAND_BACK[name]
     host, calls = make(), []
     per_layer = FusedBlock.per_layer
-    monkeypatch.setattr(FusedBlock, "per_layer", lambda self, *a: calls.append(1) or per_layer(self, *a))
+    monkeypatch.setattr(
+        FusedBlock, "per_layer", lambda self, *a: calls.append(self.block) or per_layer(self, *a)
+    )
     assert_same_function(host, args)
-    assert calls == [1]
+    assert calls[0] is host.block  # then, it may be, what is inside
+    assert calls.count(host.block) == 1
 
 
 @pytest.mark.parametrize(
@@ -137,6 +152,11 @@ def test_float_block_stands_back(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_patches_of_other_settings_are_left_alone(block: nn.Module) -> None:
     assert not isinstance(Host(block).block.__dict__.get("forward"), FusedBlock)
+
+
+@pytest.mark.parametrize("changes", [{"act_fn": "gelu"}, {"post_act_fn": "silu"}])
+def test_timesteps_of_other_settings_are_left_alone(changes: dict[str, str]) -> None:
+    assert not isinstance(times(**changes).block.__dict__.get("forward"), FusedBlock)
 
 
 class Counted(nn.Linear):
@@ -159,3 +179,12 @@ def test_rows_of_block_are_those_of_the_norm(images: int, kind: type[nn.Linear])
     for row, other in zip((gate, shift2, scale2, gate2), others, strict=True):
         torch.testing.assert_close(row, other.expand(images, -1))
         assert row.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("kind", [nn.Linear, Counted])
+def test_embedding_rows_are_those_of_the_layer(kind: type[nn.Linear], silu: bool) -> None:
+    layer, embedding = kind(8, 12), randn(3, 8)
+    wanted = layer(nn.functional.silu(embedding) if silu else embedding)
+    torch.testing.assert_close(embedding_rows(layer, embedding, silu), wanted)

@@ -1,4 +1,4 @@
-"""class_embedding and adaptive_rows: float32 around the reference within a derived bound, their contract."""
+"""Float layers of embeddings: around the reference within a derived bound, and their contract."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adpdm import ops, reference
+from adpdm import ops
+from adpdm import reference_embedding as reference
 
 EPS = 2.0**-24  # half an ulp of float32: one rounding
 SILU = 2.0**-21  # relative error of the kernels' SiLU, from that of exp (core/activation_math.h)
@@ -50,37 +51,67 @@ def assert_within(actual: Tensor, wanted: Tensor, bound: Tensor) -> None:
 
 @given(
     rows=st.integers(0, 9),
-    one_wave=st.booleans(),
+    waves=st.sampled_from(("one", "equal", "different")),
+    classes=st.booleans(),
     sizes=st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(1, 70)),
     bias=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_class_embedding_matches_reference(
-    rows: int, one_wave: bool, sizes: tuple[int, int, int], bias: bool, seed: int
+def test_timestep_embedding_matches_reference(
+    rows: int, waves: str, classes: bool, sizes: tuple[int, int, int], bias: bool, seed: int
 ) -> None:
     columns, hidden, channels = sizes
     first = layer(columns, hidden, bias, seed)
     second = layer(hidden, channels, bias, seed + 2)
-    waves, table = normal(1 if one_wave else rows, columns, seed=seed), normal(4, channels, seed=seed)
-    labels = torch.randint(0, 4, (rows,), generator=torch.Generator().manual_seed(seed))
-    args = (waves, first, second, table, labels)
-    wanted = reference.class_embedding(*args)
-    before = F.linear(waves.double(), first.weight.double(), first.bias.double() if bias else None)
+    x = normal(rows if waves == "different" else 1, columns, seed=seed)
+    if waves == "equal":
+        x = x.repeat(rows, 1)
+    table, labels = None, None
+    if classes:
+        table = normal(4, channels, seed=seed)
+        labels = torch.randint(0, 4, (rows,), generator=torch.Generator().manual_seed(seed))
+    args = (x, first, second, table, labels)
+    wanted = reference.timestep_embedding(*args)
+    before = F.linear(x.double(), first.weight.double(), first.bias.double() if bias else None)
     after = F.silu(before)
-    error = SILU_SLOPE * dense_bound(waves.double(), 0.0, first) + SILU * after.abs()
+    error = SILU_SLOPE * dense_bound(x.double(), 0.0, first) + SILU * after.abs()
     bound = dense_bound(after, error, second) + EPS * wanted.abs()
-    assert_within(ops.class_embedding(*args), wanted, 1.01 * bound)
+    assert_within(ops.timestep_embedding(*args), wanted, 1.01 * bound)
 
 
 @given(
     rows=st.integers(0, 9),
+    equal=st.booleans(),
+    columns=st.integers(1, 140),
+    outputs=st.integers(1, 70),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_silu_linear_matches_reference(
+    rows: int, equal: bool, columns: int, outputs: int, bias: bool, seed: int
+) -> None:
+    x, dense = 3 * normal(rows, columns, seed=seed), layer(columns, outputs, bias, seed)
+    if equal:
+        x = x[:1].repeat(rows, 1) if rows else x
+    after = F.silu(x.double())
+    actual, wanted = ops.silu_linear(x, dense), reference.silu_linear(x, dense)
+    assert_within(actual, wanted, dense_bound(after, SILU * after.abs(), dense))
+
+
+@given(
+    rows=st.integers(0, 9),
+    equal=st.booleans(),
     columns=st.integers(1, 140),
     channels=st.integers(1, 40),
     bias=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_adaptive_rows_match_reference(rows: int, columns: int, channels: int, bias: bool, seed: int) -> None:
+def test_adaptive_rows_match_reference(
+    rows: int, equal: bool, columns: int, channels: int, bias: bool, seed: int
+) -> None:
     embedding, dense = 3 * normal(rows, columns, seed=seed), layer(columns, 6 * channels, bias, seed)
+    if equal:
+        embedding = embedding[:1].repeat(rows, 1) if rows else embedding
     after = F.silu(embedding.double())
     shift, scale, gate, shift2, scale2, gate2 = dense_bound(after, SILU * after.abs(), dense).chunk(6, 1)
     bounds = (torch.cat([scale, shift], 1), gate, torch.cat([scale2, shift2], 1), gate2)
@@ -103,13 +134,21 @@ def embedding_arguments() -> dict[str, Any]:
     }
 
 
+def linear_arguments() -> dict[str, Any]:
+    dense = layer(5, 7)
+    return {"x": normal(2, 5), "weight": dense.weight, "bias": dense.bias}
+
+
 def rows_arguments() -> dict[str, Any]:
     dense = layer(5, 12)
     return {"embedding": normal(2, 5), "weight": dense.weight, "bias": dense.bias}
 
 
 def test_adaptive_embedding_passes_opcheck() -> None:
-    torch.library.opcheck(torch.ops.adpdm.class_embedding.default, tuple(embedding_arguments().values()))
+    arguments = tuple(embedding_arguments().values())
+    torch.library.opcheck(torch.ops.adpdm.timestep_embedding.default, arguments)
+    torch.library.opcheck(torch.ops.adpdm.timestep_embedding.default, (*arguments[:5], None, None))
+    torch.library.opcheck(torch.ops.adpdm.silu_linear.default, tuple(linear_arguments().values()))
     torch.library.opcheck(torch.ops.adpdm.adaptive_rows.default, tuple(rows_arguments().values()))
 
 
@@ -119,18 +158,41 @@ def test_adaptive_embedding_passes_opcheck() -> None:
         ({"waves": normal(2, 5).bfloat16()}, TypeError, "waves must be"),
         ({"waves": normal(5)}, ValueError, r"waves must have shape \[any, any\], got \[5\]"),
         ({"waves": normal(3, 5)}, ValueError, "waves must have 1 row or the 2 of labels, got 3"),
-        ({"first_weight": normal(7, 6)}, ValueError, r"first_weight must have shape \[any, 5\], got \[7, 6\]"),
+        (
+            {"first_weight": normal(7, 6)},
+            ValueError,
+            r"first_weight must have shape \[any, 5\], got \[7, 6\]",
+        ),
         ({"first_weight": normal(5, 7).t()}, ValueError, "first_weight must be contiguous"),
-        ({"second_weight": normal(3, 6)}, ValueError, r"second_weight must have shape \[any, 7\], got \[3, 6\]"),
+        (
+            {"second_weight": normal(3, 6)},
+            ValueError,
+            r"second_weight must have shape \[any, 7\], got \[3, 6\]",
+        ),
         ({"second_bias": normal(4)}, ValueError, r"second_bias must have shape \[3\], got \[4\]"),
+        ({"labels": None}, ValueError, "wanted table and labels or neither, got one"),
         ({"table": normal(4, 2)}, ValueError, r"table must have shape \[any, 3\], got \[4, 2\]"),
         ({"labels": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, "labels must be"),
         ({"labels": torch.tensor([0, 4])}, IndexError, r"labels must be in \[0, classes=4\), got 4"),
     ],
 )
-def test_class_embedding_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"class_embedding: {message}"):
-        torch.ops.adpdm.class_embedding(**{**embedding_arguments(), **change})
+def test_timestep_embedding_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"timestep_embedding: {message}"):
+        torch.ops.adpdm.timestep_embedding(**{**embedding_arguments(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": normal(2, 5).half()}, TypeError, "x must be"),
+        ({"x": normal(2, 3, 5)}, ValueError, r"x must have shape \[any, any\], got \[2, 3, 5\]"),
+        ({"weight": normal(7, 4)}, ValueError, r"weight must have shape \[any, 5\], got \[7, 4\]"),
+        ({"bias": normal(6)}, ValueError, r"bias must have shape \[7\], got \[6\]"),
+    ],
+)
+def test_silu_linear_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"silu_linear: {message}"):
+        torch.ops.adpdm.silu_linear(**{**linear_arguments(), **change})
 
 
 @pytest.mark.parametrize(

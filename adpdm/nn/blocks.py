@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Activation, ConvGeometry
+from .embedding_blocks import embedding_rows
 from .fusion import FusedBlock, NormCodes, SplitNormCodes, fuses, grad_checkpointed, pack_of
 from .layers import QuantConv2d, QuantLayer
 from .packed import Packed
@@ -88,9 +89,7 @@ class FusedResnet(FusedBlock):
         if temb is None:
             return None, None
         block: Any = self.block
-        if not block.skip_time_act:
-            temb = torch.nn.functional.silu(temb)
-        row = block.time_emb_proj(temb).float()
+        row = embedding_rows(block.time_emb_proj, temb, silu=not block.skip_time_act)
         if row.shape[0] != batch:
             row = row.expand(batch, -1).contiguous()
         return (row, None) if block.time_embedding_norm == "default" else (None, row)

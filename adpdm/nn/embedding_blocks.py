@@ -29,6 +29,38 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not hooked
 
 
+def embedding_rows(
+    layer: Any,  # nn.Linear, or what was put in its place
+    embedding: Tensor,  # [N, D] float
+    silu: bool = True,
+) -> Tensor:
+    """Rows layer(silu(embedding)) [N, O] f32 of the images of a batch."""
+    if silu and _is_plain(layer, nn.Linear) and _reads(embedding, layer.weight, layer.bias):
+        return ops.silu_linear(embedding, layer)
+    return layer(F.silu(embedding) if silu else embedding).float()  # type: ignore[no-any-return]
+
+
+@fuses("TimestepEmbedding")
+class FusedTimestepEmbedding(FusedBlock):
+    """Two layers with SiLU between them in one call."""
+
+    is_float = True
+
+    def inspect(self) -> None:
+        b: Any = self.block
+        self.first: nn.Linear = self.skip("linear_1", nn.Linear)
+        self.skip("act", nn.SiLU)
+        self.second: nn.Linear = self.skip("linear_2", nn.Linear)
+        self.require(b.post_act is None, "it has an activation at its end")
+
+    def __call__(self, sample: Tensor, condition: Tensor | None = None) -> Any:
+        first, second = self.first, self.second
+        weights = (first.weight, first.bias, second.weight, second.bias)
+        if condition is not None or sample.dim() != 2 or not _reads(sample, *weights) or not self.applies():
+            return self.per_layer(sample, condition)
+        return ops.timestep_embedding(sample, first, second)
+
+
 @fuses("CombinedTimestepLabelEmbeddings")
 class FusedClassEmbedding(FusedBlock):
     """Sinusoids through two layers, and the row of the class added, in one call."""
@@ -37,12 +69,10 @@ class FusedClassEmbedding(FusedBlock):
 
     def inspect(self) -> None:
         b: Any = self.block
-        self.skip("timestep_embedder", type(b.timestep_embedder))
-        known = type(b.timestep_embedder).__name__ == "TimestepEmbedding"
-        self.require(known and b.timestep_embedder.post_act is None, "its timestep_embedder is another")
-        self.first: nn.Linear = self.skip("timestep_embedder.linear_1", nn.Linear)
-        self.skip("timestep_embedder.act", nn.SiLU)
-        self.second: nn.Linear = self.skip("timestep_embedder.linear_2", nn.Linear)
+        times = self.contain("timestep_embedder")
+        self.require(isinstance(times, FusedTimestepEmbedding), "its timestep_embedder is another")
+        self.first: nn.Linear = times.first
+        self.second: nn.Linear = times.second
         self.skip("class_embedder", type(b.class_embedder))
         self.require(type(b.class_embedder).__name__ == "LabelEmbedding", "its class_embedder is another")
         self.table: nn.Embedding = self.skip("class_embedder.embedding_table", nn.Embedding)
@@ -59,7 +89,7 @@ class FusedClassEmbedding(FusedBlock):
             return self.per_layer(timestep, class_labels, hidden_dtype)
         block: Any = self.block
         waves = block.time_proj(timestep).to(hidden_dtype)
-        return ops.class_embedding(waves, first, second, table, class_labels.contiguous())
+        return ops.timestep_embedding(waves, first, second, table, class_labels.contiguous())
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-// Checks class_embedding and adaptive_rows and registers them for CPU tensors.
+// Checks timestep_embedding, silu_linear and adaptive_rows and registers them for CPU tensors.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
@@ -26,32 +26,47 @@ DenseLayer dense_layer(OpName op, OpName weight_name, const at::Tensor& weight, 
   return layer;
 }
 
-at::Tensor class_embedding(const at::Tensor& waves,            // [1 or N, K] f32
-                           const at::Tensor& first_weight,     // [H, K] f32
-                           const OptionalTensor& first_bias,   // [H] f32
-                           const at::Tensor& second_weight,    // [D, H] f32
-                           const OptionalTensor& second_bias,  // [D] f32
-                           const at::Tensor& table,            // [classes, D] f32
-                           const at::Tensor& labels) {         // [N] i64
-  constexpr OpName kOp = "class_embedding";
+at::Tensor timestep_embedding(const at::Tensor& waves,            // [1 or N, K] f32
+                              const at::Tensor& first_weight,     // [H, K] f32
+                              const OptionalTensor& first_bias,   // [H] f32
+                              const at::Tensor& second_weight,    // [D, H] f32
+                              const OptionalTensor& second_bias,  // [D] f32
+                              const OptionalTensor& table,        // [classes, D] f32
+                              const OptionalTensor& labels) {     // [N] i64
+  constexpr OpName kOp = "timestep_embedding";
   check_matrix(kOp, "waves", waves, at::kFloat, kAny, kAny, waves);
-  ClassEmbeddingArgs args{};
+  TimestepEmbeddingArgs args{};
   args.first = dense_layer(kOp, "first_weight", first_weight, "first_bias", first_bias, waves.size(1), waves);
   args.second =
       dense_layer(kOp, "second_weight", second_weight, "second_bias", second_bias, args.first.outputs, waves);
-  check_matrix(kOp, "table", table, at::kFloat, kAny, args.second.outputs, waves);
-  check_vector(kOp, "labels", labels, at::kLong, labels.numel(), waves);
   args.waves = waves.const_data_ptr<float>();
-  args.wave_rows = waves.size(0);
-  args.table = table.const_data_ptr<float>();
-  args.classes = table.size(0);
-  args.labels = labels.const_data_ptr<int64_t>();
-  args.rows = labels.numel();
-  TORCH_CHECK_VALUE(args.wave_rows == 1 || args.wave_rows == args.rows, kOp,
-                    ": waves must have 1 row or the ", args.rows, " of labels, got ", args.wave_rows);
+  args.rows = args.wave_rows = waves.size(0);
+  TORCH_CHECK_VALUE(table.has_value() == labels.has_value(), kOp,
+                    ": wanted table and labels or neither, got one");
+  if (table.has_value()) {
+    check_matrix(kOp, "table", *table, at::kFloat, kAny, args.second.outputs, waves);
+    check_vector(kOp, "labels", *labels, at::kLong, labels->numel(), waves);
+    args.table = table->const_data_ptr<float>();
+    args.classes = table->size(0);
+    args.labels = labels->const_data_ptr<int64_t>();
+    args.rows = labels->numel();
+    TORCH_CHECK_VALUE(args.wave_rows == 1 || args.wave_rows == args.rows, kOp,
+                      ": waves must have 1 row or the ", args.rows, " of labels, got ", args.wave_rows);
+  }
   at::Tensor result = at::empty({args.rows, args.second.outputs}, waves.options());
   args.result = result.mutable_data_ptr<float>();
-  cpu::class_embedding(args);
+  cpu::timestep_embedding(args);
+  return result;
+}
+
+at::Tensor silu_linear(const at::Tensor& x,           // [N, K] f32
+                       const at::Tensor& weight,      // [O, K] f32
+                       const OptionalTensor& bias) {  // [O] f32
+  constexpr OpName kOp = "silu_linear";
+  check_matrix(kOp, "x", x, at::kFloat, kAny, kAny, x);
+  const DenseLayer layer = dense_layer(kOp, "weight", weight, "bias", bias, x.size(1), x);
+  at::Tensor result = at::empty({x.size(0), layer.outputs}, x.options());
+  cpu::silu_linear({x.const_data_ptr<float>(), x.size(0), layer, result.mutable_data_ptr<float>()});
   return result;
 }
 
@@ -82,7 +97,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> adaptive_rows(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(adpdm, CPU, m) {
-  m.impl("class_embedding", &class_embedding);
+  m.impl("timestep_embedding", &timestep_embedding);
+  m.impl("silu_linear", &silu_linear);
   m.impl("adaptive_rows", &adaptive_rows);
 }
 

@@ -93,11 +93,13 @@ TORCH_LIBRARY(adpdm, m) {
       "attention_quantize(Tensor query, Tensor key, Tensor value, Tensor scale, Tensor zero_point, Tensor "
       "group_index, int heads, int num_bits, bool int8=False, int hadamard=0) -> Tensor");
 
-  // Float rows of a transformer block, on the CPU: second(silu(first(waves))) + table[labels] [N, D] of waves
-  // [1 or N, K]; and layer(silu(embedding)) [N, 6 * C] as scale beside shift [N, 2 * C] and gate [N, C] of
-  // the attention, then of the feed-forward net. The layer's outputs are shift, scale and gate, twice.
+  // Float rows of blocks, on the CPU: second(silu(first(waves))) + table[labels] [N, D] of waves [1 or N, K];
+  // layer(silu(x)) [N, O]; and layer(silu(embedding)) [N, 6 * C] of a transformer block as scale beside shift
+  // [N, 2 * C] and gate [N, C] of the attention, then of the feed-forward net. The layer's outputs are shift,
+  // scale and gate, twice.
   m.def(
-      "class_embedding(Tensor waves, Tensor first_weight, Tensor? first_bias, Tensor second_weight, Tensor? "
-      "second_bias, Tensor table, Tensor labels) -> Tensor");
+      "timestep_embedding(Tensor waves, Tensor first_weight, Tensor? first_bias, Tensor second_weight, "
+      "Tensor? second_bias, Tensor? table, Tensor? labels) -> Tensor");
+  m.def("silu_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("adaptive_rows(Tensor embedding, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -1,5 +1,6 @@
-// What the timestep and the class of an image make of a transformer block (adaLN-Zero of DiT), in float32: an
-// embedding, and the rows that scale, shift and gate. CPU only; elsewhere torch's own operators do.
+// What the timestep and the class of an image make of a denoiser's blocks, in float32: an embedding, and rows
+// of it that are added to maps, or scale, shift and gate (adaLN-Zero of DiT). CPU only; elsewhere torch's own
+// operators do.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +15,13 @@ struct DenseLayer {
   int64_t columns;
 };
 
-struct ClassEmbeddingArgs {
+struct TimestepEmbeddingArgs {
   const float* waves;  // [wave_rows, first.columns] f32: sinusoids of the timesteps
-  int64_t wave_rows;   // 1 or rows
+  int64_t wave_rows;   // rows, or 1
   DenseLayer first;
   DenseLayer second;      // second.columns == first.outputs
-  const float* table;     // [classes, second.outputs] f32
-  const int64_t* labels;  // [rows] i64
+  const float* table;     // [classes, second.outputs] f32, nullptr for none
+  const int64_t* labels;  // [rows] i64 where there is a table
   int64_t classes;
   int64_t rows;
   float* result;  // [rows, second.outputs] f32
@@ -28,6 +29,13 @@ struct ClassEmbeddingArgs {
 
 // Shift, scale and gate of a block's attention, then of its feed-forward net, each of outputs / 6 channels.
 constexpr int64_t kAdaptiveParts = 6;
+
+struct SiluLinearArgs {
+  const float* x;  // [rows, layer.columns] f32
+  int64_t rows;
+  DenseLayer layer;
+  float* result;  // [rows, layer.outputs] f32
+};
 
 struct AdaptiveRowsArgs {
   const float* embedding;  // [rows, layer.columns] f32
@@ -39,12 +47,17 @@ struct AdaptiveRowsArgs {
 
 namespace cpu {
 
-// second(silu(first(waves))) + table[labels]. Waves that are the same in all rows are multiplied once. Throws
-// std::out_of_range for a label outside [0, classes) before anything is written.
-void class_embedding(const ClassEmbeddingArgs& args);
+// Results of all three do not depend on the number of threads, nor on the instruction set. Rows that are all
+// the same, as they are within one step of sampling, are multiplied once.
 
-// layer(silu(embedding)) in parts. Results of both do not depend on the number of threads, nor on the
-// instruction set.
+// second(silu(first(waves))) + table[labels]. Throws std::out_of_range for a label outside [0, classes)
+// before anything is written.
+void timestep_embedding(const TimestepEmbeddingArgs& args);
+
+// layer(silu(x)).
+void silu_linear(const SiluLinearArgs& args);
+
+// layer(silu(embedding)) in parts.
 void adaptive_rows(const AdaptiveRowsArgs& args);
 
 }  // namespace cpu

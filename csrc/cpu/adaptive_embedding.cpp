@@ -52,46 +52,68 @@ void run_dense(const PaddedRows& x, const DenseLayer& layer, float* y, int64_t y
   });
 }
 
-// Rows of waves that differ: 1 where all are the same, as they are within one step of sampling.
-int64_t distinct_rows(const ClassEmbeddingArgs& args) {
-  const size_t bytes = static_cast<size_t>(args.first.columns) * sizeof(float);
-  for (int64_t r = 1; r < args.wave_rows; ++r) {
-    if (std::memcmp(args.waves, args.waves + r * args.first.columns, bytes) != 0) return args.wave_rows;
+// Rows that differ: 1 where all are the same.
+int64_t distinct_rows(const float* x, int64_t rows, int64_t columns) {
+  const size_t bytes = static_cast<size_t>(columns) * sizeof(float);
+  for (int64_t r = 1; r < rows; ++r) {
+    if (std::memcmp(x, x + r * columns, bytes) != 0) return rows;
   }
-  return 1;
+  return rows == 0 ? 0 : 1;
+}
+
+// silu(x) of the rows that differ.
+PaddedRows silu_rows(const float* x, int64_t rows, int64_t columns) {
+  thread_local std::vector<float> buffer;
+  const PaddedRows copied = copy(buffer, x, distinct_rows(x, rows, columns), columns);
+  apply_silu(copied);
+  return copied;
+}
+
+// Fill rows [have, rows) of y with the first one; nothing where it has them all.
+void repeat_first(float* y, int64_t have, int64_t rows, int64_t columns) {
+  for (int64_t r = have; r < rows; ++r) std::copy_n(y, columns, y + r * columns);
+}
+
+void check_labels(const TimestepEmbeddingArgs& args) {
+  for (int64_t r = 0; r < args.rows; ++r) {
+    if (args.labels[r] >= 0 && args.labels[r] < args.classes) continue;
+    throw std::out_of_range("timestep_embedding: labels must be in [0, classes=" +
+                            std::to_string(args.classes) + "), got " + std::to_string(args.labels[r]));
+  }
 }
 
 }  // namespace
 
-void class_embedding(const ClassEmbeddingArgs& args) {
-  for (int64_t r = 0; r < args.rows; ++r) {
-    if (args.labels[r] >= 0 && args.labels[r] < args.classes) continue;
-    throw std::out_of_range("class_embedding: labels must be in [0, classes=" + std::to_string(args.classes) +
-                            "), got " + std::to_string(args.labels[r]));
-  }
+void timestep_embedding(const TimestepEmbeddingArgs& args) {
+  if (args.table) check_labels(args);
   if (args.rows == 0) return;
-  thread_local std::vector<float> buffers[3];
-  const int64_t rows = distinct_rows(args);
+  thread_local std::vector<float> buffers[2];
+  const int64_t rows = distinct_rows(args.waves, args.wave_rows, args.first.columns);
   const int64_t channels = args.second.outputs;
   const PaddedRows hidden = zeros(buffers[1], rows, args.first.outputs);
   run_dense(copy(buffers[0], args.waves, rows, args.first.columns), args.first, hidden.data, hidden.step);
   apply_silu(hidden);
-  const PaddedRows times = zeros(buffers[2], rows, channels);
-  run_dense(hidden, args.second, times.data, times.step);
+  run_dense(hidden, args.second, args.result, channels);
+  repeat_first(args.result, rows, args.rows, channels);
+  if (!args.table) return;
   for (int64_t r = 0; r < args.rows; ++r) {
-    const float* time = times.data + (rows == 1 ? 0 : r) * times.step;
     const float* row = args.table + args.labels[r] * channels;
     float* result = args.result + r * channels;
-    for (int64_t c = 0; c < channels; ++c) result[c] = time[c] + row[c];
+    for (int64_t c = 0; c < channels; ++c) result[c] += row[c];
   }
+}
+
+void silu_linear(const SiluLinearArgs& args) {
+  if (args.rows == 0 || args.layer.outputs == 0) return;
+  const PaddedRows x = silu_rows(args.x, args.rows, args.layer.columns);
+  run_dense(x, args.layer, args.result, args.layer.outputs);
+  repeat_first(args.result, x.rows, args.rows, args.layer.outputs);
 }
 
 void adaptive_rows(const AdaptiveRowsArgs& args) {
   const int64_t channels = args.layer.outputs / kAdaptiveParts;
   if (args.rows == 0 || channels == 0) return;
-  thread_local std::vector<float> buffer;
-  const PaddedRows x = copy(buffer, args.embedding, args.rows, args.layer.columns);
-  apply_silu(x);
+  const PaddedRows x = silu_rows(args.embedding, args.rows, args.layer.columns);
   for (int64_t p = 0; p < kAdaptiveParts; ++p) {
     const int64_t role = p % 3;  // shift, scale, gate
     float* modulation = args.modulation[p / 3];
@@ -99,6 +121,8 @@ void adaptive_rows(const AdaptiveRowsArgs& args) {
     run_dense(x, part_of(args.layer, p * channels, (p + 1) * channels), y,
               role == 2 ? channels : 2 * channels);
   }
+  for (float* modulation : args.modulation) repeat_first(modulation, x.rows, args.rows, 2 * channels);
+  for (float* gate : args.gate) repeat_first(gate, x.rows, args.rows, channels);
 }
 
 }  // namespace adpdm::cpu
