@@ -17,6 +17,7 @@ from . import _native
 from .denoisers import find_denoiser
 from .memory import trim_heap
 from .nn import adapters_of
+from .nn.coded import CodedLayer
 from .nn.fusion import FusedBlock
 
 WARMUP_CALLS = 3  # lazy module loading and cuDNN's choices come to rest within two; one to spare
@@ -135,11 +136,17 @@ class _Captured:
 
 
 class _Parts:
-    """What a recording takes for granted of a denoiser: modules, how much adapters act, attention, FreeU."""
+    """What a recording takes for granted of a denoiser: modules, how much adapters act, attention, FreeU.
+
+    And what was derived of quantized layers, which it holds: CUDA graphs read that memory, whoever else has
+    forgotten it.
+    """
 
     def __init__(self, denoiser: nn.Module) -> None:
         modules = list(denoiser.modules())
-        self._children = _native.Children([m._modules for m in modules if m._modules])
+        coded = [m for m in modules if isinstance(m, CodedLayer)]
+        derived = [entry for layer in coded for entry in layer.derived_entries()]
+        self._children = _native.Children([m._modules for m in modules if m._modules], derived)
         self._adapters = list(adapters_of(denoiser).values())
         forwards = [m.__dict__.get("forward") for m in modules]
         self._attentions = [f for f in forwards if isinstance(f, FusedBlock) and f.int8 is not None]
@@ -158,7 +165,7 @@ class _Parts:
         ]
 
     def are_as_recorded(self) -> bool:
-        """Whether nothing was exchanged, activated, rescaled, folded in or set otherwise since."""
+        """Whether nothing was exchanged, activated, rescaled, folded in, derived or set anew since."""
         return self._children.unchanged() and self._read() == self._settings
 
 
@@ -180,8 +187,9 @@ class GraphedForward:
     The step hook runs outside the graph and writes the groups into the tensor that the captured kernels read:
     that is why one graph serves all timesteps. Nothing else of the call may vary but the values of tensors;
     other arguments (flags, dictionaries) and autocast are part of the key. When modules were exchanged, as
-    PEFT does, or adapters, attention or FreeU set otherwise, graphs are forgotten and captured anew. Threads
-    wait for one another, since a graph reads and writes memory of its own.
+    PEFT does, quantized layers moved or derived anew, or adapters, attention or FreeU set otherwise, graphs
+    are forgotten and captured anew. Threads wait for one another, since a graph reads and writes memory of
+    its own.
 
     Raises:
         RuntimeError: of a call with gradients enabled, of one that would need more than `max_graphs` graphs,
@@ -231,7 +239,11 @@ class GraphedForward:
                 self._parts = _Parts(self._denoiser)
             captured = self._captured.get(key)
             if captured is None:
-                captured = self._captured[key] = self._capture(leaves, spec, timestep.expand(shape))
+                captured = self._capture(leaves, spec, timestep.expand(shape))
+                if not self._parts.are_as_recorded():  # it was the first, or derived anew what others read
+                    self._captured.clear()
+                    self._parts = _Parts(self._denoiser)
+                self._captured[key] = captured
             return captured.run([timestep, *[leaf for leaf in leaves if isinstance(leaf, Tensor)]])
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -366,9 +378,10 @@ def capture(
     On a GPU, launching the few hundred kernels of a U-Net takes longer than running them at small batches; a
     replay is one launch (a CUDA graph). On a CPU, finding the next operator takes Python a third of the time
     of a small U-Net; a replay calls the same operators from C++. Works for any denoiser, quantized or not;
-    adapters may come and go; call `release` before moving or changing it otherwise, or before adding hooks to
-    its parts. Calls from several threads wait for one another; on a GPU they must use the same stream. Copies
-    of a captured denoiser, by `copy.deepcopy` or pickle, are not captured.
+    adapters may come and go, quantized layers may move; call `release` before changing it otherwise, moving
+    one that is not quantized, or adding hooks to its parts. Calls from several threads wait for one another;
+    on a GPU they must use the same stream. Copies of a captured denoiser, by `copy.deepcopy` or pickle, are
+    not captured.
 
     Args:
         pipe_or_denoiser: diffusers pipeline or denoiser on a CPU or CUDA device.

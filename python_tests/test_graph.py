@@ -7,6 +7,7 @@ memory, which is the contract of a CUDA graph; the `cuda` tests use the real one
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from adpdm import QuantConfig, _native, graph, quantize
 from adpdm.nn import fuse_blocks
+from adpdm.nn.coded import CodedLayer
 from adpdm.testing import ddim_scheduler, tiny_unet
 
 RECORDERS: list[Rerun] = []
@@ -172,7 +174,7 @@ def test_capture_wants_a_forward_with_names(denoiser: Denoiser, forward: Any) ->
 
 def test_children_notice_every_exchange() -> None:
     first, second = nn.Sequential(nn.ReLU(), nn.ReLU()), nn.Sequential(nn.SiLU())
-    children = _native.Children([first._modules, second._modules])
+    children = _native.Children([first._modules, second._modules], [])
     assert children.unchanged()
     kept = second[0]
     second[0] = nn.SiLU()
@@ -183,6 +185,21 @@ def test_children_notice_every_exchange() -> None:
     assert not children.unchanged()
     first[0], first[1] = first[1], first[0]
     first.append(nn.ReLU())
+    assert not children.unchanged()
+
+
+def test_entries_notice_other_values_and_hold_the_first() -> None:
+    entry: dict[str, Any] = {"derived": torch.ones(1)}
+    first = weakref.ref(entry["derived"])
+    children = _native.Children([], [(entry, "derived"), (entry, "missing")])
+    entry["other"] = 1
+    assert children.unchanged()
+    entry["derived"] = None
+    assert not children.unchanged()
+    assert first() is not None, "memory that a graph reads must outlive the entry"
+    entry["derived"] = first()
+    assert children.unchanged()
+    entry["missing"] = None
     assert not children.unchanged()
 
 
@@ -265,3 +282,60 @@ def test_capture_records_again_when_attention_multiplies_something_else(device: 
     assert torch.equal(in_int8, in_float) == (
         device.type != "cpu"
     )  # which multiplies floats whatever is asked
+
+
+class Holding(Rerun):
+    """Keeps nothing but its result alive, as a CUDA graph does, and says what is alive when it replays."""
+
+    def record(self, work: Callable[[], Any]) -> Any:
+        READ.clear()
+        return work()
+
+    def replay(self) -> None:
+        assert all(reference() is not None for reference in READ), "a graph would read memory that was freed"
+
+
+READ: list[weakref.ref[Any]] = []  # what the last recording derived
+
+
+@torch.no_grad()
+def test_capture_outlives_moves_and_what_they_derive_anew() -> None:
+    unet = tiny_unet()
+    quantize(unet, QuantConfig(num_inference_steps=8, histogram_images=2), scheduler=ddim_scheduler())
+    layers = [m for m in unet.modules() if isinstance(m, CodedLayer)]
+    RECORDERS.clear()
+    graph.capture(unet, make_recorder=Holding)
+    sample = torch.randn(2, unet.config.in_channels, 8, 8)
+
+    def call(images: int, recordings: int) -> None:
+        unet(sample[:images], 500)
+        assert len(RECORDERS) == recordings
+        derived = [entry[name] for layer in layers for entry, name in layer.derived_entries()]
+        READ[:] = [weakref.ref(value) for value in derived if value is not None]
+
+    call(2, 1)
+    unet.to(sample.device)  # moves nothing
+    call(2, 1)
+    layers[0].drop_packed()
+    call(2, 2)
+    call(1, 3)
+    layers[-1].drop_packed()
+    call(1, 4)  # which forgets the graph of two images, too
+    call(2, 5)
+    for dtype in (torch.bfloat16, torch.float32):
+        nn.Module.to(unet, dtype)  # diffusers' own refuses
+    call(2, 6)
+    call(2, 6)
+
+
+@torch.no_grad()
+def test_capture_replays_what_was_moved_to_another_dtype() -> None:
+    unet = tiny_unet()
+    quantize(unet, QuantConfig(num_inference_steps=8, histogram_images=2), scheduler=ddim_scheduler())
+    plain = nn.Module.to(copy.deepcopy(unet), torch.bfloat16)
+    graph.capture(unet)
+    sample = torch.randn(2, unet.config.in_channels, 8, 8)
+    unet(sample, 500)
+    nn.Module.to(unet, torch.bfloat16)
+    sample = sample.bfloat16()
+    assert torch.equal(unet(sample, 500).sample, plain(sample, 500).sample)

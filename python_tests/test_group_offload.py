@@ -70,19 +70,23 @@ def coded(model: Any) -> list[CodedLayer]:
     return [m for m in model.modules() if isinstance(m, CodedLayer)]
 
 
+def aside(model: Any, level: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Fused blocks step aside for hooks on their layers, one by one; last bits of their floats are others."""
+    return unfused(model) if level["offload_type"] == "leaf_level" else contextlib.nullcontext()
+
+
 def test_outputs_stay(make: Any, level: dict[str, Any], place: dict[str, Any]) -> None:
     model = make()
-    # Fused blocks step aside for hooks on their layers, one by one; the last bits of their norms are others.
-    aside = unfused(model) if level["offload_type"] == "leaf_level" else contextlib.nullcontext()
-    with aside:
+    with aside(model, level):
         wanted = {t: run(model, timestep=torch.tensor(t)) for t in (750, 0)}
     offload(model, **level, **place)
     for t in (0, 750, 0):  # each in its own group of timesteps
         assert torch.equal(run(model, timestep=torch.tensor(t)), wanted[t])
 
 
-def test_packed_weights_go_with_the_codes(make: Any, level: dict[str, Any], place: dict[str, Any]) -> None:
-    model = make()
+def test_packed_weights_go_with_the_codes(make: Any, level: dict[str, Any], tmp_path: Path) -> None:
+    """To the disk; groups that wait in memory move nowhere where there is but one device."""
+    model, place = make(), {"offload_to_disk_path": str(tmp_path)}
     run(model)
     has_packed = any(layer._packed is not None for layer in coded(model))
     assert has_packed == (model.config.quantization_config.activation_bits is not None)
@@ -96,9 +100,10 @@ def test_adapters_run_beside_offloaded_layers(
     make: Any, level: dict[str, Any], place: dict[str, Any]
 ) -> None:
     model, other = make(), make()
-    before = run(model)
-    adapt(model)
-    wanted = run(model)
+    with aside(model, level):
+        before = run(model)
+        adapt(model)
+        wanted = run(model)
     assert not torch.equal(wanted, before)
     adapt(other)
     offload(other, **level, **place)
@@ -113,12 +118,14 @@ def test_adapters_are_fused_into_layers_that_wait_in_memory(make: Any, level: di
     model, other = make(), make()
     adapt(model)
     adapt(other)
-    beside = run(model)
-    model.fuse_lora()
     offload(other, **level)
+    with aside(model, level):
+        beside = run(model)
+        model.fuse_lora()
+        fused = run(model)
     run(other)
     other.fuse_lora()
-    assert torch.equal(run(other), run(model))
+    assert torch.equal(run(other), fused)
     other.unfuse_lora()
     assert torch.equal(run(other), beside)
 
@@ -139,10 +146,16 @@ class TwoLayers(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_compiled_layers_can_be_offloaded(fresh_dynamo: None) -> None:
+def test_compiled_layers_can_be_offloaded(fresh_dynamo: None, tmp_path: Path) -> None:
     model, inputs = TwoLayers(), [random(2, 4, 8, 8, seed=seed) for seed in (0, 1)]
     wanted = [model(x) for x in inputs]
-    apply_group_offloading(model, onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+    apply_group_offloading(
+        model,
+        onload_device=CPU,
+        offload_device=CPU,
+        offload_type="leaf_level",
+        offload_to_disk_path=str(tmp_path),
+    )
     operators: list[str] = []
 
     def eager(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:

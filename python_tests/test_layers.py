@@ -440,3 +440,16 @@ def test_gradients_pass_a_whole_model(training: bool) -> None:
         direction = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
         gradients += torch.autograd.grad(model(x, 500).sample, x, direction)
     assert torch.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), 0) > 0.98
+
+
+def test_packed_form_outlives_a_move_that_moves_nothing(generator: torch.Generator) -> None:
+    twin, _ = build(nn.Linear(16, 8, bias=False), (8, 8), None, generator)
+    twin.freeze()
+    packed = twin.packed(torch.device("cpu"))
+    twin.to("cpu").float()
+    assert twin._packed is packed
+    for move in ({"dtype": torch.bfloat16}, {"device": "meta"}):
+        twin.to(**move)
+        assert twin._packed is None
+        if twin.weight.device.type == "cpu":
+            assert twin.packed(torch.device("cpu")) is not packed

@@ -190,6 +190,10 @@ class CodedLayer(nn.Module):
         self._packed = self._codes_memory = self.plan.value = None
         self._copied = self.plan.copied = []
 
+    def derived_entries(self) -> list[tuple[dict[str, Any], str]]:
+        """Where what was derived stands, as entries of dicts: with other values it was made anew."""
+        return [(self.__dict__, "_packed"), (self.__dict__, "plan"), (self.plan.__dict__, "value")]
+
     def drop_with_codes(self) -> None:
         """Let what is derived from the codes live no longer than their memory does.
 
@@ -205,19 +209,26 @@ class CodedLayer(nn.Module):
         self._codes_memory = weakref.ref(self.weight.untyped_storage(), drop)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Follow .to(): the packed copy is rebuilt on the new device when needed, scales stay float32.
+        """Follow .to(): the packed copy is rebuilt where that moves something, scales stay float32.
 
         Codes keep their layout: kernels read the packed copy, and in channels_last they would be a copy in
         memory of what is mapped from the checkpoint.
         """
-        self.drop_packed()
+        before = self._places()
         scale, stored = self.weight_scale, self.weight.data
         super()._apply(fn, recurse)
         if _only_strides_differ(self.weight.data, stored):
             self.weight.data = stored
+        if self._places() != before:
+            self.drop_packed()
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
+
+    def _places(self) -> list[tuple[Any, ...]]:
+        """Where the layer's tensors lie, and as what."""
+        tensors = (self.weight, self.weight_scale, self.bias)
+        return [(x.device, x.dtype, x.data_ptr()) for x in tensors if x is not None]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take codes; of a float weight, which `copy_` would truncate to codes, nothing but an error."""
