@@ -42,7 +42,7 @@ def statuses(state: Any) -> dict[str, str]:
 
 
 def test_stages_need_only_earlier_stages(gpu_run: ModuleType) -> None:
-    seen: set[str] = set()
+    seen = set() if gpu_stages.has_googletest() else {"googletest"}
     for name, stage in gpu_run.make_stages("python", "90a", 2).items():
         assert set(stage.needs) <= seen, name
         seen.add(name)
@@ -70,6 +70,21 @@ def test_sanitizer_runs_tests_that_are_there_and_launch_kernels(gpu_run: ModuleT
     commands = gpu_run.make_stages("python", "90a", 2)["sanitize"].commands
     assert [command[2] for command in commands] == ["memcheck", "racecheck", "synccheck"]
     assert all(command[-1] == f"--gtest_filter={':'.join(gpu_stages.SANITIZED)}" for command in commands)
+
+
+def test_without_googletest_the_extension_is_built_and_programs_are_skipped(
+    gpu_run: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_stages, "has_googletest", lambda: False)
+    monkeypatch.setattr(gpu_stages, "is_prebuilt", lambda: False)
+    stages = gpu_run.make_stages("python", "90a", 2)
+    assert "-DADPDM_TESTS=OFF" in stages["build"].commands[0]
+    assert [name for name, stage in stages.items() if "googletest" in stage.needs] == [
+        "test-cpp",
+        "sanitize",
+        "peaks",
+    ]
+    assert stages["kernels"].needs == ("import",)
 
 
 def test_googletest_may_lie_beside_the_state(
@@ -125,7 +140,7 @@ def write_file(path: Path, text: str) -> tuple[str, ...]:
 def test_results_are_of_all_calls_for_these_sources_and_of_no_others(
     gpu_run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of, facts = dict(CARD), {"device": "A Card", "arch": "90a", "date": "2026-01-02"}
+    of, facts = dict(CARD), {"device": "A Card", "arch": "90a", "date": "2026-01-02", "missing": ["cmake"]}
     stages = {
         name: gpu_run.Stage((write_file(tmp_path / f"{name}.json", name[-1]),), 1, result=f"{name}.json")
         for name in ("stage1", "stage2")
@@ -138,7 +153,12 @@ def test_results_are_of_all_calls_for_these_sources_and_of_no_others(
     }.items():
         monkeypatch.setattr(gpu_run, name, value)
 
+    monkeypatch.setattr(sys, "argv", ["gpu_run.py"])
+    with pytest.raises(SystemExit, match="found no cmake; nothing was run"):
+        gpu_run.main()
+
     def call(*options: str) -> dict[str, Any]:
+        options = ("--incomplete", *options)
         monkeypatch.setattr(sys, "argv", ["gpu_run.py", "--results", str(tmp_path / "results"), *options])
         gpu_run.main()
         written = json.loads((tmp_path / "results" / f"a-card-{facts['date']}.json").read_text())

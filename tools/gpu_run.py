@@ -3,14 +3,14 @@
     python tools/gpu_run.py                      # what `make gpu` runs
     python tools/gpu_run.py --stages sweep unets --seconds 300
 
-Nothing is downloaded: the Python that runs this must have torch (a CUDA build), diffusers, pytest,
-pytest-xdist, hypothesis and numpy, and the machine nvcc, cmake, ninja, compute-sanitizer, and googletest or
-its sources in build/gpu/googletest (Debian has them in /usr/src/googletest). What is missing is told first;
-programs of the tests that were built elsewhere may lie in build/gpu/prebuilt (gpu_sources.py). State and
-logs lie in build/gpu; a stage that passed for these sources, on this card, with this Python, torch and
-compiler, is not run again, and results of anything else are deleted there. Results go to --results as
-<card>-<date>.json, with all logs beside it, after every stage, also of stages that were stopped or ran in
-an earlier call.
+Nothing is downloaded: the Python that runs this must have torch (a CUDA build), diffusers, accelerate,
+pytest, pytest-xdist, hypothesis and numpy, and the machine nvcc, cmake, ninja, compute-sanitizer, and
+googletest or its sources in build/gpu/googletest (Debian has them in /usr/src/googletest). Where something is
+missing nothing is run, unless --incomplete asks for the stages that do without; programs of the tests that
+were built elsewhere may lie in build/gpu/prebuilt (gpu_sources.py). State and logs lie in build/gpu; a stage
+that passed for these sources, on this card, with this Python, torch and compiler, is not run again, and
+results of anything else are deleted there. Results go to --results as <card>-<date>.json, with all logs
+beside it, after every stage, also of stages that were stopped or ran in an earlier call.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OWN_GROUP: dict[str, Any] = (
     {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 )
 SETUPTOOLS = 77  # reads the licence in pyproject.toml
-PACKAGES = ("diffusers", "hypothesis", "numpy", "pytest", "safetensors", "setuptools", "xdist")
+PACKAGES = ("accelerate", "diffusers", "hypothesis", "numpy", "pytest", "safetensors", "setuptools", "xdist")
 PROGRAMS = ("cmake", "compute-sanitizer", "g++", "ninja", "nvcc", "nvidia-smi")
 
 
@@ -378,11 +378,17 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="time for all stages together")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--again", action="store_true", help="also run stages that have passed before")
+    parser.add_argument("--incomplete", action="store_true", help="run although something is missing")
     parser.add_argument("--given", nargs="+", choices=names, default=[], help="stages that count as passed")
     args = parser.parse_args()
     check_prebuilt(ROOT)
     facts, jobs = gather_facts(), os.cpu_count() or 1
     print(json.dumps(facts), flush=True)
+    if facts["missing"] and not args.incomplete:
+        raise SystemExit(
+            f"make gpu: found no {', no '.join(facts['missing'])}; nothing was run, to waste no time "
+            "on a card. Install or carry it, or give --incomplete for the stages that do without"
+        )
     all_stages = make_stages(sys.executable, facts["arch"], jobs)
     stages = {name: stage for name, stage in all_stages.items() if name in args.stages}
     state = State.load(STATE / "state.json", made_of(ROOT, facts))

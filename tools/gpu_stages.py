@@ -93,10 +93,11 @@ def has_googletest() -> bool:
 def make_stages(python: str, arch: str, jobs: int) -> dict[str, Stage]:
     """All stages in order, for a card of compute capability `arch`, e.g. "90a".
 
-    They need nothing but the build: what a failing test leaves in doubt is still worth measuring.
+    They need nothing but what was built: what a failing test leaves in doubt is still worth measuring.
+    Programs of the tests and the package are apart, so that a package that does not import stops no program.
     """
     programs = str(PREBUILT) if is_prebuilt() else BUILD
-    programs_need = () if is_prebuilt() else ("build",)
+    programs_need = () if is_prebuilt() else ("build",) if has_googletest() else ("googletest",)
     return {
         "build": _build(python, arch, jobs),
         **_tests(python, f"{programs}/adpdm_gpu_tests", programs_need),
@@ -117,7 +118,7 @@ def make_stages(python: str, arch: str, jobs: int) -> dict[str, Stage]:
 
 
 def _build(python: str, arch: str, jobs: int) -> Stage:
-    extension_only = is_prebuilt()
+    extension_only = is_prebuilt() or not has_googletest()
     configure = (
         *(
             "cmake",
@@ -141,7 +142,6 @@ def _build(python: str, arch: str, jobs: int) -> Stage:
             configure,
             (*beside, "cmake", "--build", BUILD, "-j", str(jobs), "--target", "adpdm_libraries", *targets),
             (*beside, python, "setup.py", "-q", "build_ext", "--inplace"),
-            (python, "-c", "import adpdm"),
         ),
         estimate=90,
         limit=240,
@@ -162,7 +162,8 @@ def _tests(python: str, program: str, needs: tuple[str, ...]) -> dict[str, Stage
     return {
         "test-cpp": Stage((suites,), 25, needs, "cpp.json", limit=120),
         "sanitize": Stage(sanitizers, 45, needs, limit=120, together=True),
-        "test-python": Stage(((*pytest, *chosen, *PYTHON_TESTS),), 60, ("build",), limit=100),
+        "import": Stage(((python, "-c", "import adpdm"),), 10, ("build",), limit=60),
+        "test-python": Stage(((*pytest, *chosen, *PYTHON_TESTS),), 60, ("import",), limit=100),
     }
 
 
@@ -173,7 +174,7 @@ def _measure(
     name: str,
     script: str,
     *options: str,
-    needs: tuple[str, ...] = ("build",),
+    needs: tuple[str, ...] = ("import",),
 ) -> Stage:
     command = (python, "-u", f"benchmarks/{script}", *options, "--json", f"build/gpu/{name}.json")
     return Stage((command,), estimate, needs, f"{name}.json", limit)
