@@ -139,7 +139,8 @@ class _Correct:
             return correct(output, sample, weights)
         if isinstance(output, tuple):
             return (correct(output[0], sample, weights), *output[1:])
-        output.sample = correct(output.sample, sample, weights)
+        name = next(iter(output)) if isinstance(output, dict) else "sample"
+        setattr(output, name, correct(getattr(output, name), sample, weights))
         return output
 
 

@@ -13,7 +13,14 @@ from torch import nn
 
 from .config import MAX_BITS, MIN_BITS, QuantConfig
 from .nn.loaded import runs_on_kernels
-from .nn.swap import EMBEDDING_PATTERNS, INPUT_OUTPUT_NAMES, LAYER_CLASSES, LayerInfo, excluded
+from .nn.swap import (
+    CAST_TO_WEIGHT,
+    EMBEDDING_PATTERNS,
+    INPUT_OUTPUT_NAMES,
+    LAYER_CLASSES,
+    LayerInfo,
+    excluded,
+)
 from .reference_hadamard import BLOCKS
 
 ActivationScales = Literal["dynamic", "static"]
@@ -201,6 +208,7 @@ def choose_layers(model: nn.Module, config: AdpdmConfig, keep_in_fp32: Sequence[
     """
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if type(m) in LAYER_CLASSES}
     kept = excluded(layers, config.modules_to_not_convert or ())
+    kept |= set(fnmatch.filter(layers, CAST_TO_WEIGHT))
     kept |= {name for name in layers if set(name.split(".")) & set(keep_in_fp32)}
     rows = [_row(name, layer, config) for name, layer in layers.items() if name not in kept]
     if not rows:

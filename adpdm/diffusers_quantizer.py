@@ -24,6 +24,7 @@ from .diffusers_config import (
     check_rotation,
     choose_layers,
 )
+from .model_methods import replace_methods, restore_methods
 from .nn import (
     CodedLayer,
     LayerInfo,
@@ -49,17 +50,6 @@ from .quantizers.weight import stored_in_int4
 from .step import StepState, attach_step_hook, detach_step_hook
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of activations
-# Methods of models that would fail on codes halfway, or cast to what the kernels do not take.
-REFUSED = {
-    "fuse_qkv_projections": (
-        "fuse_qkv_projections: wanted a float model, got a quantized one, whose projections are codes; its "
-        "fused blocks multiply those of one input together already"
-    ),
-    "double": (
-        "double: the integer kernels take activations in float32, float16 or bfloat16, got torch.float64; "
-        "call dequantize() first"
-    ),
-}
 
 
 class AdpdmQuantizer(DiffusersQuantizer):
@@ -409,7 +399,7 @@ def attach_config(model: nn.Module, config: AdpdmConfig) -> None:
     untyped: Any = model
     untyped.hf_quantizer = AdpdmQuantizer(config, pre_quantized=True)
     untyped.is_quantized, untyped.quantization_method = True, Method.ADPDM
-    untyped.register_to_config(quantization_config=config)
+    _change_config(model, {**untyped.config, "quantization_config": config})
     replace_methods(model, config)
 
 
@@ -419,61 +409,24 @@ def unmark(model: nn.Module) -> None:
     Otherwise it refuses `.to(dtype)`, and whatever is saved next is taken for quantized.
     """
     untyped: Any = model
-    kept = {key: value for key, value in untyped.config.items() if key != "quantization_config"}
-    untyped._internal_dict = FrozenDict(kept)
-    told = ("hf_quantizer", "is_quantized", "quantization_method")
-    for name in (*told, "save_lora_adapter", *REFUSED):
+    _change_config(model, {key: x for key, x in untyped.config.items() if key != "quantization_config"})
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         untyped.__dict__.pop(name, None)
+    restore_methods(model)
 
 
-class _SaveAdapter:
-    """`save_lora_adapter` of a quantized model; a class, so that it is copied and pickled with its model.
+def _change_config(model: nn.Module, items: dict[str, Any]) -> None:
+    """Exchange the items of a model's config for others, and keep what is an attribute alone.
 
-    That of diffusers 0.42 first casts the model to the dtype None, which `to` refuses of quantized models.
+    So diffusers tells a U-Net that an IP-Adapter is loaded (`encoder_hid_dim_type`), which is not saved.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(
-        self,
-        save_directory: Any,
-        adapter_name: str = "default",
-        upcast_before_saving: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        untyped: Any = self.model
-        if upcast_before_saving:
-            raise ValueError(
-                "save_lora_adapter: a quantized model cannot be cast, so upcast_before_saving must be False; "
-                "adapters on quantized layers are float32 already unless loaded otherwise"
-            )
-        untyped.is_quantized = False
-        try:
-            type(untyped).save_lora_adapter(untyped, save_directory, adapter_name, **kwargs)
-        finally:
-            untyped.is_quantized = True
-
-
-class _Refusal:
-    """In place of a method that a quantized model cannot have; a class, as `_SaveAdapter` is."""
-
-    def __init__(self, sentence: str) -> None:
-        self.sentence = sentence
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(self.sentence)
-
-
-def replace_methods(model: nn.Module, config: AdpdmConfig) -> None:
-    """Give a quantized model a `save_lora_adapter` that works, and sentences for what cannot work."""
     untyped: Any = model
-    if hasattr(type(model), "save_lora_adapter"):
-        untyped.save_lora_adapter = _SaveAdapter(model)
-    for name, sentence in REFUSED.items():
-        works = name == "double" and config.activation_bits is None  # no kernels run
-        if hasattr(type(model), name) and not works:
-            untyped.__dict__[name] = _Refusal(sentence)
+    config = untyped.config
+    attributes = {key: x for key, x in vars(config).items() if not key.startswith("_")}
+    told = {key: x for key, x in attributes.items() if key not in config or config[key] is not x}
+    untyped._internal_dict = FrozenDict(items)
+    for key, value in told.items():
+        setattr(untyped._internal_dict, key, value)
 
 
 def register() -> None:

@@ -161,7 +161,7 @@ def _fold(
         site.fold(factors)
         for layer in site.readers:
             result.spread[names[layer]] = float(factors.max() / factors.min())
-    change = float((seen() - wanted).norm() / wanted.norm())
+    change = float((seen() - wanted).norm() / wanted.norm().clamp(min=torch.finfo(wanted.dtype).tiny))
     if not change <= MAX_CHANGE:
         for module, parameters in before.items():
             for name, parameter in parameters.items():

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _native as _native  # the operators have to be there
+from . import _native
 from .operands import Activation, ConvGeometry
 from .reference import int4_row_bytes
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Enter a function as the fake kernel of an operator.
+
+    Raises:
+        ImportError: the compiled extension does not have the operator.
+    """
+
+    def enter(kernel: Callable[..., Any]) -> Any:
+        try:
+            return torch.library.register_fake(f"adpdm::{name}", kernel)
+        except RuntimeError as error:
+            raise ImportError(
+                f"adpdm: the native extension has no operator {name}, so it is older than the package; "
+                f"rebuild it with `{_native.BUILD_COMMAND}` ({error})"
+            ) from error
+
+    return enter
 
 
 def _packed_shape(x: Tensor) -> list[int]:
@@ -23,7 +43,7 @@ def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
 
 
-@torch.library.register_fake("adpdm::quantize")
+@_fake("quantize")
 def _(
     x: Tensor,
     scale: Tensor,
@@ -40,17 +60,17 @@ def _(
     return _dense_like(x, torch.int8)
 
 
-@torch.library.register_fake("adpdm::dequantize")
+@_fake("dequantize")
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor, dtype: torch.dtype) -> Tensor:
     return _dense_like(codes, dtype)
 
 
-@torch.library.register_fake("adpdm::quantize_int4")
+@_fake("quantize_int4")
 def _(x: Tensor, scale: Tensor, zero_point: Tensor, group_index: Tensor) -> Tensor:
     return x.new_empty(_packed_shape(x), dtype=torch.uint8)
 
 
-@torch.library.register_fake("adpdm::dequantize_int4")
+@_fake("dequantize_int4")
 def _(
     packed: Tensor,
     scale: Tensor,
@@ -62,39 +82,39 @@ def _(
     return packed.new_empty([*packed.shape[:-1], num_columns], dtype=dtype)
 
 
-@torch.library.register_fake("adpdm::pack_int4")
+@_fake("pack_int4")
 def _(codes: Tensor) -> Tensor:
     return codes.new_empty(_packed_shape(codes), dtype=torch.uint8)
 
 
-@torch.library.register_fake("adpdm::unpack_int4")
+@_fake("unpack_int4")
 def _(packed: Tensor, num_columns: int) -> Tensor:
     return packed.new_empty([*packed.shape[:-1], num_columns], dtype=torch.int8)
 
 
-@torch.library.register_fake("adpdm::hadamard")
+@_fake("hadamard")
 def _(x: Tensor, block: int) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("adpdm::fake_quantize")
+@_fake("fake_quantize")
 def _(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
     return _dense_like(x, x.dtype)
 
 
-@torch.library.register_fake("adpdm::fake_quantize_backward")
+@_fake("fake_quantize_backward")
 def _(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _dense_like(x, x.dtype), torch.empty_like(scale), torch.empty_like(zero_point)
 
 
-@torch.library.register_fake("adpdm::fake_quantize_mixture")
+@_fake("fake_quantize_mixture")
 def _(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
     return _dense_like(x, x.dtype)
 
 
-@torch.library.register_fake("adpdm::fake_quantize_mixture_backward")
+@_fake("fake_quantize_mixture_backward")
 def _(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, importance: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,12 +122,12 @@ def _(
     return (_dense_like(x, x.dtype), *rows)
 
 
-@torch.library.register_fake("adpdm::observe")
+@_fake("observe")
 def _(x: Tensor, counts: Tensor, extrema: Tensor, step_index: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("adpdm::set_step")
+@_fake("set_step")
 def _(timestep: Tensor, *rest: Any) -> None:
     return None
 
@@ -116,14 +136,14 @@ def _results(outputs: int, activation: int) -> int:
     return outputs // 2 if activation == Activation.GEGLU else outputs
 
 
-@torch.library.register_fake("adpdm::linear")
+@_fake("linear")
 def _(x: Tensor, *rest: Any) -> Tensor:
     out_features, _, activation, _, output_bits, dtype = rest[-6:]
     shape = [*x.shape[:-1], _results(out_features, activation)]
     return x.new_empty(shape, dtype=torch.int8 if output_bits else dtype)
 
 
-@torch.library.register_fake("adpdm::conv2d")
+@_fake("conv2d")
 def _(x: Tensor, *rest: Any) -> Tensor:
     g, _, activation, _, output_bits, dtype = rest[-6:]
     size = x.shape[1:3] if x.dtype == torch.uint8 else x.shape[2:]
@@ -132,14 +152,14 @@ def _(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("adpdm::group_norm_quantize")
+@_fake("group_norm_quantize")
 def _(inputs: list[Tensor], *rest: Any) -> Tensor:
     batch, _, *size = inputs[0].shape
     shape = [batch, sum(x.shape[1] for x in inputs), *size]
     return torch.empty(shape, dtype=torch.int8, device=inputs[0].device, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("adpdm::group_norm_quantize_each")
+@_fake("group_norm_quantize_each")
 def _(first: Tensor, second: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     layout = torch.channels_last
     a, b = (
@@ -148,17 +168,17 @@ def _(first: Tensor, second: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-@torch.library.register_fake("adpdm::layer_norm_quantize")
+@_fake("layer_norm_quantize")
 def _(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty(x.shape, dtype=torch.int8, device=x.device)
 
 
-@torch.library.register_fake("adpdm::attention_quantize")
+@_fake("attention_quantize")
 def _(query: Tensor, *rest: Any) -> Tensor:
     return torch.empty(query.shape, dtype=torch.int8, device=query.device)
 
 
-@torch.library.register_fake("adpdm::timestep_embedding")
+@_fake("timestep_embedding")
 def _(
     waves: Tensor,
     first_weight: Tensor,
@@ -172,12 +192,12 @@ def _(
     return waves.new_empty([rows.shape[0], second_weight.shape[0]])
 
 
-@torch.library.register_fake("adpdm::silu_linear")
+@_fake("silu_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty([x.shape[0], weight.shape[0]])
 
 
-@torch.library.register_fake("adpdm::adaptive_rows")
+@_fake("adaptive_rows")
 def _(embedding: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channels = weight.shape[0] // 6
     modulation, gate = ((embedding.shape[0], width) for width in (2 * channels, channels))

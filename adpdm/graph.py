@@ -152,6 +152,8 @@ class _Parts:
         self._attentions = [f for f in forwards if isinstance(f, FusedBlock) and f.int8 is not None]
         # Read from dictionaries: nn.Module's way to an attribute that is missing takes microseconds.
         self._processed = [m.__dict__ for m in modules if "processor" in m.__dict__]
+        processors = [m.__dict__.get("processor", m._modules.get("processor")) for m in modules]
+        self._tuned = [vars(p) for p in processors if p is not None and _plain(vars(p))]
         up_blocks = denoiser._modules.get("up_blocks")
         self._up_blocks = [block.__dict__ for block in up_blocks.children()] if up_blocks else []
         self._settings = self._read()
@@ -161,12 +163,25 @@ class _Parts:
             *[attention.int8 for attention in self._attentions],
             *[_settings(adapter) for adapter in self._adapters],
             *[attributes.get("processor") for attributes in self._processed],
+            *[_plain(attributes) for attributes in self._tuned],
             *[attributes.get(name) for attributes in self._up_blocks for name in FREEU],
         ]
 
     def are_as_recorded(self) -> bool:
         """Whether nothing was exchanged, activated, rescaled, folded in, derived or set anew since."""
         return self._children.unchanged() and self._read() == self._settings
+
+
+def _plain(attributes: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Settings of an attention processor that Python decides by, such as the scales of IP-Adapters."""
+    plain = (bool, int, float, str)
+    found: list[tuple[str, Any]] = []
+    for name, value in attributes.items():
+        if type(value) in plain:
+            found.append((name, value))
+        elif type(value) is list and all(type(x) in plain for x in value):
+            found.append((name, tuple(value)))
+    return found
 
 
 def _settings(adapter: Any) -> Hashable:

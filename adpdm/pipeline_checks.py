@@ -20,7 +20,11 @@ from .trajectory import Conditioning, DenoiserCall, Guidance, Sampler
 
 CALIBRATION_DEVICES = ("cpu", "cuda")
 # Beginnings of names of denoisers that their pipelines in diffusers give a timestep between 0 and 1.
-GIVEN_SHARES_OF_TIME = ("AuraFlow", "Chroma", "Flux", "LongCatImage", "OvisImage", "QwenImage")
+GIVEN_SHARES_OF_TIME = (
+    *("AuraFlow", "BriaFibo2", "Chroma", "Flux", "Krea2", "LongCatAudioDiT", "LongCatImage"),
+    *("NucleusMoEImage", "OvisImage", "PRX", "QwenImage"),
+)
+GIVEN_TIME_THAT_IS_OVER = ("Lumina",)  # 1 - t / 1000, and whose predictions are negated
 MAX_SEED = 2**39 - 1  # times the largest stride between streams, 15 485 863, it leaves room in 63 bits
 
 
@@ -269,6 +273,11 @@ def make_sampler(
         raise _unsuited(scheduler, error) from error
     _check_number_of_steps(sampler, num_inference_steps)
     highest, kind = float(sampler.timesteps.max()), type(denoiser).__name__
+    if kind.startswith(GIVEN_TIME_THAT_IS_OVER):
+        raise ValueError(
+            f"quantize: the pipeline of {kind} gives it 1 - t / 1000 and negates its prediction, as no "
+            "DenoiserCall can say, so it cannot be calibrated; AdpdmConfig quantizes it while it loads"
+        )
     if kind.startswith(GIVEN_SHARES_OF_TIME) and sampler.call.timestep_factor == 1 and highest > 1:
         raise ValueError(
             f"quantize: {kind} is given timesteps between 0 and 1 by its pipeline, wanted "
@@ -367,9 +376,15 @@ def _unsuited(scheduler: Any, error: Exception) -> ValueError:
 _GIVEN_ANYWAY = ("timestep", "return_dict")
 
 
+def _key(path: tuple[Any, ...]) -> str:
+    """Where a leaf stands, as 'image_rotary_emb'[0]."""
+    first, *rest = path
+    return repr(getattr(first, "key", first)) + keystr(tuple(rest))
+
+
 def _described(given: Conditioning) -> str:
     """Arguments of a call in words: shapes and dtypes of tensors, other values as they are."""
-    leaves = [(keystr(path)[1:-1], x) for path, x in tree_flatten_with_path(given)[0]]
+    leaves = [(_key(path), x) for path, x in tree_flatten_with_path(given)[0]]
     return ", ".join(
         f"{name} {tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else f"{name} {x!r}"
         for name, x in leaves

@@ -131,7 +131,9 @@ def call_denoiser(
 
 
 def prediction_of(output: Any) -> Tensor:
-    """The tensor in what a denoiser answers: itself, the first of a tuple, or `.sample` of an object."""
+    """The tensor in what a denoiser answers: itself, the first of a tuple or of named ones, or `.sample`."""
+    if isinstance(output, dict):  # as BaseOutput of diffusers
+        output = tuple(output.values())
     if isinstance(output, tuple):
         output = output[0]
     prediction: Tensor = output if isinstance(output, Tensor) else output.sample

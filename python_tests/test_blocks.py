@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -365,6 +365,9 @@ def test_other_processor_takes_the_class_forward() -> None:
     host = frozen(spatial_attention())
     host.block.set_processor(AttnProcessor())
     assert reason_of(host) == "its processor is AttnProcessor now"
+    host.block.set_processor(AttnProcessor2_0())  # as switching attention slicing off does
+    assert reason_of(host) == ""
+    host.block.set_processor(AttnProcessor())
     with unfused(host):
         wanted = run(host, (IMAGE,), {})
     assert torch.equal(run(host, (IMAGE,), {}), wanted)

@@ -15,6 +15,7 @@ import torch
 
 import adpdm
 from adpdm._native import build_info, same_minor_version
+from adpdm.fake_kernels import _fake
 
 ROOT = Path(adpdm.__file__).parents[1]
 
@@ -146,6 +147,11 @@ def test_import_of_an_extension_for_another_torch_names_both_versions(package_co
 )
 def test_same_minor_version(built: str, running: str, same: bool) -> None:
     assert same_minor_version(built, running) is same
+
+
+def test_extension_older_than_the_package_says_to_build_it_again() -> None:
+    with pytest.raises(ImportError, match="no operator of_tomorrow, so it is older .* rebuild it with `pip"):
+        _fake("of_tomorrow")(lambda x: x)
 
 
 # On CUDA torch's operators run in their place: its attention, with `quantize` after it, its linear layers.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.prior_transformer import PriorTransformerOutput
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from adpdm.correction import Correction, _Correct, correct, corrected, fit_corre
 from adpdm.graph import capture
 from adpdm.step import StepState, attach_step_hook
 from adpdm.testing import ddim_scheduler, tiny_conditional_unet, tiny_transformer, tiny_unet
-from adpdm.trajectory import Guidance, Sampler
+from adpdm.trajectory import Guidance, Sampler, prediction_of
 
 STEPS = 4
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -190,6 +191,22 @@ def test_every_form_of_output_is_corrected(steady: Any) -> None:
     assert isinstance(by_name, Transformer2DModelOutput)
     assert torch.equal(by_name.sample, wanted)
     assert by_name["sample"] is by_name.sample
+
+
+def test_outputs_of_another_name_are_corrected() -> None:
+    class Prior(nn.Module):
+        def forward(self, hidden_states: Tensor, timestep: Any) -> PriorTransformerOutput:
+            return PriorTransformerOutput(predicted_image_embedding=2 * hidden_states)
+
+    model, state = Prior(), StepState(1, 1)
+    state.set_correction(torch.tensor([[0.5, 1.0]]))
+    model.add_module("adpdm_step", state)
+    adpdm.correction.attach_correction(model)
+    state.set_step(0)
+    x = noise(2, 3)
+    output = model(x, 9)
+    assert torch.equal(output.predicted_image_embedding, 2 * x)
+    assert torch.equal(prediction_of(output), 2 * x)
 
 
 def test_bare_tensors_are_corrected() -> None:

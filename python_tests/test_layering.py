@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
     {"budget", "quantize_options", "search_run"},
     {"calibrate", "pipeline_checks"},
     {"diffusers_config"},
+    {"model_methods"},
     {"diffusers_quantizer", "denoisers"},
     {"pipeline"},
     {"graph"},

@@ -18,6 +18,7 @@ from transformer_cases import make_case
 import adpdm
 from adpdm import QuantConfig
 from adpdm.cli import main
+from adpdm.pipeline_checks import _described
 from adpdm.testing import ONE_BLOCK, ddim_scheduler, tiny_pipeline, tiny_unet
 
 
@@ -71,6 +72,20 @@ def test_timesteps_of_another_unit_than_the_denoisers_are_refused() -> None:
     given = {"scheduler": case.scheduler, "conditioning": case.conditioning}
     with pytest.raises(ValueError, match=r"timestep_factor=1e-3\), got a factor of 1 for .* to 1000"):
         adpdm.quantize(case.denoiser, config(), **given, call=replace(case.call, timestep_factor=1.0))
+
+
+def test_denoisers_whose_pipeline_counts_time_the_other_way_are_refused() -> None:
+    unet = tiny_unet(**ONE_BLOCK)
+    unet.__class__ = type("Lumina2Transformer2DModel", (type(unet),), {})
+    with pytest.raises(ValueError, match="of Lumina2Transformer2DModel gives it 1 - t / 1000 and negates"):
+        adpdm.quantize(unet, config(), scheduler=ddim_scheduler())
+
+
+def test_nested_constants_are_named() -> None:
+    given = {"rotation": (torch.zeros(2, 3), 7), "mask": torch.zeros(2)}
+    assert _described(given) == (
+        "'rotation'[0] (2, 3) torch.float32, 'rotation'[1] 7, 'mask' (2,) torch.float32"
+    )
 
 
 def test_parameters_without_data_are_told_apart_from_other_dtypes() -> None:

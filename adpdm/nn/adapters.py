@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from .coded import BEFORE_ANOTHER, CodedLayer
 
 EQUALIZED = "adpdm_equalized"  # attribute of modules
+IMAGE_PROJECTIONS = ("encoder_hid_proj.image_projection_layers.", "image_proj.")  # of IP-Adapters
 BASE = "base_layer"  # the name under which PEFT keeps the layer that it wraps
 
 
@@ -92,6 +93,9 @@ def refuse_adapters(verb: str, model: nn.Module, may_fuse: bool = True) -> None:
 def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of a model under the names it has without adapters; said if there were any.
 
+    Of an IP-Adapter, whose layers lie in attention processors, nothing is kept; a model that is made of its
+    config has none.
+
     Raises:
         ValueError: for modules that PEFT copies whole (`modules_to_save`), of which two would claim a name.
     """
@@ -101,6 +105,7 @@ def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
             f"save_pretrained: wanted adapters that are LoRA alone, got modules_to_save as in {copied[0]!r}; "
             "call unload_lora() first"
         )
+    state = _without_image_adapter(state)
     middle = f".{BASE}."
     wrapped = {key.partition(middle)[0] + "." for key in state if middle in key}
     if not wrapped:
@@ -114,4 +119,17 @@ def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
         key.replace(middle, "."): value
         for key, value in state.items()
         if middle in key or not any(key.startswith(name) for name in wrapped)
+    }
+
+
+def _without_image_adapter(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict without an IP-Adapter; said if there was one."""
+    if not any(".processor.to_k_ip." in key for key in state):
+        return state
+    warnings.warn("save_pretrained: the IP-Adapter is left out; load it again after loading", stacklevel=5)
+    own = {key: x for key, x in state.items() if ".processor." not in key}
+    own = {key: x for key, x in own.items() if not key.startswith(IMAGE_PROJECTIONS)}
+    moved = "text_encoder_hid_proj."  # where loading an adapter has put the one that Kolors has
+    return {
+        key.replace(moved, "encoder_hid_proj.") if key.startswith(moved) else key: x for key, x in own.items()
     }

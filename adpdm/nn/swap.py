@@ -25,6 +25,8 @@ EMBEDDING_PATTERNS = (
     "*time_proj",
     "*add_embedding.*",
     "*class_embedding*",
+    "*encoder_hid_proj*",  # of images or texts
+    "image_proj.*",
     "*adaln_single.*",
     "*time_text_embed.*",
     "*_embedder.*",
@@ -33,6 +35,8 @@ EMBEDDING_PATTERNS = (
 )
 # Of exactly these: who derives from them may compute something else, or read the weight without a call.
 LAYER_CLASSES = (nn.Conv2d, nn.Linear)
+CAST_TO_WEIGHT = "*.image_embeds"  # of ImageProjection, which casts inputs to the weight's dtype
+PROCESSOR_PATTERN = "*.processor.*"  # of IP-Adapters, say: their processors come and go, and are not saved
 INPUT_OUTPUT_NAMES = ("conv_in", "conv_out", "proj_out", "pos_embed.proj", "x_embedder", "proj_out_2")
 
 
@@ -199,6 +203,8 @@ def reason_to_keep(name: str, layer: nn.Conv2d | nn.Linear, config: QuantConfig,
         return "excluded by modules_to_not_convert"
     if any(fnmatch.fnmatch(name, pattern) for pattern in EMBEDDING_PATTERNS):
         return "embedding path"
+    if fnmatch.fnmatch(name, PROCESSOR_PATTERN):
+        return "of an attention processor"
     if name in INPUT_OUTPUT_NAMES and config.input_output_bits is None:
         return "input or output layer"
     if type(layer) not in LAYER_CLASSES:
