@@ -188,3 +188,10 @@ def test_embedding_rows_are_those_of_the_layer(kind: type[nn.Linear], silu: bool
     layer, embedding = kind(8, 12), randn(3, 8)
     wanted = layer(nn.functional.silu(embedding) if silu else embedding)
     torch.testing.assert_close(embedding_rows(layer, embedding, silu), wanted)
+
+
+def test_gradient_of_timesteps_passes() -> None:
+    sample = randn(2, 20).requires_grad_()
+    times().block(sample).sum().backward()
+    assert sample.grad is not None
+    assert sample.grad.abs().max() > 0

@@ -56,7 +56,8 @@ class FusedTimestepEmbedding(FusedBlock):
     def __call__(self, sample: Tensor, condition: Tensor | None = None) -> Any:
         first, second = self.first, self.second
         weights = (first.weight, first.bias, second.weight, second.bias)
-        if condition is not None or sample.dim() != 2 or not _reads(sample, *weights) or not self.applies():
+        plain = condition is None and sample.dim() == 2
+        if not plain or not _reads(sample, *weights) or not self.applies(sample):
             return self.per_layer(sample, condition)
         return ops.timestep_embedding(sample, first, second)
 
