@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
-from collections.abc import Callable, Hashable
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _native
@@ -19,6 +23,7 @@ from .memory import trim_heap
 from .nn import adapters_of
 from .nn.coded import CodedLayer
 from .nn.fusion import FusedBlock
+from .nn.tracing import were_edited
 
 WARMUP_CALLS = 3  # lazy module loading and cuDNN's choices come to rest within two; one to spare
 FREEU = ("s1", "s2", "b1", "b2")  # what `enable_freeu` of diffusers writes into the blocks on the way up
@@ -63,7 +68,7 @@ class CpuRecorder:
     """The operator calls of one forward, made again one after the other by C++ (csrc/bindings/tape.h).
 
     What the forward decides in Python is decided once. So it is an error when it reads the value of a tensor,
-    or gives another result the second time (random numbers); a value read through numpy goes unnoticed.
+    or gives another result the second time (random numbers).
 
     Raises:
         RuntimeError: in `record`, for such a forward.
@@ -74,7 +79,7 @@ class CpuRecorder:
 
     def record(self, work: Callable[[], Any]) -> Any:
         work()  # derives what is derived at first use, outside of the recording
-        with _Listener(self._tape):
+        with _Listener(self._tape), _without_autocast_cache():
             result = work()
         leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         before = [leaf.clone() for leaf in leaves]
@@ -103,14 +108,43 @@ class _Listener(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError(
-                "adpdm.graph: the forward reads a value of a tensor (`.item()`, `if tensor:`), which a "
-                "recording cannot repeat"
-            )
+            raise _value_read("`.item()`, `if tensor:`")
         result = func(*args, **(kwargs or {}))
         schema = func._schema
+        if isinstance(result, bool | int | float):
+            raise _value_read(f"`{schema.name}`")
         self._tape.add(schema.name, schema.overload_name, args, kwargs or {}, result)
         return result
+
+
+class _Watch(TorchFunctionMode):
+    """Refuses what reads values without an operator."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS:
+            raise _value_read(f"`.{func.__name__}()`")
+        return func(*args, **(kwargs or {}))
+
+
+_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+
+
+def _value_read(how: str) -> RuntimeError:
+    return RuntimeError(
+        f"adpdm.graph: the forward reads a value of a tensor ({how}), which a recording cannot repeat"
+    )
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Let a recording cast weights by calls of its own, not take what an earlier forward has cast."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 def recorder_of(device: torch.device) -> Recorder:
@@ -147,6 +181,7 @@ class _Parts:
         coded = [m for m in modules if isinstance(m, CodedLayer)]
         derived = [entry for layer in coded for entry in layer.derived_entries()]
         self._children = _native.Children([m._modules for m in modules if m._modules], derived)
+        self._copied = [pair for layer in coded for pair in layer.copied()]
         self._adapters = list(adapters_of(denoiser).values())
         forwards = [m.__dict__.get("forward") for m in modules]
         self._attentions = [f for f in forwards if isinstance(f, FusedBlock) and f.int8 is not None]
@@ -169,7 +204,8 @@ class _Parts:
 
     def are_as_recorded(self) -> bool:
         """Whether nothing was exchanged, activated, rescaled, folded in, derived or set anew since."""
-        return self._children.unchanged() and self._read() == self._settings
+        is_same = self._children.unchanged() and not were_edited(self._copied)
+        return is_same and self._read() == self._settings
 
 
 def _plain(attributes: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -229,6 +265,7 @@ class GraphedForward:
         self._captured: dict[Hashable, _Captured] = {}
         self._parts = _Parts(denoiser)
         self._lock = threading.RLock()  # a forward may call its denoiser for a part of the batch
+        _graphed.add(self)
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -290,7 +327,10 @@ class GraphedForward:
             own_timestep = timestep.clone(memory_format=torch.contiguous_format)
             recorder = self._make_recorder(timestep.device)
             # Containers of its own for every call: diffusers takes residuals of adapters off their list.
-            result = recorder.record(lambda: self._forward(**_unflatten(own, spec), timestep=own_timestep))
+            with _Watch():
+                result = recorder.record(
+                    lambda: self._forward(**_unflatten(own, spec), timestep=own_timestep)
+                )
         inputs = [own_timestep, *[x for x in own if isinstance(x, Tensor)]]
         return _Captured(recorder, inputs, pytree.tree_leaves(result), _rebuild(result))
 
@@ -300,12 +340,32 @@ class GraphedForward:
             return getattr, (self._denoiser, "forward")
         return _itself, (self._replaced,)
 
+    def reset_after_fork(self) -> None:
+        """Forget what a thread that is not in this process was about to write."""
+        if not self._lock.acquire(blocking=False):
+            self._lock = threading.RLock()
+            self._captured.clear()
+            return
+        self._lock.release()
+
     def restore(self) -> None:
         """Give the denoiser the `forward` back that it had."""
         if self._replaced is None:
             del self._denoiser.forward
         else:
             self._denoiser.forward = self._replaced
+
+
+_graphed: weakref.WeakSet[GraphedForward] = weakref.WeakSet()
+
+
+def _reset_graphed() -> None:
+    for graphed in _graphed:
+        graphed.reset_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_graphed)
 
 
 def _itself(forward: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -56,6 +57,37 @@ def test_threads_share_a_graph_and_not_its_memory(denoiser: Denoiser) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(call, timesteps)) == timesteps
     assert len(RECORDERS) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded")
+def test_a_forked_process_does_not_wait_for_a_call_that_is_not_there(denoiser: Denoiser) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    class Held(Rerun):
+        def replay(self) -> None:
+            super().replay()
+            if threading.current_thread() is not threading.main_thread():
+                entered.set()
+                leave.wait()
+
+    graphed = graph.capture(denoiser, make_recorder=Held)
+
+    @torch.no_grad()
+    def call(timestep: int) -> float:
+        return float(denoiser(torch.zeros(1, 1), timestep)["sample"])
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(call, 7)
+        entered.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if len(graphed) == 0 and call(9) == 9 else 1)
+        _, status = os.waitpid(child, 0)
+        leave.set()
+        assert done.result() == 7
+    assert status == 0
+    assert len(graphed) == 1
 
 
 def test_threads_share_the_tape_of_a_unet() -> None:
@@ -283,3 +315,39 @@ def test_adapters_may_take_residuals_off_the_list_of_a_call() -> None:
         for residual in (3.0, 4.0):
             result = adapted(torch.zeros(1, 1), 10, residuals=[torch.full((1, 1), residual)])["sample"]
             assert float(result) == 10 + residual
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("read", ["tolist", "numpy", "__array__"])
+def test_values_read_without_an_operator_are_refused(denoiser: Denoiser, read: str) -> None:
+    def forward(sample: Tensor, timestep: Tensor) -> Tensor:
+        return sample * float(getattr(timestep, read)()[0])
+
+    denoiser.forward = forward  # type: ignore[method-assign]
+    graph.capture(denoiser)
+    with pytest.raises(RuntimeError, match=rf"reads a value of a tensor \(`.{read}\(\)`\)"):
+        denoiser(torch.ones(2, 2), 3)
+    assert timestep_of(denoiser) == 3
+
+
+def timestep_of(denoiser: Denoiser) -> float:
+    """Values may be read again after a refusal."""
+    graph.release(denoiser)
+    return float(denoiser(torch.ones(1, 1), torch.tensor([3])))
+
+
+@torch.no_grad()
+def test_biases_that_are_edited_in_place_are_captured_again() -> None:
+    unet = tiny_unet()
+    quantize(unet, QuantConfig(num_inference_steps=2, num_groups=2, histogram_images=2), scheduler=ddim_scheduler())
+    plain = copy.deepcopy(unet)
+    graphed = graph.capture(unet)
+    before = unet(SAMPLE, 500).sample
+    for model in (unet, plain):
+        for name, module in model.named_modules():
+            if name.endswith("to_v"):  # joined with those of queries and keys: a copy
+                module.bias.add_(1.0)
+    after = unet(SAMPLE, 500).sample
+    assert not torch.equal(after, before)
+    assert torch.equal(after, plain(SAMPLE, 500).sample)
+    assert len(graphed) == 1

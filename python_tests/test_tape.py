@@ -170,6 +170,30 @@ def test_tape_keeps_equal_calls_apart_where_one_is_written() -> None:
 def test_tape_refuses_values_read_in_python() -> None:
     with pytest.raises(RuntimeError, match="reads a value of a tensor"):
         Taped(lambda x: x if x.sum() > 0 else -x, torch.ones(4))
+    with pytest.raises(RuntimeError, match=r"reads a value of a tensor \(`aten::equal`\)"):
+        Taped(lambda x: x if torch.equal(x, x.abs()) else -x, torch.ones(4))
+
+
+@torch.no_grad()
+def test_tape_casts_weights_under_autocast_anew() -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    x = torch.ones(2, 4)
+    layer.weight.fill_(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        taped = Taped(layer, x)  # which runs it once before, so that autocast has the weight already
+    assert torch.equal(taped(x), torch.full((2, 4), 4.0, dtype=torch.bfloat16))
+    layer.weight.fill_(2)
+    assert torch.equal(taped(x), torch.full((2, 4), 8.0, dtype=torch.bfloat16))
+    assert torch.is_autocast_cache_enabled()
+
+
+@torch.no_grad()
+def test_tape_makes_random_numbers_as_often_as_the_forward() -> None:
+    # Equal calls are made once, but for these; alone they are refused, whatever is made of them.
+    with pytest.raises(RuntimeError, match="not repeatable"):
+        Taped(lambda x: x + (torch.rand(4) != torch.rand(4)) * torch.rand(4), torch.ones(4))
+    taped = Taped(lambda x: x + (torch.rand(4) == torch.rand(4)).float(), torch.ones(4))
+    assert torch.equal(taped(torch.zeros(4)), torch.zeros(4))
 
 
 @torch.no_grad()

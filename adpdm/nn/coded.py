@@ -44,7 +44,7 @@ class CodedLayer(nn.Module):
     What is packed follows moves, loading, and parameters that are assigned. A bias in float32 is read where
     it lies, so that every edit is seen. In 16 bits, and where fused blocks join projections or reorder them
     for GEGLU, it is copied: edits in place are seen, but not those through `.data`, nor any in graphs that
-    `torch.compile` or `adpdm.graph` made before. Nor are edits of codes. `drop_packed` has all derived anew.
+    `torch.compile` made before. Nor are edits of codes. `drop_packed` has all derived anew.
     """
 
     weight: Tensor  # an nn.Parameter: float [O, C, *]; or codes, i8 or packed [O, ceil(K/32) * 16] u8
@@ -193,6 +193,10 @@ class CodedLayer(nn.Module):
     def derived_entries(self) -> list[tuple[dict[str, Any], str]]:
         """Where what was derived stands, as entries of dicts: with other values it was made anew."""
         return [(self.__dict__, "_packed"), (self.__dict__, "plan"), (self.plan.__dict__, "value")]
+
+    def copied(self) -> Copied:
+        """Parameters that something derived holds copies of, those of the block around it as well."""
+        return [*self._copied, *self.plan.copied]
 
     def drop_with_codes(self) -> None:
         """Let what is derived from the codes live no longer than their memory does.

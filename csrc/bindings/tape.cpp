@@ -160,7 +160,7 @@ void Tape::simplify() {
       if (kind == Kind::kNumbers) value = first_equal_number(value);
       varies = varies || kind == Kind::kVaries;
     }
-    if (!varies) continue;
+    if (!varies || call.op.hasTag(at::Tag::nondeterministic_seeded)) continue;
     const auto equal = std::find_if(calls_.begin(), calls_.begin() + static_cast<std::ptrdiff_t>(i),
                                     [&](const Call& earlier) { return is_same_call(earlier, call); });
     if (equal == calls_.begin() + static_cast<std::ptrdiff_t>(i)) continue;

@@ -16,7 +16,7 @@ class ThreadMemory {
   // At least so many bytes, aligned to kMemoryAlignment, of unknown content; what was taken before is void.
   char* take(int64_t bytes) {
     if (static_cast<int64_t>(buffer_.size()) < bytes + kMemoryAlignment) {
-      buffer_.clear();  // nothing has to be copied
+      buffer_ = {};  // nothing has to be copied, and the old room goes before the new comes
       buffer_.resize(static_cast<size_t>(bytes + kMemoryAlignment));
     }
     return buffer_.data() + (-reinterpret_cast<uintptr_t>(buffer_.data()) & (kMemoryAlignment - 1));
