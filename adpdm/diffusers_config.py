@@ -208,7 +208,7 @@ def choose_layers(model: nn.Module, config: AdpdmConfig, keep_in_fp32: Sequence[
     """
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if type(m) in LAYER_CLASSES}
     kept = excluded(layers, config.modules_to_not_convert or ())
-    kept |= set(fnmatch.filter(layers, CAST_TO_WEIGHT))
+    kept |= {name for pattern in CAST_TO_WEIGHT for name in fnmatch.filter(layers, pattern)}
     kept |= {name for name in layers if set(name.split(".")) & set(keep_in_fp32)}
     rows = [_row(name, layer, config) for name, layer in layers.items() if name not in kept]
     if not rows:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import QuantConfig
+from .nn import input_of
 from .nn.dataflow import PRODUCTS, Call, Dataflow, Node
 from .progress import Progress
 from .trajectory import Sampler
@@ -193,13 +194,13 @@ def mean_squares(
     zero = torch.zeros((), dtype=torch.float64, device=sampler.device)
     sums: dict[nn.Module, Tensor] = dict.fromkeys(layers, zero)
 
-    def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach()
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of(args, kwargs).detach()
         dims = (0, 2, 3) if isinstance(module, nn.Conv2d) else tuple(range(x.dim() - 1))
         sums[module] = sums[module] + x.double().square().mean(dims)
 
     short = sampler.with_steps(min(PROBE_STEPS, config.num_inference_steps))
-    handles = [layer.register_forward_pre_hook(add) for layer in layers]
+    handles = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in layers]
     try:
         images, calls = min(PROBE_IMAGES, config.histogram_images), len(short.calls)
         made = short.run(config.seed, 0, images, on_step=lambda i: progress("equalization", i + 1, calls))

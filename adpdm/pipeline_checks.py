@@ -64,6 +64,17 @@ def _kind(value: object) -> str:
     return f"the class {value.__name__} itself" if isinstance(value, type) else type(value).__name__
 
 
+def _refuse_shared_layers(denoiser: nn.Module) -> None:
+    """Refuse a layer of two names: one would become integer, and the other stay what it is."""
+    names: dict[nn.Module, str] = {}
+    for name, module in denoiser.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Conv2d | nn.Linear) and names.setdefault(module, name) != name:
+            raise ValueError(
+                f"quantize: wanted layers of one name each, got one that is {names[module]} and {name}; "
+                "parameters may be shared, layers must not be"
+            )
+
+
 def check_denoiser(denoiser: nn.Module) -> None:
     """Refuse a denoiser that cannot be calibrated as it is: quantized, captured, in another dtype."""
     by_others = getattr(denoiser, "is_quantized", False)  # as diffusers marks what any library has quantized
@@ -75,6 +86,7 @@ def check_denoiser(denoiser: nn.Module) -> None:
     if not isinstance(denoiser, ModelMixin):
         raise TypeError(f"quantize: wanted a diffusers model, got {type(denoiser).__name__}")
     refuse_adapters("quantize", denoiser)
+    _refuse_shared_layers(denoiser)
     refuse_replaced_forwards("quantize", denoiser)
     for name, module in denoiser.named_modules():
         if getattr(module, "fused_projections", False):

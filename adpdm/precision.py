@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .nn import QuantLayer
+from .nn import QuantLayer, input_of
 from .quantizers.activation import Mode
 from .replay import Replay
 
@@ -62,13 +62,13 @@ def _probe(layers: Sequence[QuantLayer], predict: Callable[[], Tensor], seed: in
     found = torch.zeros(len(layers), 2, dtype=torch.float64, device="cpu")
 
     def watch(layer: QuantLayer, errors: Tensor) -> Any:
-        def after_forward(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach()
+        def after_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = input_of(args, kwargs).detach()
             if not output.requires_grad:  # what a layer makes of the conditioning alone
                 output.requires_grad_()
             output.register_hook(lambda gradient: _add(errors, layer, x, gradient))
 
-        return layer.register_forward_hook(after_forward)
+        return layer.register_forward_hook(after_forward, with_kwargs=True)
 
     handles = [watch(layer, errors) for layer, errors in zip(layers, found, strict=True)]
     try:

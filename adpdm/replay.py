@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .nn import QuantLayer
+from .nn import QuantLayer, input_of
 from .processes import ALONE, Processes
 from .progress import Progress
 from .quantizers.activation import Mode
@@ -60,7 +59,7 @@ class Replay:
         """Call the observer of each named layer with the layer's full-precision input at a call."""
         self.set_mode(Mode.FLOAT)
         handles = [
-            self.layers[name].register_forward_pre_hook(_before_forward(observe))
+            self.layers[name].register_forward_pre_hook(_before_forward(observe), with_kwargs=True)
             for name, observe in observers.items()
         ]
         try:
@@ -85,5 +84,5 @@ class Replay:
         return self.processes.map(list(enumerate(self.calls(count))), watched)
 
 
-def _before_forward(observe: Observer) -> Callable[[Any, tuple[Tensor, ...]], None]:
-    return lambda module, args: observe(args[0])
+def _before_forward(observe: Observer) -> Callable[..., None]:
+    return lambda module, args, kwargs: observe(input_of(args, kwargs))

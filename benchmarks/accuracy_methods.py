@@ -9,6 +9,7 @@ from typing import Any
 PLAIN: dict[str, Any] = {
     "range_method": "mse",
     "equalization": "off",
+    "hadamard": "off",
     "weight_rounding": "nearest",
     "raised_layers": 0.0,
     "weigh_steps": False,
@@ -93,7 +94,7 @@ SELECTIONS = tuple(
 IMAGES = tuple(
     _uncorrected(f"dp, {n} histogram images", grouping="dp", histogram_images=n) for n in (1, 2, 4, 8, 16, 32)
 )
-_LATER: dict[str, Any] = {"equalization": "off", "correct_prediction": False}
+_LATER: dict[str, Any] = {"equalization": "off", "hadamard": "off", "correct_prediction": False}
 # Each row keeps the measures of the row above it.
 _MEASURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("min-max ranges", {**PLAIN, "range_method": "minmax"}),
@@ -103,7 +104,8 @@ _MEASURES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("+ bias correction", {"weight_rounding": "nearest", "raised_layers": 0.0, **_LATER}),
     ("+ learned rounding", {"raised_layers": 0.0, **_LATER}),
     ("+ raised layers", _LATER),
-    ("+ equalization", {"correct_prediction": False}),
+    ("+ equalization", {"hadamard": "off", "correct_prediction": False}),
+    ("+ rotated channels", {"correct_prediction": False}),
     ("+ corrected predictions", {}),
 )
 EQUALIZATIONS = tuple(

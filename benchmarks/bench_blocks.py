@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map
 
 from adpdm._native import build_info
 from adpdm.nn import LayerInfo, fuse_blocks, quant_layers, swap_layers, unfused
+from adpdm.reference_hadamard import hadamard_block
 from adpdm.step import StepState
 
 Call = Callable[[], object]
@@ -91,8 +92,20 @@ class Host(nn.Module):
 def quantized(block: nn.Module, weight_bits: int) -> Host:
     """A copy of the block in integers, fused; norms' own layers stay in float, as in a denoiser."""
     host = Host(deepcopy(block))
-    names = [n for n, m in host.named_modules() if isinstance(m, nn.Linear) and "norm" not in n]
-    infos = [LayerInfo(name, 0, 0, (weight_bits, 8), "", None) for name in names]
+    layers = {n: m for n, m in host.named_modules() if isinstance(m, nn.Linear) and "norm" not in n}
+    infos = [
+        # Rotated as by default.
+        LayerInfo(
+            name,
+            0,
+            0,
+            (weight_bits, 8),
+            "",
+            None,
+            hadamard_block(layer.in_features) if weight_bits < 8 else 0,
+        )
+        for name, layer in layers.items()
+    ]
     swap_layers(host, infos, 1, lambda slots: StepState(slots, 1))
     for layer in quant_layers(host).values():
         for quantizer in layer.quantizers:

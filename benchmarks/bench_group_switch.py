@@ -1,4 +1,6 @@
-"""Measures what switching the group costs: the step hook against a whole forward of a quantized denoiser.
+"""Measures what switching the group costs: a new step in the tables, against a whole forward of a denoiser.
+
+Not in it: torch's calling of the two hooks around a forward, and their turns of threads, some 4 us or more.
 
 python benchmarks/bench_group_switch.py --model models/ddpm-fashion-mnist-32 --json switch.json
 """

@@ -41,6 +41,8 @@ def measure(subject: ModelFolder, bits: int, weigh_steps: bool, groups: int, see
         grouping="dp",
         seed=seed,
         weigh_steps=weigh_steps,
+        equalization="off",
+        hadamard="off",
         weight_rounding="nearest",
         raised_layers=0.0,
         correct_bias=False,

@@ -45,7 +45,7 @@ from training import (
     train,
 )
 from training_data import CIFAR10
-from training_files import record_of_part
+from training_files import read_record, record_of_part
 from transformers import CLIPTextModel
 
 from adpdm.files import replacing, share
@@ -191,7 +191,9 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.min_snr is not None and not args.min_snr > 0:
         parser.error(f"--min-snr must be greater than 0, got {args.min_snr:g}")
     cache = args.out / "latents.safetensors"
-    precision = args.precision or default_precision(torch.device("cpu"))
+    record = read_record(args.out) if (args.out / "state.pt").exists() else None
+    of_training = None if record is None else record.get("precision", "bfloat16")  # as Trainer has it
+    precision = args.precision or of_training or default_precision(torch.device("cpu"))
     data = replace(CIFAR10, load=lambda path: load_latents(path, args.autoencoder, cache, precision))
     recipe = Recipe(
         make_unet,

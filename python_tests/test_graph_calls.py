@@ -339,7 +339,9 @@ def timestep_of(denoiser: Denoiser) -> float:
 @torch.no_grad()
 def test_biases_that_are_edited_in_place_are_captured_again() -> None:
     unet = tiny_unet()
-    quantize(unet, QuantConfig(num_inference_steps=2, num_groups=2, histogram_images=2), scheduler=ddim_scheduler())
+    quantize(
+        unet, QuantConfig(num_inference_steps=2, num_groups=2, histogram_images=2), scheduler=ddim_scheduler()
+    )
     plain = copy.deepcopy(unet)
     graphed = graph.capture(unet)
     before = unet(SAMPLE, 500).sample

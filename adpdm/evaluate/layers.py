@@ -30,14 +30,14 @@ def layer_sqnr(
     """
     names = list(quant_layers(quantized) or loaded_layers(quantized))
     totals = {name: [0.0, 0.0] for name in names}
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}  # of calls that are not judged yet
 
     def keep(name: str) -> Any:
-        return lambda module, args, output: kept.__setitem__(name, output)
+        return lambda module, args, output: kept[name].append(output)
 
     def judge(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            signal, error = energies(kept[name], output)
+            signal, error = energies(kept[name].pop(0), output)
             totals[name][0] += signal
             totals[name][1] += error
 

@@ -15,7 +15,7 @@ from .fusion import (
     unfuse_blocks,
     unfused,
 )
-from .hooks import has_state_hooks, reason_to_stay
+from .hooks import has_state_hooks, input_of, reason_to_stay
 from .layers import QuantConv2d, QuantLayer, QuantLinear
 from .loaded import (
     LoadedConv2d,
@@ -46,6 +46,7 @@ __all__ = [
     "float_twin",
     "fuse_blocks",
     "has_state_hooks",
+    "input_of",
     "load_layer",
     "loaded_layers",
     "mark_equalized",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 
 # nn.Module's own names: of what is called around forward and backward, and of what sees the state_dict.
 _CALLED = (
@@ -44,3 +46,9 @@ def reason_to_stay(layer: nn.Module) -> str:
     if layer._parameters.get("weight") is None:
         return "its weight is made before each call, as by torch.nn.utils.prune until prune.remove()"
     return "hooks see its state_dict" if has_state_hooks(layer) else ""
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a convolution or linear layer was given, by position or, as some of diffusers do, by name."""
+    given: Tensor = args[0] if args else kwargs["input"]
+    return given

@@ -61,9 +61,9 @@ class QuantLayer(CodedLayer):
         twin.bias_shift = twin._codes = twin._fake_weight = None
         return twin
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] or [*, K] float to the result of the layer, of the same dtype."""
-        return self.with_gradient(x) if self.is_frozen else self.matmul(x)
+    def forward(self, input: Tensor) -> Tensor:  # torch's own layers call it so
+        """input [N, C, H, W] or [*, K] float to the result of the layer, of the same dtype."""
+        return self.with_gradient(input) if self.is_frozen else self.matmul(input)
 
     @property
     def quantizers(self) -> list[ActivationQuantizer]:

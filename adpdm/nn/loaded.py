@@ -51,20 +51,20 @@ class LoadedLayer(CodedLayer):
             stored[rows] = self.weight_quantizer.store(codes)
         return stored, scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] or [*, K] float to the result of the layer, of the same dtype.
+    def forward(self, input: Tensor) -> Tensor:  # torch's own layers call it so
+        """input [N, C, H, W] or [*, K] float to the result of the layer, of the same dtype.
 
         Raises:
             TypeError: for integers. Code that casts inputs to the dtype of a weight would hand over such.
         """
-        if not x.is_floating_point():
+        if not input.is_floating_point():
             raise TypeError(
-                f"{type(self).__name__}: input must be floating point, got {x.dtype}; "
+                f"{type(self).__name__}: input must be floating point, got {input.dtype}; "
                 "the weight holds codes, whose dtype says nothing about inputs"
             )
         if self.activation_bits is None:
-            return self.multiply(x, self.dequantized_weight().to(x.dtype), self.bias)
-        return self.with_gradient(x)
+            return self.multiply(input, self.dequantized_weight().to(input.dtype), self.bias)
+        return self.with_gradient(input)
 
     def integer(self, x: Tensor) -> Tensor:
         """The layer in integers, with the range that x has in this call."""

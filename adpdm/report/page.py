@@ -315,7 +315,7 @@ def _selection(data: ReportData) -> Html:
     parts.append(tag("div", *cards, class_="pair", style="margin-top:24px"))
     if trace.mmd is not None:
         words = (
-            " Left: how often each timestep served. Right: distance between the activations at all timesteps "
+            " Left: how often each timestep served. Right: distance between the inputs at all timesteps "
             "and at the chosen ones; the score only stands in for it, so watch that it falls."
         )
         parts.append(tag("figcaption", tag("b", "Visits and the distance they leave."), words))
