@@ -65,14 +65,22 @@ def _kind(value: object) -> str:
 
 
 def _refuse_shared_layers(denoiser: nn.Module) -> None:
-    """Refuse a layer of two names: one would become integer, and the other stay what it is."""
-    names: dict[nn.Module, str] = {}
-    for name, module in denoiser.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Conv2d | nn.Linear) and names.setdefault(module, name) != name:
-            raise ValueError(
-                f"quantize: wanted layers of one name each, got one that is {names[module]} and {name}; "
-                "parameters may be shared, layers must not be"
-            )
+    """Refuse a layer in two places: one would become integer, and the other stay what it is.
+
+    Blocks may be shared, with all their layers.
+    """
+    places: dict[nn.Module, tuple[str, str]] = {}
+    for owner_name, owner in denoiser.named_modules():
+        for child_name, child in owner._modules.items():
+            if not isinstance(child, nn.Conv2d | nn.Linear):
+                continue
+            place = (owner_name, child_name)
+            if places.setdefault(child, place) != place:
+                first, second = ".".join(places[child]), ".".join(place)
+                raise ValueError(
+                    f"quantize: wanted layers in one place each, got one that is {first} and {second}; "
+                    "parameters may be shared, and blocks, but not layers"
+                )
 
 
 def check_denoiser(denoiser: nn.Module) -> None:

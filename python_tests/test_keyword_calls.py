@@ -84,9 +84,7 @@ def test_layers_of_two_names_are_refused() -> None:
     made = tiny_conditional_unet()
     attn = made.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     attn.to_k = attn.to_q
-    with pytest.raises(
-        ValueError, match=r"one that is mid_block\S+.to_q and mid_block\S+.to_k; parameters may"
-    ):
+    with pytest.raises(ValueError, match=r"one that is mid_block\S+.to_q and mid_block\S+.to_k; param"):
         adpdm.quantize(
             made, config(), scheduler=ddim_scheduler(), conditioning={"encoder_hidden_states": TEXT}
         )

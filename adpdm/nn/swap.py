@@ -36,7 +36,7 @@ EMBEDDING_PATTERNS = (
 # Of exactly these: who derives from them may compute something else, or read the weight without a call.
 LAYER_CLASSES = (nn.Conv2d, nn.Linear)
 # Where diffusers casts to the dtype of a weight or of the first parameter, which codes have not.
-CAST_TO_WEIGHT = ("*.image_embeds", "*time*embed*.*", "*delta_embed*.*")
+CAST_TO_WEIGHT = ("*.image_embeds", "*time_embedder.*", "*delta_embedder.*")
 PROCESSOR_PATTERN = "*.processor.*"  # of IP-Adapters, say: their processors come and go, and are not saved
 INPUT_OUTPUT_NAMES = ("conv_in", "conv_out", "proj_out", "pos_embed.proj", "x_embedder", "proj_out_2")
 
