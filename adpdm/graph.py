@@ -57,7 +57,8 @@ class CudaRecorder:
             torch.cuda.current_stream().wait_stream(side)
             # By itself it captures on a stream of the device that was the first to capture. "thread_local":
             # what other threads allocate meanwhile is no error.
-            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+            capturing = torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local")
+            with capturing, _without_autocast_cache():
                 return work()
 
     def replay(self) -> None:
@@ -137,7 +138,10 @@ def _value_read(how: str) -> RuntimeError:
 
 @contextmanager
 def _without_autocast_cache() -> Iterator[None]:
-    """Let a recording cast weights by calls of its own, not take what an earlier forward has cast."""
+    """Let a recording cast weights by calls of its own, not take what an earlier forward has cast.
+
+    Autocast frees that when its context ends, and a CUDA graph would go on reading it.
+    """
     enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)
