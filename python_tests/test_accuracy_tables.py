@@ -162,6 +162,18 @@ def test_rows_of_the_repository_give_the_documented_tables(
         assert set(text.splitlines()[2:]) <= set(page), part[0].model
 
 
+def test_page_has_the_rows_of_the_shipped_text_to_image_model() -> None:
+    page = (ROOT / "docs" / "accuracy.md").read_text().replace("**", "").splitlines()
+    rows = json.loads((ROOT / "benchmarks" / "results" / "sd-cifar10-one-seed-2026-12-01.json").read_text())
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        words = f"{row['psnr_db'][0]:.1f} ({row['lpips'][0]:.4f})"
+        found.setdefault(row["method"].removesuffix(", guidance 3"), {})[row["bits"]] = words
+    assert len(found) == 4
+    for method, by_bits in found.items():
+        assert f"| {method} | {by_bits['w8a8']} | {by_bits['w6a6']} | {by_bits['w4a8']} |" in page
+
+
 def test_page_has_the_rows_of_the_revised_search() -> None:
     page = (ROOT / "docs" / "accuracy.md").read_text()
     file = ROOT / "benchmarks" / "results" / "search-2026-11-30.json"
