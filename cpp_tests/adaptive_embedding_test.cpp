@@ -73,6 +73,15 @@ std::vector<std::vector<float>> rows_of(const std::vector<float>& x, int64_t row
 
 double silu_of(double x) { return x / (1 + std::exp(-x)); }
 
+// silu of a row of x.
+std::vector<double> silu_row(const std::vector<float>& x, int64_t row, int64_t columns) {
+  std::vector<double> result;
+  for (int64_t k = 0; k < columns; ++k) {
+    result.push_back(silu_of(static_cast<double>(x[static_cast<size_t>(row * columns + k)])));
+  }
+  return result;
+}
+
 double product(const Layer& layer, const double* x, int64_t output) {
   double sum = layer.bias[static_cast<size_t>(output)];
   for (int64_t k = 0; k < layer.columns; ++k) {
@@ -160,10 +169,7 @@ TEST(SiluLinear, MatchesDefinitionOnEveryInstructionSet) {
     const auto actual = silu_linear_of(x, s.rows, layer, cpu::Isa::kPortable);
     for (cpu::Isa isa : supported_isas()) EXPECT_EQ(silu_linear_of(x, s.rows, layer, isa), actual);
     for (int64_t r = 0; r < s.rows; ++r) {
-      std::vector<double> hidden;
-      for (int64_t k = 0; k < s.hidden; ++k) {
-        hidden.push_back(silu_of(static_cast<double>(x[static_cast<size_t>(r * s.hidden + k)])));
-      }
+      const std::vector<double> hidden = silu_row(x, r, s.hidden);
       for (int64_t c = 0; c < s.channels; ++c) {
         EXPECT_NEAR(static_cast<double>(actual[static_cast<size_t>(r * s.channels + c)]),
                     product(layer, hidden.data(), c), 2e-5);
@@ -210,10 +216,7 @@ TEST(AdaptiveRows, MatchDefinitionOnEveryInstructionSet) {
     const auto actual = rows_of(x, s.rows, layer, cpu::Isa::kPortable);
     for (cpu::Isa isa : supported_isas()) EXPECT_EQ(rows_of(x, s.rows, layer, isa), actual);
     for (int64_t r = 0; r < s.rows; ++r) {
-      std::vector<double> hidden;
-      for (int64_t k = 0; k < s.hidden; ++k) {
-        hidden.push_back(silu_of(static_cast<double>(x[static_cast<size_t>(r * s.hidden + k)])));
-      }
+      const std::vector<double> hidden = silu_row(x, r, s.hidden);
       for (int64_t c = 0; c < s.channels; ++c) {
         for (int64_t p = 0; p < kAdaptiveParts; ++p) {  // shift, scale, gate, twice
           const std::vector<float>& rows = actual[static_cast<size_t>(p / 3 * 2 + (p % 3 == 2))];

@@ -59,7 +59,6 @@ def test_threads_share_a_graph_and_not_its_memory(denoiser: Denoiser) -> None:
     assert len(RECORDERS) == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded")
 def test_a_forked_process_does_not_wait_for_a_call_that_is_not_there(denoiser: Denoiser) -> None:
     entered, leave = threading.Event(), threading.Event()

@@ -129,3 +129,20 @@ def test_layer_that_does_not_run_says_so() -> None:
     model = tiny_unet(**ONE_BLOCK)
     model.mid_block.spare = nn.Linear(4, 4)
     assert layers_of(model)["mid_block.spare"].reason == "not reached by the traced forward pass"
+
+
+class TimeEmbedder(nn.Module):
+    """As in Wan and AnyFlow, which cast to the dtype of its first parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_embedder = nn.ModuleDict({"linear_1": nn.Linear(4, 8)})
+        self.text_embedder = nn.Linear(4, 8)
+
+
+def test_loading_leaves_float_what_others_cast_to() -> None:
+    model = nn.ModuleDict(
+        {"condition_embedder": TimeEmbedder(), "timestep_embedder": nn.ModuleList([nn.Linear(4, 8)])}
+    )
+    names = {row["name"] for row in choose_layers(model, AdpdmConfig(weight_bits=4), ())}
+    assert names == {"condition_embedder.text_embedder", "timestep_embedder.0"}
